@@ -1,0 +1,65 @@
+"""What may not leave the process: values under keys that name secrets or personal data.
+
+A key is compared without case, `-`, `_` and blanks, and is sensitive when it contains one of the listed
+words (`X-Api-Key`, `user_password` and `passwordHash` all are). Its whole value, of whatever type, becomes
+`"[redacted]"`. Values under other keys are never looked at for secrets.
+
+Asking whether all keys of a flat dictionary are harmless is one look-up for a set of keys seen before,
+because an application uses the same few sets of keys again and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+REDACTED: Final = "[redacted]"
+SENSITIVE_KEYS: Final = frozenset(
+    {
+        "password", "passwd", "passphrase", "secret", "token", "authorization", "apikey", "accesskey",
+        "privatekey", "credential", "cookie", "csrf", "jwt", "bearer", "ssn", "socialsecurity",
+        "creditcard", "cardnumber", "cvv", "cvc", "iban", "passport",
+    }
+)  # fmt: skip
+
+_MEMO_SIZE: Final = 4096
+_SEPARATORS: Final = str.maketrans("", "", "-_ .")
+
+
+def _normal(key: str) -> str:
+    return key.translate(_SEPARATORS).casefold()
+
+
+class Redaction:
+    """A list of sensitive words, ready to be asked. Safe to share between threads."""
+
+    def __init__(self, words: Iterable[str] = SENSITIVE_KEYS) -> None:
+        self.words = frozenset(filter(None, map(_normal, words)))
+        self._harmless: dict[tuple[str, ...], bool] = {}
+
+    def sensitive(self, key: str) -> bool:
+        """Whether the value under `key` must not be written."""
+        normal = _normal(key)
+        return any(word in normal for word in self.words)
+
+    def harmless(self, value: Mapping[str, Any]) -> bool:
+        """Whether no key of `value` itself is sensitive; says nothing of nested objects."""
+        keys = tuple(value)
+        known = self._harmless.get(keys)
+        if known is None:
+            if len(self._harmless) >= _MEMO_SIZE:
+                self._harmless.clear()
+            known = self._harmless[keys] = not any(map(self.sensitive, keys))
+        return known
+
+    def apply(self, value: Any) -> Any:
+        """Return decoded JSON with every sensitive value replaced; `value` itself where there is none."""
+        if isinstance(value, dict):
+            changed = {
+                key: REDACTED if self.sensitive(key) else self.apply(item) for key, item in value.items()
+            }
+            return changed if any(changed[key] is not value[key] for key in value) else value
+        if isinstance(value, list):
+            items = [self.apply(item) for item in value]
+            return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
+        return value

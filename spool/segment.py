@@ -1,0 +1,224 @@
+"""A segment: one file of lines, written by one process, whose name is its state.
+
+    <stem>.open     preallocated and being written; its writer holds an exclusive flock on it
+    <stem>.ndjson   sealed: cut to its last complete line, immutable
+
+    <stem> = 20261123T120000.000000Z-host-boot-pid-random-000001
+
+This room never parses JSON: it knows only the newline, and that a line has no NUL byte.
+
+Why appending needs no lock: `mmap.write` copies the bytes and moves the position inside one C call that
+keeps the GIL, so no thread, signal handler or finalizer can come between (CPython, Modules/mmapmodule.c).
+Closing the map makes every later write raise ValueError, so a writer that still holds a retired segment is
+told so and takes the next one. What was written is then found from the file itself, exactly as after a crash:
+sealing and recovery are one function.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+OPEN: Final = ".open"
+SEALED: Final = ".ndjson"
+STEM: Final = re.compile(r"\d{8}T\d{6}\.\d{6}Z-[A-Za-z0-9.-]{1,64}-[0-9a-f]{8}-\d+-[0-9a-f]{8}-\d{6,}")
+MODE: Final = 0o640
+_BLOCK: Final = 64 * 1024
+_MADV_POPULATE_WRITE: Final = 23  # Python has no name for it
+
+
+class Writer(NamedTuple):
+    """Who writes: two containers may share a pid and a directory, so a random part is added."""
+
+    host: str
+    boot: str
+    pid: int
+    token: str
+
+    @classmethod
+    def here(cls) -> Writer:
+        host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:64] or "localhost"
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        except OSError:
+            boot = "0" * 8
+        return cls(host, boot, os.getpid(), secrets.token_hex(4))
+
+    def stem(self, number: int) -> str:
+        """Return the stem of this writer's segment `number`, made now."""
+        now = time.time_ns() // 1000
+        moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now // 1_000_000))
+        fraction = now % 1_000_000
+        return f"{moment}.{fraction:06d}Z-{self.host}-{self.boot}-{self.pid}-{self.token}-{number:06d}"
+
+
+class Sealed(NamedTuple):
+    """What sealing left: the file (None where there was no line), its lines and bytes, bytes cut off."""
+
+    path: Path | None
+    lines: int
+    bytes: int
+    torn_bytes: int
+
+
+class Segment:
+    """A segment this process writes. `write(line)` raises ValueError when it is full or retired."""
+
+    def __init__(self, path: Path, fd: int, capacity: int) -> None:
+        self.path = path
+        self.fd = fd
+        self._map = mmap.mmap(fd, capacity)
+        self.write = self._map.write
+
+    @classmethod
+    def create(cls, directory: Path, stem: str, capacity: int, *, sync: bool = False) -> Segment:
+        """Create, lock, reserve and map a segment of `capacity` bytes.
+
+        Space is reserved before it is mapped: writing to a hole of a full disk is SIGBUS, reserving it is
+        an ordinary ENOSPC (posix_fallocate(3)). Raises OSError; then nothing is left behind.
+        """
+        path = directory / (stem + OPEN)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, MODE)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_file(path, fd):  # a loader took it for a dead writer's before it was locked
+                raise OSError(errno.EAGAIN, "segment was taken away while it was made", str(path))
+            os.posix_fallocate(fd, 0, capacity)
+            if sync:
+                sync_directory(directory)
+            return cls(path, fd, capacity)
+        except BaseException:
+            if _is_file(path, fd):
+                os.unlink(path)
+            os.close(fd)
+            raise
+
+    def populate(self) -> None:
+        """Fault the pages in ahead of need, where the kernel can (madvise(2), Linux 5.14).
+
+        Called through ctypes because `mmap.madvise` would hold the GIL for the milliseconds it takes.
+        """
+        pages = (ctypes.c_char * len(self._map)).from_buffer(self._map)
+        try:
+            ctypes.CDLL(None).madvise(
+                ctypes.byref(pages), ctypes.c_size_t(len(self._map)), _MADV_POPULATE_WRITE
+            )
+        finally:
+            del pages
+
+    def end(self) -> int:
+        """Return the bytes written so far."""
+        return self._map.tell()
+
+    def lines(self) -> int:
+        """Return the lines written so far."""
+        return self._map[: self._map.tell()].count(b"\n")
+
+    def retire(self) -> None:
+        """From now on `write` raises ValueError. Safe to repeat."""
+        self._map.close()
+
+    def seal(self, *, sync: bool = False) -> Sealed:
+        """Retire the segment and give it its sealed name; each step is safe to repeat after an OSError."""
+        self.retire()
+        sealed = seal(self.path, self.fd, sync=sync)
+        os.close(self.fd)
+        return sealed
+
+    def abandon(self) -> None:
+        """Let go of the map and the lock without touching the file: what a forked child does."""
+        self.retire()
+        os.close(self.fd)
+
+
+def recover(path: Path, *, sync: bool = False) -> Sealed | None:
+    """Seal the segment of a dead writer. Returns None where its writer lives or another took it.
+
+    A lock that can be had says the writer is dead: the kernel frees it with the last descriptor (flock(2)).
+    Raises OSError.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return seal(path, fd, sync=sync) if _is_file(path, fd) else None
+    except BlockingIOError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def seal(path: Path, fd: int, *, sync: bool = False) -> Sealed:
+    """Cut the file to its last complete line and rename it; remove it where it has none.
+
+    The caller holds the lock. Raises FileNotFoundError where `path` is no longer this file.
+    """
+    if not _is_file(path, fd):
+        raise FileNotFoundError(errno.ENOENT, "segment is no longer in its directory", str(path))
+    size = os.fstat(fd).st_size
+    end = _end_of_lines(fd, size)
+    torn = sum(len(block) - block.count(0) for block in _blocks(fd, end, size))
+    if end == 0:
+        os.unlink(path)
+        return Sealed(None, 0, 0, torn)
+    lines = sum(block.count(b"\n") for block in _blocks(fd, 0, end))
+    os.ftruncate(fd, end)
+    if sync:
+        os.fsync(fd)
+    sealed = path.with_suffix(SEALED)
+    os.rename(path, sealed)
+    if sync:
+        sync_directory(path.parent)
+    return Sealed(sealed, lines, end, torn)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in `directory` survive power loss. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _is_file(path: Path, fd: int) -> bool:
+    """Whether `path` names the very file that `fd` has open."""
+    try:
+        there, here = os.lstat(path), os.fstat(fd)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+
+def _end_of_lines(fd: int, size: int) -> int:
+    """Return the offset after the last whole line.
+
+    A copy that a kill cut short may have written its newline before its middle, so a last line with a NUL
+    byte is no whole line. Lines before it were complete when it began.
+    """
+    end = _after_last_newline(fd, size)
+    start = _after_last_newline(fd, end - 1)
+    return start if any(0 in block for block in _blocks(fd, start, end)) else end
+
+
+def _after_last_newline(fd: int, end: int) -> int:
+    while end > 0:
+        start = max(0, end - _BLOCK)
+        found = os.pread(fd, end - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def _blocks(fd: int, start: int, end: int) -> Iterator[bytes]:
+    return (os.pread(fd, min(_BLOCK, end - at), at) for at in range(start, end, _BLOCK))

@@ -1,0 +1,58 @@
+"""The awaitable face: what a request handler calls. Nothing here waits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from spool.emitter import Emitter, get_emitter
+
+
+class AnalyticsService:
+    """The calls of `Emitter`, awaitable. Each returns the id as text, or None where the line was dropped."""
+
+    def __init__(self, emitter: Emitter) -> None:
+        self.emitter = emitter
+
+    async def emit_event(self, **event: Any) -> str | None:
+        """See `Emitter.emit_event`."""
+        return self.emitter.emit_event(**event)
+
+    async def increment_counter(
+        self, *, metric_name: str, value: Any = 1, labels: Mapping[str, Any] | None = None
+    ) -> str | None:
+        """See `Emitter.record_metric`; the value must not be below zero."""
+        return self.emitter.record_metric(
+            metric_name=metric_name, metric_type="counter", value=value, labels=labels
+        )
+
+    async def record_gauge(
+        self, *, metric_name: str, value: Any, labels: Mapping[str, Any] | None = None
+    ) -> str | None:
+        """See `Emitter.record_metric`."""
+        return self.emitter.record_metric(
+            metric_name=metric_name, metric_type="gauge", value=value, labels=labels
+        )
+
+    async def record_timer(
+        self, *, metric_name: str, duration_ms: Any, labels: Mapping[str, Any] | None = None
+    ) -> str | None:
+        """See `Emitter.record_metric`; the duration is in milliseconds."""
+        return self.emitter.record_metric(
+            metric_name=metric_name, metric_type="timer", value=duration_ms, labels=labels
+        )
+
+    async def record_metric(
+        self, *, metric_name: str, metric_type: str, value: Any, labels: Mapping[str, Any] | None = None
+    ) -> str | None:
+        """See `Emitter.record_metric`."""
+        return self.emitter.record_metric(
+            metric_name=metric_name, metric_type=metric_type, value=value, labels=labels
+        )
+
+
+@cache
+def get_analytics_service() -> AnalyticsService:
+    """Return the process-wide service, set up from the environment. Raises ValueError for a bad setting."""
+    return AnalyticsService(get_emitter())

@@ -1,0 +1,64 @@
+"""Where and how an emitter writes: arguments and `SPOOL_*` variables as one frozen value."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off", ""})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of an emitter, in bytes and seconds. Raises ValueError where one is impossible."""
+
+    directory: Path = Path("/var/spool/analytics")
+    max_age: float = 1.0
+    """A segment with lines is sealed this long after its first line: the bound on freshness."""
+    segment_bytes: int = 1 << 20
+    """Capacity that is reserved for a segment; sealing cuts it to what was written."""
+    max_line_bytes: int = 1 << 20
+    """A longer line is dropped and counted."""
+    fsync: bool = False
+    """Sync each segment before it is sealed: power loss then costs at most the last `max_age` seconds."""
+    strict: bool = False
+    """Raise ValueError for what can't be written, for development and tests."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.max_age) and self.max_age > 0):
+            raise ValueError(f"max_age must be above 0 seconds: {self.max_age}")
+        for name in ("segment_bytes", "max_line_bytes"):
+            if getattr(self, name) < 4096:
+                raise ValueError(f"{name} must be at least 4096: {getattr(self, name)}")
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str] = os.environ, **given: Any) -> Settings:
+        """Return what was given, else what the environment says (`SPOOL_DIR`, `SPOOL_MAX_AGE`, ...).
+
+        Raises ValueError that names the variable where its value can't be read.
+        """
+        values = {name: value for name, value in given.items() if value is not None}
+        for field in fields(cls):
+            variable = "SPOOL_DIR" if field.name == "directory" else f"SPOOL_{field.name.upper()}"
+            if field.name not in values and variable in environment:
+                values[field.name] = _parse(variable, environment[variable], type(field.default))
+        values["directory"] = Path(values.get("directory", cls.directory)).absolute()
+        return cls(**values)
+
+
+def _parse(variable: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        if text.lower() in _TRUE | _FALSE:
+            return text.lower() in _TRUE
+        raise ValueError(f"{variable} must be 0 or 1, not {text!r}")
+    if kind is int or kind is float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError(f"{variable} must be a number, not {text!r}") from None
+    return Path(text)

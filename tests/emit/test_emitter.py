@@ -1,0 +1,315 @@
+"""The emitter's promises, with real files, processes and signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spool import AnalyticsService, Emitter
+from spool.context import bind
+from spool.segment import STEM, recover
+
+USER, FAMILY = uuid.uuid4(), uuid.uuid4()
+
+
+def lines(directory: Path, pattern: str = "*.ndjson") -> list[dict[str, Any]]:
+    return [orjson.loads(line) for file in sorted(directory.glob(pattern)) for line in file.open("rb")]
+
+
+def eventually(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.005)  # between two looks at the condition
+
+
+def emit(emitter: Emitter, **metadata: Any) -> str | None:
+    return emitter.emit_event(
+        event_type="memory_posted", user_id=USER, family_unit_id=FAMILY, metadata=metadata
+    )
+
+
+def test_an_emitted_event_is_one_line_with_the_keys_of_the_format(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path)
+    event_id = emit(emitter, title="Grüße", count=3)
+    assert emitter.seal()
+    (line,) = lines(tmp_path)
+    assert list(line) == [
+        "event_id", "event_type", "timestamp", "user_id", "family_unit_id", "session_id", "metadata"
+    ]  # fmt: skip
+    assert line["event_id"] == event_id and uuid.UUID(event_id).version == 7
+    assert line["metadata"] == {"title": "Grüße", "count": 3}
+    age = time.time() - datetime.fromisoformat(line["timestamp"]).timestamp()
+    assert 0 <= age < 60
+    assert all(STEM.fullmatch(file.stem) for file in tmp_path.iterdir() if file.suffix == ".ndjson")
+    emitter.close()
+
+
+def test_metrics_of_every_type_are_lines(tmp_path: Path) -> None:
+    service = AnalyticsService(Emitter(tmp_path))
+
+    async def record() -> None:
+        await service.increment_counter(metric_name="api_request_count", labels={"endpoint": "/feed"})
+        await service.record_gauge(metric_name="open_sessions", value=2.5)
+        await service.record_timer(metric_name="feed_ms", duration_ms=12)
+        await service.record_metric(metric_name="photo_bytes", metric_type="histogram", value=1 << 40)
+
+    asyncio.run(record())
+    service.emitter.close()
+    found = [(line["metric_type"], line["value"]) for line in lines(tmp_path)]
+    assert found == [("counter", 1), ("gauge", 2.5), ("timer", 12), ("histogram", 1 << 40)]
+
+
+def test_an_idle_process_creates_no_files_and_a_closed_one_leaves_no_spare(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path)
+    assert not list(tmp_path.iterdir())
+    emit(emitter)
+    emitter.close()
+    assert [file.suffix for file in tmp_path.iterdir()] == [".ndjson"]
+
+
+def test_a_segment_is_sealed_by_age_without_a_further_emit(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path, max_age=0.05)
+    emit(emitter)
+    eventually(lambda: lines(tmp_path))
+    eventually(lambda: not list(tmp_path.glob("*.open")))  # the idle spare goes, too
+    emitter.close()
+
+
+def test_segments_are_numbered_without_gaps_across_rotation(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path, segment_bytes=4096)
+    ids = [emit(emitter, text="x" * (i * 37 % 6000)) for i in range(500)]
+    emitter.close()
+    assert [line["event_id"] for line in lines(tmp_path)] == ids
+    numbers = [int(file.stem.rsplit("-", 1)[1]) for file in sorted(tmp_path.glob("*.ndjson"))]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert emitter.stats().emitted == 500
+
+
+def test_no_line_is_torn_or_lost_by_32_threads(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path, segment_bytes=8192, max_age=0.01)
+    threads = [threading.Thread(target=lambda: [emit(emitter, n=n) for n in range(500)]) for _ in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    emitter.close()
+    assert len({line["event_id"] for line in lines(tmp_path)}) == 32 * 500 == emitter.stats().emitted
+
+
+def test_an_emit_in_a_signal_handler_that_interrupts_an_emit_is_kept(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path, segment_bytes=4096)
+    kept: list[str | None] = []
+    previous = signal.signal(signal.SIGALRM, lambda *_: kept.append(emit(emitter, handler=True)))
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0005)
+    try:
+        while len(kept) < 1000:
+            emit(emitter, handler=False)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    emitter.close()
+    assert {line["event_id"] for line in lines(tmp_path) if line["metadata"]["handler"]} == set(kept)
+
+
+def test_forked_children_write_their_own_segments_and_ids_never_repeat(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path)
+    emit(emitter)
+    children = []
+    for _ in range(16):
+        if (child := os.fork()) == 0:
+            for n in range(500):
+                emit(emitter, n=n)
+            emitter.close()
+            os._exit(0)
+        children.append(child)
+        emit(emitter)
+    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+    emitter.close()
+    ids = [line["event_id"] for line in lines(tmp_path)]
+    assert len(ids) == len(set(ids)) == 1 + 16 * 501
+
+
+KILLED = """
+import sys, uuid
+from spool import Emitter
+emitter = Emitter(sys.argv[1], segment_bytes=65536, max_age=0.05)
+user = uuid.uuid4()
+while True:
+    sys.stdout.write(emitter.emit_event(event_type="tick", user_id=user, family_unit_id=user) + "\\n")
+    sys.stdout.flush()
+"""
+
+
+@pytest.mark.parametrize("attempt", range(10))
+def test_an_emit_that_returned_survives_sigkill(tmp_path: Path, attempt: int) -> None:
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    head = [process.stdout.readline() for _ in range(200 * (attempt + 1))]
+    process.kill()
+    acknowledged = [*head, *process.stdout.readlines()]
+    process.wait()
+    process.stdout.close()
+    for file in tmp_path.glob("*.open"):
+        recover(file)
+    kept = {line["event_id"].encode() + b"\n" for line in lines(tmp_path)}
+    assert {line for line in acknowledged if line.endswith(b"\n")} <= kept
+    assert not list(tmp_path.glob("*.open"))
+
+
+def test_a_segment_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path, max_age=60)
+    emit(emitter)
+    (file, *_) = sorted(tmp_path.glob("*.open"))
+    assert recover(file) is None
+    emitter.close()
+    assert len(lines(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("tail", "torn"),
+    [(b"", 0), (b'{"cut', 5), (b'{"cut' + b"\0" * 99, 5), (b'\0\0\0cd"}\n', 5), (b"\0" * 70000, 0)],
+)
+def test_recovery_keeps_what_is_whole_and_counts_what_is_not(tmp_path: Path, tail: bytes, torn: int) -> None:
+    file = tmp_path / "s.open"
+    file.write_bytes(b'{"a":1}\n{"b":2}\n' + tail)
+    sealed = recover(file)
+    assert sealed is not None
+    assert (sealed.lines, sealed.bytes, sealed.torn_bytes) == (2, 16, torn)
+    assert (tmp_path / "s.ndjson").read_bytes() == b'{"a":1}\n{"b":2}\n'
+
+
+RECURSIVE: dict[str, Any] = {}
+RECURSIVE["self"] = RECURSIVE
+ODD = {
+    "not_json": [{"a": object()}, {"a": "\ud800"}, {"a": 1 << 64}, {1: 2}, RECURSIVE],
+    "not_finite": [{"a": float("nan")}, {"a": [{"b": float("inf")}]}],
+    "oversize": [{"a": "x" * (2 << 20)}],
+}
+
+
+@pytest.mark.parametrize(("cause", "metadata"), [(c, m) for c, values in ODD.items() for m in values])
+def test_odd_metadata_is_dropped_and_counted_and_raises_only_when_strict(
+    tmp_path: Path, cause: str, metadata: dict[Any, Any]
+) -> None:
+    emitter, strict = Emitter(tmp_path), Emitter(tmp_path, strict=True)
+    event = {"event_type": "odd", "user_id": USER, "family_unit_id": FAMILY, "metadata": metadata}
+    assert emitter.emit_event(**event) is None
+    assert emitter.stats().dropped == {cause: 1}
+    with pytest.raises(ValueError, match=r"."):
+        strict.emit_event(**event)
+    for each in (emitter, strict):
+        each.close()
+
+
+@pytest.mark.parametrize(
+    ("cause", "change"),
+    [
+        ("missing", {"user_id": None}),
+        ("invalid_uuid", {"family_unit_id": "nobody"}),
+        ("invalid_name", {"event_type": "Memory Posted"}),
+        ("invalid_name", {"event_type": "x" * 101}),
+        ("invalid_timestamp", {"timestamp": "2026-01-20T12:00:00"}),
+    ],
+)
+def test_an_event_that_breaks_the_format_is_refused(
+    tmp_path: Path, cause: str, change: dict[str, Any]
+) -> None:
+    emitter = Emitter(tmp_path)
+    event = {"event_type": "odd", "user_id": USER, "family_unit_id": FAMILY, **change}
+    assert emitter.emit_event(**event) is None
+    assert emitter.stats().dropped == {cause: 1}
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1, True, "1", None, 1 << 64])
+def test_a_counter_value_that_is_no_count_is_refused(tmp_path: Path, value: object) -> None:
+    emitter = Emitter(tmp_path)
+    assert emitter.increment_counter(metric_name="hits", value=value) is None
+    assert emitter.stats().dropped.keys() <= {"invalid_value", "not_finite"}
+
+
+def test_a_directory_that_cant_be_is_counted_and_forgotten_once_it_can(tmp_path: Path) -> None:
+    blocked = tmp_path / "spool"
+    blocked.write_text("a file, not a directory")
+    emitter = Emitter(blocked, max_age=0.05)
+    assert emit(emitter) is None
+    assert emitter.stats().dropped == {"disk": 1}
+    blocked.unlink()
+    assert emit(emitter) is not None
+    eventually(lambda: any(line.get("metric_name") == "spool_dropped_count" for line in lines(blocked)))
+    emitter.close()
+
+
+def test_context_gives_what_the_call_does_not(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path)
+    with bind(user_id=USER, family_unit_id=FAMILY, role="parent", request_id="r1"):
+        emitter.emit_event(event_type="feed_viewed", metadata={"role": "own"})
+    emitter.close()
+    (line,) = lines(tmp_path)
+    assert line["user_id"] == str(USER)
+    assert line["metadata"] == {"role": "own", "request_id": "r1"}
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from("abcdef"), inner),
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from("abcdef"), json_values))
+def test_metadata_is_kept_exactly(tmp_path_factory: pytest.TempPathFactory, metadata: dict[str, Any]) -> None:
+    directory = tmp_path_factory.mktemp("spool")
+    emitter = Emitter(directory)
+    assert emit(emitter, **metadata)
+    emitter.close()
+    (line,) = lines(directory)
+    assert line["metadata"] == metadata
+
+
+@settings(deadline=None)
+@given(
+    st.recursive(
+        st.sampled_from(["X-Api-Key", "user_password", "session token"]).map(lambda key: {key: "hunter2"}),
+        lambda inner: inner.map(lambda v: {"a": v}) | inner.map(lambda v: {"b": [1, v]}),
+    )
+)
+def test_secrets_at_any_depth_never_reach_the_spool(
+    tmp_path_factory: pytest.TempPathFactory, metadata: dict[str, Any]
+) -> None:
+    directory = tmp_path_factory.mktemp("spool")
+    emitter = Emitter(directory)
+    assert emit(emitter, **metadata)
+    assert all(b"hunter2" not in file.read_bytes() for file in directory.iterdir())
+    emitter.close()
+
+
+def test_nul_characters_are_mended_because_postgres_cant_store_them(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path)
+    emit(emitter, text="a\0b", literal="\\u0000")
+    emitter.close()
+    assert lines(tmp_path)[0]["metadata"] == {"text": "a\ufffdb", "literal": "\\u0000"}
+
+
+def test_importing_spool_loads_orjson_and_nothing_of_the_loader() -> None:
+    code = "import spool, sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert "orjson" in loaded
+    assert not {"psycopg", "watchfiles", "click", "msgspec"} & set(loaded)

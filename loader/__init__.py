@@ -1,0 +1,1 @@
+"""Loads spool segments into Postgres: see README.md."""

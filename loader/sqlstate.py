@@ -1,0 +1,40 @@
+"""What an error of Postgres means for a load: one table.
+
+    REJECT  the row is at fault: it goes to the reject file with Postgres' own words
+    RETRY   the server will recover: wait and try again, never reject
+    STOP    a person must do something: keep the files, say what, try again slowly
+
+Codes: https://www.postgresql.org/docs/current/errcodes-appendix.html. Whole codes go before their class.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final
+
+
+class Action(Enum):
+    REJECT = "reject"
+    RETRY = "retry"
+    STOP = "stop"
+
+
+_ACTIONS: Final = {
+    "22": Action.REJECT,  # data exception
+    "23": Action.REJECT,  # integrity constraint violation
+    "54": Action.REJECT,  # program limit exceeded: nested too deeply, row too large for an index
+    "P0": Action.REJECT,  # a trigger that raises
+    "08": Action.RETRY,  # connection exception
+    "40": Action.RETRY,  # deadlock, serialization failure
+    "53": Action.RETRY,  # disk full, out of memory, too many connections
+    "55": Action.RETRY,  # lock not available, object in use
+    "57": Action.RETRY,  # shutdown, crash, query cancelled
+    "58": Action.RETRY,  # input or output error of the system
+}
+
+
+def action(sqlstate: str | None) -> Action:
+    """Return what to do about an error. Without a code the connection itself broke: try again."""
+    if sqlstate is None:
+        return Action.RETRY
+    return _ACTIONS.get(sqlstate) or _ACTIONS.get(sqlstate[:2], Action.STOP)

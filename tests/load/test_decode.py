@@ -1,0 +1,127 @@
+"""The line contract: every line is a row or a reject with its own reason, and nothing raises."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loader.decode import Reject, Row, decode, wrap
+
+ID = "0190163d-8694-739b-aea5-966c26f8ad91"
+EVENT: dict[str, Any] = {
+    "event_id": ID, "event_type": "memory_posted", "timestamp": "2026-01-20T12:00:00.000001Z",
+    "user_id": ID, "family_unit_id": ID, "session_id": None, "metadata": {"a": 1},
+}  # fmt: skip
+METRIC: dict[str, Any] = {
+    "event_id": ID, "metric_name": "hits", "metric_type": "counter", "value": 1, "labels": {},
+    "timestamp": "2026-01-20T12:00:00+01:00",
+}  # fmt: skip
+
+
+def columns(line: bytes) -> list[str]:
+    row = decode(line)
+    assert isinstance(row, Row), row
+    return row.copy.split("\t")
+
+
+def test_an_event_and_a_metric_become_their_columns() -> None:
+    assert columns(orjson.dumps(EVENT)) == [
+        ID, ID, "memory_posted", "2026-01-20T12:00:00.000001+00:00", ID, ID, "\\N", '{"a":1}'
+    ]  # fmt: skip
+    assert columns(orjson.dumps(METRIC)) == [ID, "hits", "counter", "1", "{}", "2026-01-20T12:00:00+01:00"]
+
+
+def test_any_uuid_loads_and_the_primary_key_is_a_uuid7() -> None:
+    row_id, event_id, *_ = columns(orjson.dumps(EVENT | {"event_id": "C56A4180-65AA-42EC-A945-5FD21DEC0538"}))
+    assert event_id == "c56a4180-65aa-42ec-a945-5fd21dec0538"
+    assert row_id[14] == "7"
+
+
+def test_backslashes_and_blanks_are_escaped_for_copy() -> None:
+    line = orjson.dumps(EVENT | {"metadata": None}).replace(b"null}", b'{"a":\t"tab\\tquote\\" \\\\u0000"}}')
+    assert columns(line)[-1] == r'{"a": "tab\\tquote\\" \\\\u0000"}'
+
+
+BROKEN = [
+    ("missing_field", {"user_id": None}),
+    ("naive_timestamp", {"timestamp": "2026-01-20T12:00:00"}),
+    ("invalid_timestamp", {"timestamp": "2026-02-30T12:00:00Z"}),
+    ("invalid_name", {"event_type": "x" * 200}),
+    ("invalid_name", {"event_type": "Memory"}),
+    ("invalid_uuid", {"family_unit_id": "me"}),
+    ("nul_character", {"metadata": {"a": "\0"}}),
+    ("invalid_object", {"metadata": [1]}),
+    ("unknown_field", {"other": 1}),
+    ("unknown_field", {"value": 1}),
+    ("invalid_field", {"event_id": 7}),
+]
+
+
+@pytest.mark.parametrize(("code", "change"), BROKEN)
+def test_a_broken_event_is_rejected_with_its_own_code(code: str, change: dict[str, Any]) -> None:
+    reject = decode(orjson.dumps(EVENT | change))
+    assert isinstance(reject, Reject)
+    assert reject.code == code
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ("not_finite", orjson.dumps(METRIC).replace(b'"value":1', b'"value":NaN')),
+        ("invalid_value", orjson.dumps(METRIC | {"value": -1})),
+        ("invalid_value", orjson.dumps(METRIC | {"value": "1"})),
+        ("invalid_metric_type", orjson.dumps(METRIC | {"metric_type": "sum"})),
+        ("lone_surrogate", orjson.dumps(EVENT).replace(b'{"a":1}', b'{"a":"\\ud800"}')),
+        ("too_deep", orjson.dumps(EVENT).replace(b'{"a":1}', b'{"a":' + b"[" * 100_000)),
+        ("not_utf8", b'{"event_id":"\xff"}'),
+        ("nul_bytes", b'\0\0\0"}\n'),
+        ("empty", b"\n"),
+        ("not_object", b"[]"),
+        ("invalid_json", b'{"event_id":'),
+    ],
+)
+def test_a_broken_line_is_rejected_with_its_own_code(code: str, line: bytes) -> None:
+    reject = decode(line)
+    assert isinstance(reject, Reject)
+    assert reject.code == code
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+near_valid = st.builds(
+    lambda base, change, dropped: {k: v for k, v in (base | change).items() if k not in dropped},
+    st.sampled_from([EVENT, METRIC]),
+    st.dictionaries(st.sampled_from([*EVENT, *METRIC, "other"]), json_values, max_size=2),
+    st.sets(st.sampled_from([*EVENT, *METRIC]), max_size=1),
+)
+
+
+def _dumps(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '"\\udc00x"', '"\\ud800\\u0041"'])
+def test_half_a_surrogate_pair_is_named_as_such(text: str) -> None:
+    reject = decode(orjson.dumps(EVENT).replace(b'{"a":1}', b'{"a":' + text.encode() + b"}"))
+    assert isinstance(reject, Reject)
+    assert reject.code == "lone_surrogate"
+
+
+@given(st.binary() | json_values.map(_dumps) | near_valid.map(_dumps))
+def test_every_line_is_a_row_or_a_reject_that_keeps_it(line: bytes) -> None:
+    line = line.replace(b"\n", b"")
+    found = decode(line)
+    if isinstance(found, Row):
+        assert "\n" not in found.copy and found.copy.count("\t") == (7 if found.is_event else 5)
+        return
+    wrapped = orjson.loads(wrap(found, "s.ndjson", 3, line))
+    assert (wrapped["file"], wrapped["line"], wrapped["code"]) == ("s.ndjson", 3, found.code)
+    assert (wrapped["raw"].encode() if "raw" in wrapped else base64.b64decode(wrapped["raw_base64"])) == line

@@ -10,7 +10,8 @@ States of `_write`: `_no_segment` (an idle process has no file), or the bound `w
 Both raise ValueError where the line can't go there, which leads to `_append_slowly`.
 
 `_turn` guards the fields. A signal handler or a finalizer may emit in the middle of a rotation in its own
-thread; that emit finds the turn taken by itself, leaves the fields alone and writes a segment of one line.
+thread; that emit finds the turn taken by itself, leaves the fields alone and writes a segment of one line, as
+a writer of its own, so that no segment's number is given twice.
 Sealing holds `_sealing` alone, so that no emit waits for a sync.
 """
 
@@ -227,7 +228,7 @@ class Emitter:
                 self._rotate(len(line))
 
     def _append_alone(self, line: bytes) -> None:
-        segment = self._create(len(line))
+        segment = self._create_as(Writer.here().stem(1), len(line))
         segment.write(line)
         self._retired.append(segment)
         self._wake.put(True)
@@ -256,14 +257,16 @@ class Emitter:
             self._retired.append(segment)
 
     def _create(self, capacity: int) -> Segment:
-        stem = self._writer.stem(self._number + 1)
-        try:
-            segment = Segment.create(self.settings.directory, stem, capacity, sync=self.settings.fsync)
-        except FileNotFoundError:
-            self.settings.directory.mkdir(mode=0o2770, parents=True, exist_ok=True)
-            segment = Segment.create(self.settings.directory, stem, capacity, sync=self.settings.fsync)
+        segment = self._create_as(self._writer.stem(self._number + 1), capacity)
         self._number += 1
         return segment
+
+    def _create_as(self, stem: str, capacity: int) -> Segment:
+        try:
+            return Segment.create(self.settings.directory, stem, capacity, sync=self.settings.fsync)
+        except FileNotFoundError:
+            self.settings.directory.mkdir(mode=0o2770, parents=True, exist_ok=True)
+            return Segment.create(self.settings.directory, stem, capacity, sync=self.settings.fsync)
 
     def _remove_spare(self) -> None:
         """Give the spare back; it has no line, so sealing removes it and its number is free again."""

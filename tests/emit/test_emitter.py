@@ -115,8 +115,13 @@ def test_no_line_is_torn_or_lost_by_32_threads(tmp_path: Path) -> None:
 def test_an_emit_in_a_signal_handler_that_interrupts_an_emit_is_kept(tmp_path: Path) -> None:
     emitter = Emitter(tmp_path, segment_bytes=4096)
     kept: list[str | None] = []
-    previous = signal.signal(signal.SIGALRM, lambda *_: kept.append(emit(emitter, handler=True)))
-    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0005)
+
+    def handler(*_: object) -> None:
+        kept.append(emit(emitter, handler=True))
+        signal.setitimer(signal.ITIMER_REAL, 0.0005)  # armed last, so that handlers never pile up
+
+    previous = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.001)
     try:
         while len(kept) < 1000:
             emit(emitter, handler=False)
@@ -125,6 +130,12 @@ def test_an_emit_in_a_signal_handler_that_interrupts_an_emit_is_kept(tmp_path: P
         signal.signal(signal.SIGALRM, previous)
     emitter.close()
     assert {line["event_id"] for line in lines(tmp_path) if line["metadata"]["handler"]} == set(kept)
+    writers: dict[str, list[int]] = {}
+    for file in tmp_path.glob("*.ndjson"):
+        writer, number = file.stem.split("-", 1)[1].rsplit("-", 1)
+        writers.setdefault(writer, []).append(int(number))
+    for numbers in writers.values():
+        assert sorted(numbers) == list(range(1, len(numbers) + 1))
 
 
 def test_forked_children_write_their_own_segments_and_ids_never_repeat(tmp_path: Path) -> None:

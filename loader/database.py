@@ -7,8 +7,9 @@ are what RETURNING gives, never a command tag (Citus reports rows that were not 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from typing import Any, Final
 
@@ -35,7 +36,7 @@ METRICS: Final = Table("analytics_metrics", METRIC_COLUMNS, "id")
 
 @dataclass(frozen=True)
 class Collision:
-    """A staged row whose key is taken by a row with another payload."""
+    """A row whose key is taken by a row with another payload, which is `existing`."""
 
     position: int
     existing: str
@@ -43,11 +44,25 @@ class Collision:
 
 @dataclass(frozen=True)
 class Inserted:
-    """What became of rows that were copied: new ones, equal ones that were there, and collisions."""
+    """Which rows were not inserted: equal ones that were there, by position, and collisions."""
 
-    new: int
-    duplicates: int = 0
+    duplicates: Sequence[int] = ()
     collisions: Sequence[Collision] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the ledger: what became of the lines of one chunk."""
+
+    digest: bytes
+    file: str
+    byte_offset: int
+    bytes: int
+    lines: int
+    events: int
+    metrics: int
+    duplicates: int
+    rejected: int
 
 
 def apply_schema(connection: Connection) -> None:
@@ -62,7 +77,7 @@ def insert(connection: Connection, table: Table, rows: Sequence[Row]) -> Inserte
     try:
         with connection.transaction():
             _copy(connection, table.name, table.columns, (row.copy for row in rows))
-        return Inserted(len(rows))
+        return Inserted()
     except psycopg.errors.UniqueViolation:
         with connection.transaction():
             return _insert_staged(connection, table, rows)
@@ -83,12 +98,12 @@ def _insert_staged(connection: Connection, table: Table, rows: Sequence[Row]) ->
         "staging": sql.Identifier(f"staging_{table.name}"),
         "key": sql.Identifier(table.key),
         "columns": sql.SQL(", ").join(map(sql.Identifier, table.columns)),
-        "payload_s": _payload("s", table),
-        "payload_t": _payload("t", table),
+        "staged_payload": _payload("staged", table),
+        "stored_payload": _payload("stored", table),
     }
 
-    def run(statement: str) -> list[tuple[Any, ...]]:
-        cursor = connection.execute(sql.SQL(statement).format(**names))
+    def run(statement: str, *values: object) -> list[tuple[Any, ...]]:
+        cursor = connection.execute(sql.SQL(statement).format(**names), values)
         return cursor.fetchall() if cursor.description else []
 
     run(
@@ -102,27 +117,68 @@ def _insert_staged(connection: Connection, table: Table, rows: Sequence[Row]) ->
         ("position", *table.columns),
         (f"{position}\t{row.copy}" for position, row in enumerate(rows)),
     )
-    new = len(
-        run(
+    new = {
+        key
+        for (key,) in run(
             "INSERT INTO {table} ({columns}) SELECT {columns} FROM ("
             "SELECT DISTINCT ON ({key}) * FROM {staging} ORDER BY {key}, position) AS first "
-            "ORDER BY {key} ON CONFLICT ({key}) DO NOTHING RETURNING 1"
+            "ORDER BY {key} ON CONFLICT ({key}) DO NOTHING RETURNING {key}::text"
         )
+    }
+    left = _left_over(rows, new)
+    compared = run(
+        "SELECT staged.position, CASE WHEN ({staged_payload}) IS DISTINCT FROM ({stored_payload}) "
+        "THEN stored::text END FROM {staging} staged JOIN {table} stored USING ({key}) "
+        "WHERE staged.position = ANY(%s) ORDER BY staged.position",
+        left,
     )
-    equal = run(
-        "SELECT s.position FROM {staging} s JOIN {table} t USING ({key}) "
-        "WHERE ({payload_s}) IS NOT DISTINCT FROM ({payload_t}) ORDER BY s.position"
-    )
-    other = run(
-        "SELECT s.position, t::text FROM {staging} s JOIN {table} t USING ({key}) "
-        "WHERE ({payload_s}) IS DISTINCT FROM ({payload_t}) ORDER BY s.position"
-    )
-    if len(equal) + len(other) != len(rows):
+    if len(compared) != len(left):
         raise psycopg.errors.SerializationFailure("rows were removed while they were loaded: try again")
-    return Inserted(new, len(equal) - new, [Collision(*row) for row in other])
+    return Inserted(
+        [position for position, existing in compared if existing is None],
+        [Collision(position, existing) for position, existing in compared if existing is not None],
+    )
+
+
+def _left_over(rows: Sequence[Row], new: set[str]) -> list[int]:
+    """The positions of the rows that were not inserted: all but the first one of each new key."""
+    left = []
+    for position, row in enumerate(rows):
+        if row.event_id in new:
+            new.remove(row.event_id)
+        else:
+            left.append(position)
+    return left
 
 
 def _payload(alias: str, table: Table) -> sql.Composable:
     """What makes two rows with one key equal: every column but the keys."""
     columns = (column for column in table.columns if column not in ("id", "event_id"))
     return sql.SQL(", ").join(sql.Identifier(alias, column) for column in columns)
+
+
+def known(connection: Connection, digests: Sequence[bytes]) -> set[bytes]:
+    """Return those digests whose chunks the ledger has already. Raises psycopg.Error."""
+    found = connection.execute("SELECT digest FROM analytics_loads WHERE digest = ANY(%s)", [list(digests)])
+    return {digest for (digest,) in found}
+
+
+def record(connection: Connection, entries: Sequence[Entry]) -> None:
+    """Write the ledger's rows.
+
+    Raises psycopg.errors.SerializationFailure where another loader was faster with the same bytes: try again,
+    then they are known.
+    """
+    columns = [field.name for field in fields(Entry)]
+    host = socket.gethostname()
+    statement = sql.SQL(
+        "INSERT INTO analytics_loads ({}, loader_host) VALUES ({}) "
+        "ON CONFLICT (digest) DO NOTHING RETURNING 1"
+    ).format(
+        sql.SQL(", ").join(map(sql.Identifier, columns)),
+        sql.SQL(", ").join([sql.Placeholder()] * (len(columns) + 1)),
+    )
+    for entry in entries:
+        values = [getattr(entry, column) for column in columns]
+        if connection.execute(statement, [*values, host]).fetchone() is None:
+            raise psycopg.errors.SerializationFailure("another loader was faster with these lines: try again")

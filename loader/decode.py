@@ -8,12 +8,11 @@ NULL, backslash escapes).
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import time
 from datetime import datetime
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 from uuid import UUID
 
 import msgspec
@@ -85,18 +84,6 @@ def decode(line: bytes) -> Row | Reject:
         return Reject("too_deep", "nested too deeply")
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return _explain(line, error)
-
-
-def wrap(reject: Reject, file: str, line_number: int, line: bytes) -> bytes:
-    """Return the line of a reject file: where it was, why it was not loaded, and the line itself."""
-    wrapped: dict[str, Any] = {
-        "file": file, "line": line_number, "code": reject.code, "reason": reject.reason,
-    }  # fmt: skip
-    try:
-        wrapped["raw"] = line.rstrip(b"\n").decode()
-    except UnicodeDecodeError:
-        wrapped["raw_base64"] = base64.b64encode(line.rstrip(b"\n")).decode()
-    return orjson.dumps(wrapped, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _event(line: _Line) -> Row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import orjson
 
-from loader.database import EVENTS, METRICS, Connection, apply_schema, insert
+from loader.database import EVENTS, METRICS, Connection, Inserted, apply_schema, insert
 from loader.decode import Row, decode
 from tests.load.test_decode import EVENT, METRIC
 
@@ -28,15 +28,15 @@ def test_the_schema_is_safe_to_apply_again(connection: Connection) -> None:
 
 def test_rows_that_are_loaded_twice_are_there_once(connection: Connection) -> None:
     rows = [event(n) for n in range(100)]
-    assert insert(connection, EVENTS, rows[:60]).new == 60
+    assert insert(connection, EVENTS, rows[:60]) == Inserted()
     again = insert(connection, EVENTS, rows)
-    assert (again.new, again.duplicates, len(again.collisions)) == (40, 60, 0)
+    assert (again.duplicates, again.collisions) == (list(range(60)), [])
     assert count(connection, "analytics_events") == 100
 
 
 def test_the_same_id_with_another_payload_is_a_collision(connection: Connection) -> None:
     found = insert(connection, EVENTS, [event(1), event(2), event(1), event(1, "other")])
-    assert (found.new, found.duplicates) == (2, 1)
+    assert found.duplicates == [2]
     assert [collision.position for collision in found.collisions] == [3]
     assert "same" in found.collisions[0].existing
 
@@ -44,6 +44,5 @@ def test_the_same_id_with_another_payload_is_a_collision(connection: Connection)
 def test_metrics_are_idempotent_on_their_event_id(connection: Connection) -> None:
     row = decode(orjson.dumps(METRIC))
     assert isinstance(row, Row)
-    assert insert(connection, METRICS, [row]).new == 1
-    again = insert(connection, METRICS, [row])
-    assert (again.new, again.duplicates) == (0, 1)
+    assert insert(connection, METRICS, [row]) == Inserted()
+    assert insert(connection, METRICS, [row]).duplicates == [0]

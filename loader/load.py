@@ -1,0 +1,252 @@
+"""The heart: one batch of chunks, one transaction.
+
+    step                                  a crash here leaves              mended by
+    ------------------------------------  -------------------------------  ------------------------------
+    does the ledger know the digest?      a transaction, rolled back       the next load of the file
+    decode; COPY; staging; isolate        the same                         the same
+    ledger rows                           the same                         the same
+    reject files, whole and synced        reject files, no ledger row      written again under their name
+    COMMIT                                all of it, or none, or unknown   the ledger knows the digest
+
+What comes after (the file is retired) is the caller's. Every line of a chunk ends as a new row, as a
+duplicate of an equal row or as a reject; the ledger's own CHECK proves the sum in each transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import psycopg
+
+from loader import database, rejects
+from loader.chunk import Chunk
+from loader.database import EVENTS, METRICS, Connection, Entry, Table
+from loader.decode import Reject, Row, decode
+from loader.rejects import Rejected
+from loader.sqlstate import Action, action
+
+OVERSIZE: Final = "oversize"
+"""Code of a line longer than a chunk: its reject holds its beginning only, so it can't be tried again."""
+_COPY_LINE: Final = re.compile(r", line (\d+)")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What was done with some lines; `known` counts lines the ledger had already, which were left alone."""
+
+    lines: int = 0
+    events: int = 0
+    metrics: int = 0
+    duplicates: int = 0
+    rejected: int = 0
+    known: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+
+@dataclass
+class Outcome:
+    """What becomes of the lines of one chunk."""
+
+    chunk: Chunk
+    lines: int = 0
+    events: int = 0
+    metrics: int = 0
+    duplicates: int = 0
+    rejects: list[Rejected] = field(default_factory=list)
+
+    def reject(self, line: int, raw: bytes, why: Reject) -> None:
+        self.rejects.append(Rejected(self.chunk.file, line, why.code, why.reason, raw))
+
+    def tally(self) -> Tally:
+        rejected = len(self.rejects)
+        return Tally(self.lines, self.events, self.metrics, self.duplicates, rejected, bytes=self.chunk.size)
+
+    def entry(self) -> Entry:
+        chunk = self.chunk
+        return Entry(
+            chunk.digest, chunk.file, chunk.offset, chunk.size, self.lines,
+            self.events, self.metrics, self.duplicates, len(self.rejects),
+        )  # fmt: skip
+
+
+class _Line(NamedTuple):
+    outcome: Outcome
+    number: int
+    raw: bytes
+    row: Row
+
+
+def load(connection: Connection, batch: Sequence[Chunk], spool: Path) -> Tally:
+    """Load the chunks in one transaction; their rejects go to the spool's `rejected/`.
+
+    Raises psycopg.Error and OSError, after which nothing was loaded, or, where the connection broke in the
+    COMMIT, all of it: do it again, the ledger knows.
+    """
+    with connection.transaction():
+        known = database.known(connection, [chunk.digest for chunk in batch])
+        fresh, repeated = _divide(batch, known)
+        outcomes = _place(connection, fresh)
+        database.record(connection, [outcome.entry() for outcome in outcomes])
+        for outcome in outcomes:
+            rejects.write(spool, outcome.chunk, outcome.rejects)
+    return sum(
+        (outcome.tally() for outcome in outcomes),
+        Tally(known=sum(_count_lines(chunk) for chunk in repeated), bytes=sum(c.size for c in repeated)),
+    )
+
+
+def retry(connection: Connection, path: Path) -> Tally:
+    """Load the lines of a reject file that have become loadable; the file keeps the rest.
+
+    The ledger gets a row for what was loaded alone: the others are counted where they were rejected first.
+    Raises psycopg.Error, OSError and ValueError (not a reject file).
+    """
+    before = list(rejects.read(path))
+    beginnings = [rejected for rejected in before if rejected.code == OVERSIZE]
+    before = [rejected for rejected in before if rejected.code != OVERSIZE]
+    data = b"\n".join(rejected.raw for rejected in before)
+    chunk = Chunk(f"{rejects.DIRECTORY}/{path.name}", 0, len(data), 1, _unique_digest(data), data)
+    with connection.transaction():
+        (outcome,) = _place(connection, [chunk], [rejected.raw for rejected in before])
+        left = [
+            Rejected(before[now.line - 1].file, before[now.line - 1].line, now.code, now.reason, now.raw)
+            for now in outcome.rejects
+        ]
+        tally = outcome.tally()
+        outcome.lines -= len(outcome.rejects)
+        outcome.rejects.clear()
+        if outcome.lines:
+            database.record(connection, [outcome.entry()])
+    rejects.replace(path, beginnings + left)
+    return tally + Tally(rejected=len(beginnings), lines=len(beginnings))
+
+
+def check(chunk: Chunk) -> Outcome:
+    """Decode a chunk and count, without a database."""
+    outcome = Outcome(chunk)
+    for line in _decode(outcome, chunk.lines()):
+        if line.row.is_event:
+            outcome.events += 1
+        else:
+            outcome.metrics += 1
+    return outcome
+
+
+def _divide(batch: Sequence[Chunk], known: set[bytes]) -> tuple[list[Chunk], list[Chunk]]:
+    """The chunks to load, and those whose bytes the ledger or an earlier chunk of the batch has."""
+    fresh: list[Chunk] = []
+    repeated: list[Chunk] = []
+    seen = set(known)
+    for chunk in batch:
+        (repeated if chunk.digest in seen else fresh).append(chunk)
+        seen.add(chunk.digest)
+    return fresh, repeated
+
+
+def _place(
+    connection: Connection, chunks: Sequence[Chunk], lines: Sequence[bytes] | None = None
+) -> list[Outcome]:
+    """Insert what has a row and reject the others. `lines` are those of a sole chunk, where given."""
+    outcomes = [Outcome(chunk) for chunk in chunks]
+    events: list[_Line] = []
+    metrics: list[_Line] = []
+    for outcome in outcomes:
+        for line in _decode(outcome, outcome.chunk.lines() if lines is None else lines):
+            (events if line.row.is_event else metrics).append(line)
+    if events or metrics:
+        connection.execute(
+            "SET CONSTRAINTS ALL IMMEDIATE"
+        )  # a deferred one would fail at COMMIT, with all rows
+    for line in _insert(connection, EVENTS, events):
+        line.outcome.events += 1
+    for line in _insert(connection, METRICS, metrics):
+        line.outcome.metrics += 1
+    for outcome in outcomes:
+        outcome.rejects.sort(key=lambda rejected: rejected.line)
+    return outcomes
+
+
+def _decode(outcome: Outcome, lines: Iterable[bytes]) -> Iterable[_Line]:
+    """Yield the lines that have a row; the others are rejected."""
+    chunk = outcome.chunk
+    for number, raw in enumerate(lines, chunk.first_line):
+        outcome.lines += 1
+        row = _oversize(chunk) if chunk.oversize else decode(raw)
+        if isinstance(row, Row):
+            yield _Line(outcome, number, raw, row)
+        else:
+            outcome.reject(number, raw, row)
+
+
+def _oversize(chunk: Chunk) -> Reject:
+    return Reject(
+        OVERSIZE, f"the line has {chunk.size} bytes; only its beginning is here, the whole is in the file"
+    )
+
+
+def _insert(connection: Connection, table: Table, lines: Sequence[_Line]) -> Iterable[_Line]:
+    """Insert rows and return the lines that are new; what Postgres refuses is isolated and rejected."""
+    if not lines:
+        return ()
+    try:
+        inserted = database.insert(connection, table, [line.row for line in lines])
+    except psycopg.Error as error:
+        if action(error.sqlstate) is not Action.REJECT:
+            raise
+        if len(lines) > 1:
+            return [line for part in _split(lines, error) for line in _insert(connection, table, part)]
+        (line,) = lines
+        line.outcome.reject(line.number, line.raw, Reject(f"postgres_{error.sqlstate}", _message(error)))
+        return ()
+    placed = set(inserted.duplicates)
+    for position in inserted.duplicates:
+        lines[position].outcome.duplicates += 1
+    for collision in inserted.collisions:
+        line = lines[collision.position]
+        reason = f"event_id {line.row.event_id} is taken by another payload: {collision.existing}"
+        line.outcome.reject(line.number, line.raw, Reject("collision", reason))
+        placed.add(collision.position)
+    return [line for position, line in enumerate(lines) if position not in placed]
+
+
+def _split(lines: Sequence[_Line], error: psycopg.Error) -> list[Sequence[_Line]]:
+    """Parts that hold the offending rows apart: halves, and by itself the line that COPY names.
+
+    A constraint names no line, so the name is a hint where to cut only; halves keep a chunk of nothing but
+    offending rows from being sent once per row.
+    """
+    named = _COPY_LINE.search(error.diag.context or "")
+    position = int(named[1]) - 1 if named else -1
+    if 0 <= position < len(lines):
+        sides = [*_halves(lines[:position]), lines[position : position + 1], *_halves(lines[position + 1 :])]
+    else:
+        sides = _halves(lines)
+    return [part for part in sides if part]
+
+
+def _halves(lines: Sequence[_Line]) -> list[Sequence[_Line]]:
+    half = len(lines) // 2
+    return [lines[:half], lines[half:]]
+
+
+def _message(error: psycopg.Error) -> str:
+    diagnostics = error.diag
+    return ": ".join(filter(None, (diagnostics.message_primary or str(error), diagnostics.message_detail)))
+
+
+def _count_lines(chunk: Chunk) -> int:
+    return len(chunk.lines())
+
+
+def _unique_digest(data: bytes) -> bytes:
+    """Lines that are tried again are the same bytes each time, so their ledger key has a random part."""
+    return hashlib.sha256(secrets.token_bytes(16) + data).digest()

@@ -1,0 +1,143 @@
+"""Lines that were not loaded, each with its reason, in files under the spool's `rejected/`.
+
+    rejected/<stem>-<offset>.ndjson            the rejects of the chunk that begins at <offset> of <stem>
+    rejected/<stem>-<offset>-<digest>.ndjson   the same, where another chunk has taken that name
+    rejected/<stem>.whole                      a file with a line longer than a chunk, kept whole
+
+A file is written under a passing name, synced and renamed before the COMMIT of its chunk, so that a crash in
+between leaves it to be written again. It is never appended to and never replaces the rejects of other lines.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import orjson
+
+from loader.chunk import Chunk
+from spool.segment import MODE, sync_directory
+
+DIRECTORY: Final = "rejected"
+WHOLE: Final = ".whole"
+_SUFFIXES: Final = (".gz", ".zst", ".ndjson", ".jsonl")
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A line that was not loaded: where it stood (1 is a file's first line), why not, and its bytes."""
+
+    file: str
+    line: int
+    code: str
+    reason: str
+    raw: bytes
+
+    def encode(self) -> bytes:
+        """Return the line of a reject file; what is not UTF-8 goes as `raw_base64`."""
+        wrapped: dict[str, object] = {
+            "file": self.file.encode("utf-8", "backslashreplace").decode(),  # a name may hold any bytes
+            "line": self.line,
+            "code": self.code,
+            "reason": self.reason,
+        }
+        try:
+            wrapped["raw"] = self.raw.decode()
+        except UnicodeDecodeError:
+            wrapped["raw_base64"] = base64.b64encode(self.raw).decode()
+        return orjson.dumps(wrapped, option=orjson.OPT_APPEND_NEWLINE)
+
+
+class _Wrapped(msgspec.Struct):
+    file: str
+    line: int
+    code: str
+    reason: str
+    raw: str | None = None
+    raw_base64: str | None = None
+
+
+_decode = msgspec.json.Decoder(_Wrapped).decode
+
+
+def decode(line: bytes) -> Rejected:
+    """Return what `Rejected.encode` wrote. Raises ValueError for anything else."""
+    wrapped = _decode(line)
+    raw = (wrapped.raw or "").encode() if wrapped.raw_base64 is None else base64.b64decode(wrapped.raw_base64)
+    return Rejected(wrapped.file, wrapped.line, wrapped.code, wrapped.reason, raw)
+
+
+def read(path: Path) -> Iterator[Rejected]:
+    """Yield the rejects of a file. Raises OSError, and ValueError that names the file and the line."""
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield decode(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not a reject line: {error}") from None
+
+
+def files(spool: Path) -> list[Path]:
+    """Return the reject files of a spool, oldest first."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(path for path in (spool / DIRECTORY).iterdir() if path.suffix == ".ndjson")
+    return []
+
+
+def count(paths: Iterable[Path]) -> Counter[str]:
+    """Return how many rejects the files hold, by code. Raises OSError, ValueError."""
+    return Counter(rejected.code for path in paths for rejected in read(path))
+
+
+def write(spool: Path, chunk: Chunk, rejects: Sequence[Rejected]) -> None:
+    """Write the rejects of a chunk, also where an interrupted load had written them. Raises OSError."""
+    stem = stem_of(chunk.file)
+    path = spool / DIRECTORY / f"{stem}-{chunk.offset}.ndjson"
+    if path.exists() and not _is_of(chunk, path):
+        path = path.with_name(f"{stem}-{chunk.offset}-{chunk.digest.hex()[:12]}.ndjson")
+    replace(path, rejects)
+
+
+def replace(path: Path, rejects: Sequence[Rejected]) -> None:
+    """Make `path` hold these rejects, and not be where there is none; durable on return. Raises OSError."""
+    if rejects:
+        path.parent.mkdir(mode=0o2770, exist_ok=True)
+        passing = path.with_suffix(".part")
+        passing.unlink(missing_ok=True)
+        fd = os.open(passing, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, MODE)
+        with open(fd, "wb") as stream:
+            stream.writelines(rejected.encode() for rejected in rejects)
+            stream.flush()
+            os.fsync(fd)
+        os.rename(passing, path)
+    elif path.exists():
+        path.unlink()
+    else:
+        return
+    sync_directory(path.parent)
+
+
+def stem_of(file: str) -> str:
+    """Return the name of a loaded file without its suffixes, with nothing that a file name can't have."""
+    name = os.path.basename(file)
+    while name.endswith(_SUFFIXES):
+        name = os.path.splitext(name)[0]
+    return _UNSAFE.sub("_", name).lstrip(".")[:150] or "stdin"
+
+
+def _is_of(chunk: Chunk, path: Path) -> bool:
+    """Whether every line of a reject file stands in the chunk, so that it is from an earlier try."""
+    lines = set(chunk.lines())
+    try:
+        return all(rejected.raw in lines for rejected in read(path))
+    except ValueError:
+        return False

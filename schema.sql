@@ -45,9 +45,13 @@ CREATE TABLE IF NOT EXISTS analytics_loads (
     CONSTRAINT every_line_is_accounted_for CHECK (lines = events + metrics + duplicates + rejected)
 );
 
--- Foreign keys, where the application's own tables exist.
+-- Foreign keys, where the application's own tables exist. `loader init --no-foreign-keys` leaves them out; with
+-- psql: SET analytics.foreign_keys = off.
 DO $$
 BEGIN
+    IF coalesce(current_setting('analytics.foreign_keys', true), '') = 'off' THEN
+        RETURN;
+    END IF;
     IF to_regclass('auth.users') IS NOT NULL AND NOT EXISTS (
         SELECT FROM pg_constraint
         WHERE conrelid = 'analytics_events'::regclass AND conname = 'analytics_events_user_id_fkey'

@@ -65,10 +65,18 @@ class Entry:
     rejected: int
 
 
-def apply_schema(connection: Connection) -> None:
+def connect(dsn: str) -> Connection:
+    """Connect. Raises psycopg.OperationalError."""
+    return psycopg.connect(dsn, prepare_threshold=None)  # a pooler between may not keep prepared statements
+
+
+def apply_schema(connection: Connection, *, foreign_keys: bool = True) -> None:
     """Apply schema.sql in one transaction; safe to repeat. Raises psycopg.Error."""
     script = files("loader").joinpath("schema.sql").read_text()
     with connection.transaction():
+        connection.execute(
+            "SELECT set_config('analytics.foreign_keys', %s, true)", ["on" if foreign_keys else "off"]
+        )
         connection.execute(script.encode())
 
 

@@ -45,11 +45,8 @@ class Rejected:
     def encode(self) -> bytes:
         """Return the line of a reject file; what is not UTF-8 goes as `raw_base64`."""
         wrapped: dict[str, object] = {
-            "file": self.file.encode("utf-8", "backslashreplace").decode(),  # a name may hold any bytes
-            "line": self.line,
-            "code": self.code,
-            "reason": self.reason,
-        }
+            "file": self.file, "line": self.line, "code": self.code, "reason": self.reason,
+        }  # fmt: skip
         try:
             wrapped["raw"] = self.raw.decode()
         except UnicodeDecodeError:

@@ -21,15 +21,19 @@ class Version:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def retire(path: Path, loaded: Version) -> bool:
-    """Remove a loaded file; False where `path` now names another or a changed file, which is then kept.
+def retire(path: Path, loaded: Version, keep: Path | None = None) -> bool:
+    """Remove a loaded file, or move it to `keep`; False where `path` now names another or a changed file.
 
     A file that is gone already is retired. Raises OSError, as for a directory that is read-only.
     """
     try:
         if Version.of(os.lstat(path)) != loaded:
             return False
-        os.unlink(path)
+        if keep is None:
+            os.unlink(path)
+        else:
+            keep.parent.mkdir(mode=0o2770, exist_ok=True)
+            os.rename(path, keep)
     except FileNotFoundError:
         pass
     return True

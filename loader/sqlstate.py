@@ -38,3 +38,16 @@ def action(sqlstate: str | None) -> Action:
     if sqlstate is None:
         return Action.RETRY
     return _ACTIONS.get(sqlstate) or _ACTIONS.get(sqlstate[:2], Action.STOP)
+
+
+_ADVICE: Final = {
+    "42P01": "run `loader init` first",
+    "42703": "the tables are of another version: run `loader init`",
+    "42501": "grant the loader's role INSERT and SELECT on the tables",
+    "25006": "the server is read-only: connect to the primary",
+}
+
+
+def advice(sqlstate: str | None) -> str:
+    """Return what a person should do about an error, or an empty string."""
+    return _ADVICE.get(sqlstate or "", "")

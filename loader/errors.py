@@ -1,0 +1,25 @@
+"""What ends a command: each error is one sentence for a person and an exit code for a script."""
+
+from __future__ import annotations
+
+
+class LoaderError(Exception):
+    """The command failed."""
+
+    exit_code = 1
+
+
+class UsageError(LoaderError):
+    """What was asked for can't be: an argument or a setting must change."""
+
+    exit_code = 2
+
+
+class OutOfReachError(LoaderError):
+    """The database did not answer."""
+
+    exit_code = 4
+
+
+SOME_REJECTED = 3
+"""Exit code of a command that did its work but rejected some lines."""

@@ -1,0 +1,55 @@
+"""Which spool and which database: a flag beats the environment, and nothing is guessed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from loader.errors import UsageError
+
+DEFAULT_SPOOL: Final = Path("/var/spool/analytics")
+"""Where the emitter writes, too, when SPOOL_DIR is not set."""
+_PG_VARIABLES: Final = ("PGHOST", "PGHOSTADDR", "PGDATABASE", "PGSERVICE", "PGUSER", "PGPORT")
+_DRIVER: Final = re.compile(r"^(postgres(?:ql)?)\+\w+://")
+
+_CONNECTION: Final = {
+    "application_name": "analytics-loader",
+    "client_encoding": "UTF8",
+    "connect_timeout": "10",
+    "tcp_user_timeout": "30000",
+}
+"""Defaults of a connection: who it is, the encoding of the rows, and seconds and milliseconds after which a
+host that does not answer is given up (https://www.postgresql.org/docs/current/libpq-connect.html)."""
+
+
+def spool_directory(given: Path | None, environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the spool: what was given, else SPOOL_DIR, else the default. Raises UsageError."""
+    directory = (given or Path(environment.get("SPOOL_DIR") or DEFAULT_SPOOL)).absolute()
+    if not directory.is_dir():
+        state = "is not a directory" if directory.exists() else "does not exist"
+        raise UsageError(f"spool directory {directory} {state}: create it, or set SPOOL_DIR or --spool-dir")
+    return directory
+
+
+def database_dsn(given: str | None, environment: Mapping[str, str] = os.environ) -> str:
+    """Return where the database is: what was given, else LOADER_DSN, else DATABASE_URL, else libpq's PG*.
+
+    A URL may name a driver, as SQLAlchemy's do (`postgresql+asyncpg://`). Raises UsageError.
+    """
+    dsn = given or environment.get("LOADER_DSN") or environment.get("DATABASE_URL")
+    if not dsn and not any(environment.get(name) for name in _PG_VARIABLES):
+        raise UsageError(
+            "no database is set: set LOADER_DSN (or DATABASE_URL, or libpq's PGHOST and PGDATABASE), "
+            "or give --dsn, for example postgresql://user@host/database"
+        )
+    try:
+        given_values = conninfo_to_dict(_DRIVER.sub(r"\1://", dsn or ""))
+    except psycopg.ProgrammingError as error:
+        raise UsageError(f"the DSN can't be read: {str(error).strip()}") from None
+    return make_conninfo("", **{**_CONNECTION, **{name: str(value) for name, value in given_values.items()}})

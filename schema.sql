@@ -45,6 +45,34 @@ CREATE TABLE IF NOT EXISTS analytics_loads (
     CONSTRAINT every_line_is_accounted_for CHECK (lines = events + metrics + duplicates + rejected)
 );
 
+-- Views for reading.
+
+CREATE OR REPLACE VIEW analytics_events_daily AS
+SELECT date_trunc('day', timestamp) AS day, event_type, count(*) AS events,
+    count(DISTINCT user_id) AS users, count(DISTINCT family_unit_id) AS families
+FROM analytics_events
+GROUP BY 1, 2;
+
+CREATE OR REPLACE VIEW analytics_metrics_hourly AS
+SELECT date_trunc('hour', timestamp) AS hour, metric_name, labels, count(*) AS records,
+    sum(value) AS sum, avg(value) AS average, min(value) AS minimum, max(value) AS maximum
+FROM analytics_metrics
+GROUP BY 1, 2, 3;
+
+-- Each writer counts its segments from 1 without gaps, so a number that is missing below a loaded one is a
+-- file that was lost, or that waits to be loaded.
+CREATE OR REPLACE VIEW analytics_missing_segments AS
+WITH loaded AS (
+    SELECT DISTINCT part[1] AS writer, part[2]::bigint AS number
+    FROM analytics_loads, regexp_match(file, '(?:^|/)[0-9]{8}T[0-9.]+Z-([^/]+)-([0-9]+)[.]ndjson') AS part
+    WHERE part IS NOT NULL
+), counted AS (
+    SELECT writer, max(number) AS last FROM loaded GROUP BY writer
+)
+SELECT writer, number FROM counted, generate_series(1, last) AS number
+EXCEPT
+SELECT writer, number FROM loaded;
+
 -- Foreign keys, where the application's own tables exist. `loader init --no-foreign-keys` leaves them out; with
 -- psql: SET analytics.foreign_keys = off.
 DO $$

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
 
 from loader import database, embedded
+from tests.processes import Cli
+
+VERSIONS = [version for version in (15, 16, 18) if embedded.binaries(version)]
 
 
-@pytest.fixture(scope="session", params=[v for v in (15, 16, 18) if embedded.binaries(v)])
+@pytest.fixture(scope="session", params=VERSIONS)
 def server(request: pytest.FixtureRequest) -> Iterator[str]:
     with embedded.server(request.param) as dsn:
         yield dsn
@@ -19,6 +23,35 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def connection(server: str) -> Iterator[database.Connection]:
+    yield from _fresh_database(server)
+
+
+@pytest.fixture(scope="session")
+def one_server() -> Iterator[str]:
+    with embedded.server(VERSIONS[-1]) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def one_connection(one_server: str) -> Iterator[database.Connection]:
+    """As `connection`, on one version: for what does not depend on it."""
+    yield from _fresh_database(one_server)
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Path:
+    directory = tmp_path / "spool"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def cli(one_connection: database.Connection, spool: Path) -> Cli:
+    """The command line, with an empty spool and the database of `one_connection`."""
+    return Cli(spool, one_connection.info.dsn)
+
+
+def _fresh_database(server: str) -> Iterator[database.Connection]:
     name = f"test_{uuid.uuid4().hex}"
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {name}")
@@ -26,4 +59,5 @@ def connection(server: str) -> Iterator[database.Connection]:
         database.apply_schema(connection)
         connection.commit()
         yield connection
-        connection.rollback()
+        if not connection.closed:
+            connection.rollback()

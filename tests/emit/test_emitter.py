@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,13 @@ from hypothesis import strategies as st
 from spool import AnalyticsService, Emitter
 from spool.context import bind
 from spool.segment import STEM, recover
+from tests.processes import eventually
 
 USER, FAMILY = uuid.uuid4(), uuid.uuid4()
 
 
 def lines(directory: Path, pattern: str = "*.ndjson") -> list[dict[str, Any]]:
     return [orjson.loads(line) for file in sorted(directory.glob(pattern)) for line in file.open("rb")]
-
-
-def eventually(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.005)  # between two looks at the condition
 
 
 def emit(emitter: Emitter, **metadata: Any) -> str | None:
@@ -317,10 +310,3 @@ def test_nul_characters_are_mended_because_postgres_cant_store_them(tmp_path: Pa
     emit(emitter, text="a\0b", literal="\\u0000")
     emitter.close()
     assert lines(tmp_path)[0]["metadata"] == {"text": "a\ufffdb", "literal": "\\u0000"}
-
-
-def test_importing_spool_loads_orjson_and_nothing_of_the_loader() -> None:
-    code = "import spool, sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
-    assert "orjson" in loaded
-    assert not {"psycopg", "watchfiles", "click", "msgspec"} & set(loaded)

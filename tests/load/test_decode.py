@@ -12,16 +12,7 @@ from hypothesis import strategies as st
 
 from loader import rejects
 from loader.decode import Reject, Row, decode
-
-ID = "0190163d-8694-739b-aea5-966c26f8ad91"
-EVENT: dict[str, Any] = {
-    "event_id": ID, "event_type": "memory_posted", "timestamp": "2026-01-20T12:00:00.000001Z",
-    "user_id": ID, "family_unit_id": ID, "session_id": None, "metadata": {"a": 1},
-}  # fmt: skip
-METRIC: dict[str, Any] = {
-    "event_id": ID, "metric_name": "hits", "metric_type": "counter", "value": 1, "labels": {},
-    "timestamp": "2026-01-20T12:00:00+01:00",
-}  # fmt: skip
+from tests.load.lines import EVENT, ID, METRIC
 
 
 def columns(line: bytes) -> list[str]:

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from pathlib import Path
-from typing import Any
 
-import orjson
 import psycopg
 import pytest
 
 from loader import rejects
-from loader.chunk import Chunk, chunks
 from loader.database import Connection
 from loader.load import Tally, load, retry
-from tests.load.test_decode import EVENT, METRIC
-
-
-def event(number: int, **change: Any) -> bytes:
-    return orjson.dumps(EVENT | {"event_id": f"0190163d-8694-739b-aea5-{number:012x}"} | change)
-
-
-def metric(number: int, **change: Any) -> bytes:
-    return orjson.dumps(METRIC | {"event_id": f"0190163d-8694-739b-beef-{number:012x}"} | change)
-
-
-def chunk(*lines: bytes, file: str = "s.ndjson") -> Chunk:
-    (only,) = chunks(io.BytesIO(b"".join(line + b"\n" for line in lines)), file)
-    return only
-
-
-def rows(connection: Connection, statement: str) -> list[tuple[Any, ...]]:
-    return connection.execute(statement).fetchall()
-
-
-def rejected(spool: Path) -> list[tuple[str, int, str]]:
-    return [(each.file, each.line, each.code) for path in rejects.files(spool) for each in rejects.read(path)]
+from tests.load.lines import EVENT, chunk, event, metric, rejected, rows
 
 
 def test_lines_are_rows_and_the_ledger_counts_them(connection: Connection, tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""Lines, chunks and what became of them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from loader import rejects
+from loader.chunk import Chunk, chunks
+from loader.database import Connection
+
+STEM = "20260120T120000.000000Z-web-0a1b2c3d-42-deadbeef-{:06d}"
+ID = "0190163d-8694-739b-aea5-966c26f8ad91"
+EVENT: dict[str, Any] = {
+    "event_id": ID, "event_type": "memory_posted", "timestamp": "2026-01-20T12:00:00.000001Z",
+    "user_id": ID, "family_unit_id": ID, "session_id": None, "metadata": {"a": 1},
+}  # fmt: skip
+METRIC: dict[str, Any] = {
+    "event_id": ID, "metric_name": "hits", "metric_type": "counter", "value": 1, "labels": {},
+    "timestamp": "2026-01-20T12:00:00+01:00",
+}  # fmt: skip
+
+
+def event(number: int, **change: Any) -> bytes:
+    return orjson.dumps(EVENT | {"event_id": f"0190163d-8694-739b-aea5-{number:012x}"} | change)
+
+
+def metric(number: int, **change: Any) -> bytes:
+    return orjson.dumps(METRIC | {"event_id": f"0190163d-8694-739b-beef-{number:012x}"} | change)
+
+
+def joined(*lines: bytes) -> bytes:
+    return b"".join(line + b"\n" for line in lines)
+
+
+def chunk(*lines: bytes, file: str = "s.ndjson") -> Chunk:
+    (only,) = chunks(io.BytesIO(joined(*lines)), file)
+    return only
+
+
+def segment(spool: Path, number: int, *lines: bytes) -> Path:
+    """A sealed segment with these lines."""
+    path = spool / f"{STEM.format(number)}.ndjson"
+    path.write_bytes(joined(*lines))
+    return path
+
+
+def rows(connection: Connection, statement: str) -> list[tuple[Any, ...]]:
+    """What a statement gives now, in a transaction of its own."""
+    with connection.transaction():
+        return connection.execute(statement.encode()).fetchall()
+
+
+def number(connection: Connection, statement: str) -> int:
+    ((value,),) = rows(connection, statement)
+    return int(value or 0)
+
+
+def rejected(spool: Path) -> list[tuple[str, int, str]]:
+    """File, line and code of each reject."""
+    return [(each.file, each.line, each.code) for path in rejects.files(spool) for each in rejects.read(path)]

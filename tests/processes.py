@@ -1,0 +1,61 @@
+"""Real processes: run the command line, start the daemon, wait for a condition with a deadline."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+LOADER = (sys.executable, "-m", "loader")
+T = TypeVar("T")
+
+
+def eventually(condition: Callable[[], T], seconds: float = 30.0) -> T:
+    """Return the first true value of the condition."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.005)  # between two looks at the condition
+    return value
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment without any setting of ours but these."""
+    ours = ("SPOOL_", "LOADER_", "DATABASE_URL", "PG")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | variables
+
+
+class Cli:
+    """`loader` with a spool and a database."""
+
+    def __init__(self, spool: Path, dsn: str) -> None:
+        self.spool = spool
+        self.environment = environment(SPOOL_DIR=str(spool), LOADER_DSN=dsn)
+
+    def __call__(
+        self, *arguments: str | Path, code: int = 0, stdin: bytes = b"", variables: Mapping[str, str] = {}
+    ) -> str:
+        """Run a command that must end with `code`; return what it printed, errors last."""
+        ended = subprocess.run(
+            [*LOADER, *arguments], input=stdin, env=self.environment | variables, capture_output=True
+        )
+        printed = ended.stdout.decode() + ended.stderr.decode()
+        assert ended.returncode == code, printed
+        return printed
+
+    @contextmanager
+    def daemon(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+        """`loader run`, ended by SIGTERM with exit code 0 where it was not killed before."""
+        process = subprocess.Popen([*LOADER, "run", *arguments], env=self.environment, stderr=subprocess.PIPE)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            _, log = process.communicate(timeout=30)
+        assert process.returncode in (0, -signal.SIGKILL), log.decode()

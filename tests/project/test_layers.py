@@ -1,0 +1,56 @@
+"""Who may import whom, and what an application that only emits has to load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = [path for package in ("spool", "loader") for path in sorted((ROOT / package).glob("*.py"))]
+SPOOL_LEAVES = {"spool.record", "spool.segment", "spool.ids"}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module of ours that a room imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module in ("spool", "loader"):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module)
+    return {name for name in found if name.partition(".")[0] in ("spool", "loader")}
+
+
+def of(room: str) -> set[str]:
+    return imported(ROOT / f"{room.replace('.', '/')}.py")
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_a_room_knows_only_its_neighbours(path: Path) -> None:
+    names = imported(path)
+    if path.parent.name == "spool":
+        assert not {name for name in names if name.startswith("loader")}
+    elif path.stem != "demo":  # which uses the public face, as an application does
+        assert {name for name in names if name.startswith("spool")} <= SPOOL_LEAVES
+
+
+def test_the_contracts_and_the_single_purpose_rooms_stay_apart() -> None:
+    assert not of("spool.segment") and not of("spool.ids")
+    assert "spool.segment" not in of("spool.record")
+    assert not {"loader.database", "loader.load"} & of("loader.decode")
+    assert not {"loader.database", "loader.load", "loader.decode"} & of("loader.watch")
+    assert "loader.chunk" not in of("loader.database")
+
+
+def test_importing_spool_loads_orjson_and_nothing_of_the_loader() -> None:
+    code = "import spool, sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    others = {name for name in loaded if not name.startswith("_") and name not in sys.stdlib_module_names}
+    assert {name for name in others if "editable" not in name} <= {"spool", "orjson"}

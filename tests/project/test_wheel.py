@@ -1,0 +1,27 @@
+"""What is installed is what is needed: the schema, the types, and orjson alone for an emitter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_wheel_has_the_schema_the_types_and_the_script(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert {"spool/py.typed", "loader/py.typed", "loader/schema.sql"} <= set(names)
+        assert archive.read("loader/schema.sql") == (ROOT / "schema.sql").read_bytes()
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith("METADATA"))
+        (scripts,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+    assert "loader = loader.__main__:main" in scripts
+    needed = [
+        line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line
+    ]
+    assert [line.split()[1].partition(">")[0] for line in needed] == ["orjson"]

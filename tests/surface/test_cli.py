@@ -1,0 +1,138 @@
+"""The command line: every mistake is one line that says what to do, with the exit code of its kind."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from loader.database import Connection
+from tests.load.lines import event, joined, metric, number, segment
+from tests.processes import LOADER, Cli, environment
+
+EVENTS = "SELECT count(*) FROM analytics_events"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["run", "--bogus"], 2, "No such option"),
+        (["fly"], 2, "No such command"),
+        (["run"], 2, "set LOADER_DSN"),
+        (["run", "--dsn", "no dsn at all"], 2, "DSN can't be read"),
+        (["run", "--dsn", "host=/nowhere", "--spool-dir", "/nowhere"], 2, "/nowhere does not exist"),
+        (["run", "--once", "--dsn", "host=/nowhere", "--spool-dir", "/tmp"], 4, "out of reach"),
+        (["init", "--dsn", "postgresql+asyncpg://127.0.0.1:1/x"], 4, "out of reach"),
+        (["run", "--workers", "0"], 2, "--workers"),
+        (["backfill"], 2, "PATH"),
+        (["backfill", "/nowhere/x.ndjson"], 2, "/nowhere/x.ndjson does not exist"),
+        (["backfill", "/proc/self/fdinfo"], 2, "has no file"),
+        (["backfill", "x.open"], 2, "does not exist"),
+        (["status", "--spool-dir", "/etc/passwd"], 2, "is not a directory"),
+        (["rejects", "show", "x", "--spool-dir", "/tmp"], 2, "rejects list"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_exit_code(arguments: list[str], code: int, says: str) -> None:
+    ended = subprocess.run([*LOADER, *arguments], env=environment(), capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
+    assert ended.stderr.count("\n") == 1 and says in ended.stderr and ended.stdout == ""
+
+
+def test_a_broken_line_is_rejected_with_its_place_and_the_rest_is_loaded(
+    cli: Cli, one_connection: Connection
+) -> None:
+    path = segment(cli.spool, 1, event(1), b'{"event_id": 7}', event(2))
+    assert "events 2" in cli("run", "--once", code=3)
+    (reject_file,) = (cli.spool / "rejected").iterdir()
+    assert reject_file.name == f"{path.stem}-0.ndjson"
+    (reject,) = [json.loads(line) for line in reject_file.open()]
+    assert (reject["file"], reject["line"], reject["raw"]) == (path.name, 2, '{"event_id": 7}')
+    assert reject["reason"] and reject["code"] == "invalid_field"
+    assert "invalid_field 1" in cli("rejects", "list")
+    assert f"{path.name}, line 2: invalid_field" in cli("rejects", "show", reject_file.name)
+    assert "rejected 1" in cli("rejects", "retry", code=3)
+
+
+def test_rejects_retry_loads_what_became_loadable_and_leaves_the_rest(
+    cli: Cli, one_connection: Connection
+) -> None:
+    one_connection.execute("ALTER TABLE analytics_metrics ADD CONSTRAINT small CHECK (value < 1000)")
+    one_connection.commit()
+    segment(cli.spool, 1, metric(1, value=5), metric(2, value=123456), b"{broken")
+    cli("run", "--once", code=3)
+    one_connection.execute("ALTER TABLE analytics_metrics DROP CONSTRAINT small")
+    one_connection.commit()
+    assert "metrics 1" in cli("rejects", "retry", code=3)
+    assert json.loads(cli("rejects", "list", "--json"))["codes"] == {"invalid_json": 1}
+    assert number(one_connection, "SELECT sum(value) FROM analytics_metrics") == 123461
+
+
+def test_backfill_reads_every_kind_of_file_and_changes_none(
+    cli: Cli, one_connection: Connection, tmp_path: Path
+) -> None:
+    archive = tmp_path / "archive"
+    (archive / "2025").mkdir(parents=True)
+    parts = [joined(*[event(n * 10 + i) for i in range(10)]) for n in range(5)]
+    (archive / "a.ndjson").write_bytes(parts[0])
+    (archive / "2025" / "b.ndjson.gz").write_bytes(gzip.compress(parts[1]))
+    (archive / "c.ndjson.zst").write_bytes(zstandard.compress(parts[2]) + zstandard.compress(parts[3]))
+    before = {path: path.read_bytes() for path in archive.rglob("*") if path.is_file()}
+    assert "events 40" in cli("backfill", "--dry-run", archive)
+    assert number(one_connection, EVENTS) == 0
+    assert "events 40" in cli("backfill", archive)
+    assert "events 10" in cli("backfill", "-", stdin=parts[4])
+    assert "duplicates 50" in cli("backfill", "-", stdin=b"".join(parts))
+    assert {path: path.read_bytes() for path in archive.rglob("*") if path.is_file()} == before
+    assert number(one_connection, EVENTS) == 50
+
+
+def test_backfill_of_a_damaged_file_loads_the_others_and_says_which_one(
+    cli: Cli, one_connection: Connection, tmp_path: Path
+) -> None:
+    (tmp_path / "a.ndjson.gz").write_bytes(gzip.compress(joined(event(1)))[:-9])
+    (tmp_path / "b.ndjson.zst").write_bytes(b"no such thing")
+    (tmp_path / "c.ndjson").write_bytes(joined(event(2)))
+    names = [tmp_path / name for name in ("a.ndjson.gz", "b.ndjson.zst", "c.ndjson")]
+    printed = cli("backfill", *names, code=1)
+    assert "a.ndjson.gz can't be read" in printed and "b.ndjson.zst can't be read" in printed
+    assert number(one_connection, EVENTS) >= 1
+
+
+def test_status_tells_what_waits_and_what_was_loaded(cli: Cli) -> None:
+    segment(cli.spool, 1, event(1), event(1), b"{broken")
+    waiting = json.loads(cli("status", "--json"))
+    assert waiting["spool"]["sealed_files"] == 1 and waiting["spool"]["lag_seconds"] > 0
+    cli("run", "--once", code=3)
+    done = json.loads(cli("status", "--json"))
+    assert done["spool"]["sealed_files"] == 0 and done["spool"]["rejected"] == {"invalid_json": 1}
+    counts = {name: done["database"][name] for name in ("lines", "events", "duplicates", "rejected")}
+    assert counts == {"lines": 3, "events": 1, "duplicates": 1, "rejected": 1}
+    assert "duplicates" in cli("status")
+
+
+def test_status_shows_the_spool_when_the_database_is_gone(cli: Cli) -> None:
+    printed = cli("status", "--dsn", "host=/nowhere", code=4)
+    assert "sealed files" in printed and "out of reach" in printed
+
+
+def test_the_demo_finds_every_acknowledged_emit_once() -> None:
+    ended = subprocess.run([*LOADER, "demo"], env=environment(), capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "SIGKILL" in ended.stdout and "What arrived" in ended.stdout
+
+
+def test_nothing_of_the_data_reaches_the_terminal_raw(cli: Cli) -> None:
+    segment(cli.spool, 1, b'{"event_id":"\x1b[31m\\u001b[2J", "x": [red]}')
+    cli("run", "--once", code=3)
+    assert "\x1b" not in cli("rejects", "show")
+
+
+def test_loader_runs_as_a_module_and_as_a_script() -> None:
+    script = Path(sys.executable).with_name("loader")
+    for command in ([*LOADER, "--version"], [str(script), "--version"]):
+        assert "0.1.0" in subprocess.check_output(command, text=True)

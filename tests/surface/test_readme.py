@@ -1,0 +1,99 @@
+"""Every command and snippet of the README runs as it stands."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from loader.database import Connection, apply_schema
+from tests.load.lines import event, joined, segment
+from tests.processes import Cli
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+INSTALL = [command for command in snippets("sh") if command.startswith("pip install")]
+COMMANDS = [line for block in snippets("sh") if block not in INSTALL for line in block.splitlines() if line]
+
+
+def test_the_two_commands_are_what_continuous_integration_and_the_demo_test_run() -> None:
+    assert INSTALL == ["pip install '.[embedded]' && loader demo\n", "pip install '.[test]' && pytest\n"]
+
+
+def test_every_command_runs(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive" / "a.ndjson").write_bytes(joined(event(1)))
+    (tmp_path / "older.ndjson.gz").write_bytes(gzip.compress(joined(event(2))))
+    segment(cli.spool, 1, event(3))
+    bin_directory = str(Path(sys.executable).parent)
+    variables = cli.environment | {"PATH": f"{bin_directory}:{cli.environment['PATH']}"}
+    assert len(COMMANDS) >= 9
+    for command in COMMANDS:
+        ended = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=variables, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, f"{command}: {ended.stderr}"
+
+
+def test_the_application_emits_and_what_it_emits_is_loaded(
+    cli: Cli, one_connection: Connection, tmp_path: Path
+) -> None:
+    (code,) = snippets("python")
+    (tmp_path / "application.py").write_text(code)
+    request = (
+        "from fastapi.testclient import TestClient; import application, uuid\n"
+        "path = f'/families/{uuid.uuid4()}/memories/{uuid.uuid4()}'\n"
+        "print(TestClient(application.app).post(path, params={'user': str(uuid.uuid4())}).json())"
+    )
+    subprocess.run([sys.executable, "-c", request], cwd=tmp_path, env=cli.environment, check=True)
+    assert "events 1, metrics 1" in cli("run", "--once")
+
+
+@pytest.fixture(scope="module")
+def filled(one_server: str) -> str:
+    """A database with 100,000 rows in each table, spread over 30 days."""
+    dsn = psycopg.conninfo.make_conninfo(one_server, dbname="filled")
+    with psycopg.connect(one_server, autocommit=True) as admin:
+        admin.execute("CREATE DATABASE filled")
+    with psycopg.connect(dsn) as connection:
+        apply_schema(connection)
+        connection.execute(
+            "INSERT INTO analytics_events "
+            "(event_id, event_type, timestamp, user_id, family_unit_id, metadata) "
+            "SELECT gen_random_uuid(), (ARRAY['memory_posted', 'feed_viewed', 'comment_posted'])[1 + n % 3], "
+            "now() - n * interval '25 seconds', md5((n % 500)::text)::uuid, md5((n % 100)::text)::uuid, "
+            "jsonb_build_object('type', n % 4) FROM generate_series(1, 100000) AS n"
+        )
+        connection.execute(
+            "INSERT INTO analytics_metrics (metric_name, metric_type, value, labels, timestamp) "
+            "SELECT (ARRAY['api_request_count', 'api_request_duration_ms'])[1 + n % 2], 'counter', n, "
+            "jsonb_build_object('endpoint', n % 7), now() - n * interval '25 seconds' "
+            "FROM generate_series(1, 100000) AS n"
+        )
+        connection.commit()
+        connection.autocommit = True
+        connection.execute("VACUUM ANALYZE")
+    return dsn
+
+
+@pytest.mark.parametrize("statement", snippets("sql"))
+def test_every_statement_runs_and_uses_an_index(filled: str, statement: str) -> None:
+    with psycopg.connect(filled) as connection:
+        connection.execute(statement.encode())
+        plan = "\n".join(line for (line,) in connection.execute(b"EXPLAIN " + statement.encode()))
+        assert re.search(r"Index (Only )?Scan", plan), plan
+        assert "Seq Scan" not in plan, plan
+
+
+def test_there_are_the_five_questions() -> None:
+    assert len(snippets("sql")) == 5

@@ -28,11 +28,13 @@ from rich.table import Table
 from loader import database, embedded
 from spool import AnalyticsService, Emitter
 from spool.context import bind
+from spool.segment import SEALED
 
 PROCESSES: Final = 4
 EMITS: Final = 4000
 """What each process emits: the three that live make 12,000."""
 _KILLED_AFTER: Final = EMITS // 3
+_CATCH_UP_SECONDS: Final = 40.0
 _EVENTS: Final = (
     "memory_posted", "memory_viewed", "reaction_added", "comment_posted", "feed_viewed", "invite_sent",
     "family_joined", "child_added", "pet_added",
@@ -55,7 +57,7 @@ def run(dsn: str | None, console: Console) -> bool:
         before = _sums(connection)
         with _loader(environment):
             applications = [_Application(spool, seed) for seed in range(PROCESSES)]
-            _follow(applications, connection, console)
+            _follow(applications, spool, connection, console)
         console.print("Loading what the killed process left behind ...")
         drained = subprocess.run([*_LOADER, "--once"], env=environment, capture_output=True, text=True)
         console.print(f"  {drained.stdout.strip()}")
@@ -108,17 +110,21 @@ class _Application:
         return self._process.pid
 
 
-def _follow(applications: list[_Application], connection: database.Connection, console: Console) -> None:
-    """Show the counts until all processes have ended, and kill the first one in the middle."""
+def _follow(
+    applications: list[_Application], spool: Path, connection: database.Connection, console: Console
+) -> None:
+    """Show the counts until all processes have ended and the loader has caught up; kill one in the middle."""
     victim, killed = applications[0], False
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console) as progress:
         total = PROCESSES * EMITS
         emitted, loaded = (progress.add_task(name, total=total) for name in ("acknowledged", "in Postgres"))
         before, _ = _sums(connection)
+        deadline = time.monotonic() + _CATCH_UP_SECONDS
         running = True
         while running:
-            running = not all(application.ended() for application in applications)
+            emitting = not all(application.ended() for application in applications)
+            running = time.monotonic() < deadline and (emitting or any(spool.glob(f"*{SEALED}")))
             if not killed and len(victim.acknowledged) >= _KILLED_AFTER:
                 victim.kill()
                 killed = True
@@ -126,6 +132,8 @@ def _follow(applications: list[_Application], connection: database.Connection, c
             progress.update(emitted, completed=sum(len(each.acknowledged) for each in applications))
             progress.update(loaded, completed=_sums(connection)[0] - before)
             time.sleep(0.05)  # between two looks
+        for task in (emitted, loaded):
+            progress.update(task, total=sum(len(each.acknowledged) for each in applications))
 
 
 def _check(

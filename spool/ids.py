@@ -5,29 +5,43 @@
     of the clock     per process
 
 Ids of one process rise strictly within a millisecond, so index inserts stay local. Two processes can only
-meet in the same millisecond with the same 26 random bits and overlapping 48-bit counters. `os.urandom` is
+meet in the same millisecond with the same 26 random bits and overlapping counters. `os.urandom` is
 asked once per process, never per id: it releases the GIL, and with busy threads beside it getting the GIL
 back costs tens of milliseconds. A forked child draws anew, before any other code of it runs.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
+from collections.abc import Iterator
+from itertools import chain, count, repeat
+from operator import attrgetter
+from typing import Final
 
-_COUNTER_BITS = 47  # of 48: the top bit stays clear, so that counting up never overflows 12 digits
+_START_BITS: Final = 35  # of 36: the top bit stays clear, so that counting up never overflows 9 digits
+_LOW_DIGITS: Final = tuple(f"{low:03x}" for low in range(4096))
 
 head = ""
 """`-7rrr-Vrrr-`: version, variant and this process' random bits."""
-counter = itertools.count()
-"""The last 12 digits of the next id; `next()` on it is atomic."""
+tails: Iterator[str] = iter(())
+"""The last 12 digits of each next id."""
+
+
+def _counting_up(start: int) -> Iterator[str]:
+    """Return the texts of `start` followed by 000 to fff, then of `start + 1`, and so on.
+
+    Joining two ready texts takes a sixth of the time of formatting a number. Only iterators written in C are
+    put together here, so `next` runs no Python code in which a thread or a signal handler could come between.
+    """
+    starts = map("%09x".__mod__, count(start))
+    return chain.from_iterable(map(map, map(attrgetter("__add__"), starts), repeat(_LOW_DIGITS)))
 
 
 def _reseed() -> None:
-    global head, counter
-    bits = int.from_bytes(os.urandom(10))
+    global head, tails
+    bits = int.from_bytes(os.urandom(8))
     head = f"-7{bits & 0xFFF:03x}-{0x8000 | bits >> 12 & 0x3FFF:04x}-"
-    counter = itertools.count(bits >> 26 & ((1 << _COUNTER_BITS) - 1))
+    tails = _counting_up(bits >> 26 & ((1 << _START_BITS) - 1))
 
 
 _reseed()
@@ -42,4 +56,4 @@ def prefix(milliseconds: int) -> str:
 
 def uuid7(milliseconds: int) -> str:
     """Return a new UUIDv7 as text, made at `milliseconds` since 1970."""
-    return f"{prefix(milliseconds)}{next(counter):012x}"
+    return prefix(milliseconds) + next(tails)

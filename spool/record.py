@@ -10,8 +10,8 @@ What always holds of an encoded line: it is UTF-8, ends with the only newline in
 escaped NUL, no lone surrogate and no number that is not finite, so Postgres can store it
 (https://www.postgresql.org/docs/current/datatype-json.html).
 
-Everything here is a pure function but for bounded memos of texts that were checked before (`_KNOWN_*`);
-they may be read and written from any thread, because a lost write only costs checking once more.
+Everything here is a pure function but for bounded memos of parts that were checked before; they may be read
+and written from any thread, because a lost write only costs checking once more. The emitter joins the parts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Final
@@ -38,14 +37,10 @@ NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,99}", re.ASCII)
 """snake_case, 1 to 100 characters: the width of `event_type` and `metric_name` in schema.sql."""
 
 MEMO_SIZE: Final = 8192
-"""Entries after which a memo starts anew; some 1 MiB, more users than are active within one second."""
+"""Entries after which a memo starts anew; some 4 MiB, more users than are active within one second."""
 
-_JSON_OPTIONS: Final = orjson.OPT_UTC_Z
-_PLAIN_TYPES: Final = frozenset({str, int, bool})
-_BACKSLASH: Final = ord("\\")
-
-_KNOWN_UUIDS: dict[object, str] = {}
-_KNOWN_NAMES: set[str] = set()
+MAX_PLAIN: Final = 1 << 63
+"""A number from 0 to below this is a metric's value of any type as it stands."""
 
 
 class Refused(ValueError):
@@ -56,46 +51,32 @@ class Refused(ValueError):
         self.cause = cause
 
 
+def refusal(error: Exception) -> Refused:
+    """Return why a line could not be made as one of ours."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, orjson.JSONEncodeError):
+        return Refused("not_json", f"metadata or labels can't be written as JSON: {error}")
+    return Refused("invalid", f"{type(error).__name__}: {error}")
+
+
 def uuid_text(value: object, field: str) -> str:
     """Return the canonical text of a UUID given as `uuid.UUID` or text.
 
     >>> uuid_text("0190163D-8694-739B-AEA5-966C26F8AD91", "user_id")
     '0190163d-8694-739b-aea5-966c26f8ad91'
 
-    Raises `Refused` (cause `invalid_uuid`, or `missing` for None). The hot path asks `known_uuid` first.
+    Raises `Refused` (cause `invalid_uuid`, or `missing` for None).
     """
     if value is None:
         raise Refused("missing", f"{field} is missing: give it to the call or bind it to the context")
     try:
-        text = str(value if isinstance(value, UUID) else UUID(str(value)))
+        return str(value if isinstance(value, UUID) else UUID(str(value)))
     except ValueError:
         raise Refused("invalid_uuid", f"{field} is not a UUID: {str(value)[:100]!r}") from None
-    if len(_KNOWN_UUIDS) >= MEMO_SIZE:
-        _KNOWN_UUIDS.clear()
-    # A UUID is keyed by its number: hashing the object runs Python code, hashing an int does not.
-    _KNOWN_UUIDS[value.int if type(value) is UUID else str(value)] = text
-    return text
 
 
-known_uuid: Final[Callable[[object], str | None]] = _KNOWN_UUIDS.get
-"""Text of a UUID seen lately, by its `int` or by the text it was given as; None where it was not seen."""
-
-
-def check_name(name: object, field: str) -> None:
-    """Raise `Refused` (cause `invalid_name`) unless `name` is snake_case of 1 to 100 characters."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        shown = str(name)[:120]
-        raise Refused("invalid_name", f"{field} must be snake_case of 1 to 100 characters: {shown!r}")
-    if len(_KNOWN_NAMES) >= MEMO_SIZE:
-        _KNOWN_NAMES.clear()
-    _KNOWN_NAMES.add(name)
-
-
-known_names: Final = _KNOWN_NAMES
-"""Names that were checked lately."""
-
-
-def timestamp_text(value: object) -> str:
+def encode_timestamp(value: object) -> bytes:
     """Return RFC 3339 text of a time the caller gives: an aware `datetime`, or text of one.
 
     Raises `Refused` (cause `invalid_timestamp`) where it has no offset or is no time.
@@ -107,43 +88,25 @@ def timestamp_text(value: object) -> str:
     if moment.utcoffset() is None:
         raise Refused("invalid_timestamp", f"timestamp has no offset: {str(value)[:100]!r}; add tzinfo")
     try:
-        return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+        return moment.astimezone(UTC).isoformat().replace("+00:00", "Z").encode()
     except OverflowError:
         raise Refused("invalid_timestamp", f"timestamp is out of range: {str(value)[:100]!r}") from None
 
 
-def encode_object(value: Mapping[str, Any] | None, field: str, redaction: Redaction) -> bytes:
+def encode_object(value: object, field: str, redaction: Redaction) -> bytes:
     """Return `metadata` or `labels` as a JSON object without secrets, ready to be put into a line.
-
-    A flat object of strings and integers under harmless keys costs one `orjson.dumps` and three look-ups;
-    anything else is looked at value by value (`_mend`).
 
     Raises `Refused`: `not_json` (a type JSON has not, a key that is not a string, a lone surrogate, an
     integer beyond 64 bits, a recursive or too deeply nested value), `not_finite` (NaN or infinity).
     """
-    if not value:
-        if value is None or isinstance(value, Mapping):
-            return b"{}"
+    if value is None:
+        return b"{}"
+    if not isinstance(value, dict):
         raise Refused("not_json", f"{field} must be an object, not {type(value).__name__}")
-    if type(value) is not dict:
-        if not isinstance(value, Mapping):
-            raise Refused("not_json", f"{field} must be an object, not {type(value).__name__}")
-        value = dict(value)
     try:
-        data = orjson.dumps(value, None, _JSON_OPTIONS)
-    except TypeError as error:  # orjson.JSONEncodeError is a TypeError
-        raise Refused("not_json", f"{field} can't be written as JSON: {error}") from None
-    if (
-        _PLAIN_TYPES.issuperset(map(type, value.values()))
-        and redaction.harmless(value)
-        and _BACKSLASH not in data
-    ):
-        return data
-    return _mend(value, data, field, redaction)
-
-
-def _mend(value: Mapping[str, Any], data: bytes, field: str, redaction: Redaction) -> bytes:
-    """The same object with secrets redacted and NUL characters replaced; refuses what is not finite."""
+        data = orjson.dumps(value)
+    except TypeError as error:
+        raise refusal(error) from None
     if b"null" in data and not _all_finite(value):
         raise Refused("not_finite", f"{field} has a number that is not finite")
     decoded = orjson.loads(data)
@@ -177,7 +140,7 @@ def _without_nul(value: Any) -> Any:
     return value
 
 
-def number_text(value: object, metric_type: str) -> str:
+def encode_number(value: object, metric_type: str) -> bytes:
     """Return a metric's value as a JSON number.
 
     Raises `Refused`: `invalid_value` (no number, beyond 64 bits, or a counter below zero), `not_finite`.
@@ -190,27 +153,68 @@ def number_text(value: object, metric_type: str) -> str:
         raise Refused("invalid_value", f"a counter's value must not be below zero: {value}")
     if isinstance(value, int) and not -(1 << 63) <= value < (1 << 64):
         raise Refused("invalid_value", "value is an integer beyond 64 bits")
-    return str(value) if isinstance(value, Decimal) else orjson.dumps(value).decode()
+    return str(value).encode() if isinstance(value, Decimal) else orjson.dumps(value)
 
 
-def encode_event(
-    event_id: str, event_type: str, timestamp: str, user_id: str, family_unit_id: str,
-    session_id: str | None, metadata: bytes,
-) -> bytes:  # fmt: skip
-    """Return the line of an event whose parts were checked. `session_id` None is written as null."""
-    session = "null" if session_id is None else f'"{session_id}"'
-    return (
-        f'{{"event_id":"{event_id}","event_type":"{event_type}","timestamp":"{timestamp}",'
-        f'"user_id":"{user_id}","family_unit_id":"{family_unit_id}","session_id":{session},'
-        f'"metadata":{metadata.decode()}}}\n'
-    ).encode()
+class _Memo(dict[Any, bytes]):
+    """Parts of lines by what they are made from. Starts anew when it is full."""
+
+    def remember(self, key: object, part: bytes) -> bytes:
+        if len(self) >= MEMO_SIZE:
+            self.clear()
+        self[key] = part
+        return part
 
 
-def encode_metric(
-    event_id: str, metric_name: str, metric_type: str, value: str, labels: bytes, timestamp: str
-) -> bytes:
-    """Return the line of a metric whose parts were checked. `value` is a JSON number."""
-    return (
-        f'{{"event_id":"{event_id}","metric_name":"{metric_name}","metric_type":"{metric_type}",'
-        f'"value":{value},"labels":{labels.decode()},"timestamp":"{timestamp}"}}\n'
-    ).encode()
+class _EventKinds(_Memo):
+    def __missing__(self, event_type: object) -> bytes:
+        name = _checked_name(event_type, "event_type")
+        return self.remember(event_type, b'","event_type":"%b","timestamp":"' % name)
+
+
+class _MetricKinds(_Memo):
+    def __init__(self, metric_type: str) -> None:
+        self._type = metric_type.encode()
+
+    def __missing__(self, metric_name: object) -> bytes:
+        names = _checked_name(metric_name, "metric_name"), self._type
+        return self.remember(metric_name, b'","metric_name":"%b","metric_type":"%b","value":' % names)
+
+
+class _MetricTypes(dict[Any, _MetricKinds]):
+    def __missing__(self, metric_type: object) -> _MetricKinds:
+        raise Refused("invalid_type", f"metric_type is unknown: {str(metric_type)[:100]!r}")
+
+
+def _checked_name(name: object, field: str) -> bytes:
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        shown = str(name)[:120]
+        raise Refused("invalid_name", f"{field} must be snake_case of 1 to 100 characters: {shown!r}")
+    return name.encode()
+
+
+EVENT_KINDS: Final = _EventKinds()
+"""`","event_type":"...","timestamp":"` by type. Raises `Refused` (`invalid_name`)."""
+METRIC_KINDS: Final = _MetricTypes({metric_type: _MetricKinds(metric_type) for metric_type in METRIC_TYPES})
+"""`","metric_name":"...","metric_type":"...","value":` by type, then by name. Raises `Refused`
+(`invalid_type`, `invalid_name`)."""
+_WHO: Final = _Memo()
+
+
+def encode_who(user_id: Any, family_unit_id: Any, session_id: Any) -> bytes:
+    """Return `","user_id":"...","family_unit_id":"...","session_id":...,"metadata":`.
+
+    Raises `Refused` (see `uuid_text`).
+    """
+    key = (
+        # A UUID is known by its number: hashing the object runs Python code, hashing an int does not.
+        user_id.int if type(user_id) is UUID else user_id,
+        family_unit_id.int if type(family_unit_id) is UUID else family_unit_id,
+        session_id.int if type(session_id) is UUID else session_id,
+    )
+    if (who := _WHO.get(key)) is not None:
+        return who
+    user, family = uuid_text(user_id, "user_id"), uuid_text(family_unit_id, "family_unit_id")
+    session = "null" if session_id is None else f'"{uuid_text(session_id, "session_id")}"'
+    text = f'","user_id":"{user}","family_unit_id":"{family}","session_id":{session},"metadata":'
+    return _WHO.remember(key, text.encode())

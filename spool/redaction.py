@@ -4,13 +4,12 @@ A key is compared without case, `-`, `_` and blanks, and is sensitive when it co
 words (`X-Api-Key`, `user_password` and `passwordHash` all are). Its whole value, of whatever type, becomes
 `"[redacted]"`. Values under other keys are never looked at for secrets.
 
-Asking whether all keys of a flat dictionary are harmless is one look-up for a set of keys seen before,
-because an application uses the same few sets of keys again and again.
+An application uses the same few keys again and again, so those that were found harmless are kept in a set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Final
 
 REDACTED: Final = "[redacted]"
@@ -35,22 +34,20 @@ class Redaction:
 
     def __init__(self, words: Iterable[str] = SENSITIVE_KEYS) -> None:
         self.words = frozenset(filter(None, map(_normal, words)))
-        self._harmless: dict[tuple[str, ...], bool] = {}
+        self.harmless: set[object] = set()
+        """Keys that were asked about lately and are not sensitive."""
 
     def sensitive(self, key: str) -> bool:
         """Whether the value under `key` must not be written."""
+        if key in self.harmless:
+            return False
         normal = _normal(key)
-        return any(word in normal for word in self.words)
-
-    def harmless(self, value: Mapping[str, Any]) -> bool:
-        """Whether no key of `value` itself is sensitive; says nothing of nested objects."""
-        keys = tuple(value)
-        known = self._harmless.get(keys)
-        if known is None:
-            if len(self._harmless) >= _MEMO_SIZE:
-                self._harmless.clear()
-            known = self._harmless[keys] = not any(map(self.sensitive, keys))
-        return known
+        if any(word in normal for word in self.words):
+            return True
+        if len(self.harmless) >= _MEMO_SIZE:
+            self.harmless.clear()
+        self.harmless.add(key)
+        return False
 
     def apply(self, value: Any) -> Any:
         """Return decoded JSON with every sensitive value replaced; `value` itself where there is none."""

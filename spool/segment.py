@@ -16,6 +16,7 @@ sealing and recovery are one function.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -25,15 +26,20 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
+
+from spool.turn import Turn
 
 OPEN: Final = ".open"
 SEALED: Final = ".ndjson"
 STEM: Final = re.compile(r"\d{8}T\d{6}\.\d{6}Z-[A-Za-z0-9.-]{1,64}-[0-9a-f]{8}-\d+-[0-9a-f]{8}-\d{6,}")
 MODE: Final = 0o640
-_BLOCK: Final = 64 * 1024
+_BLOCK: Final = 1 << 20
+"""Bytes per read: with busy threads beside it, getting the GIL back after each costs milliseconds."""
+_UNSUPPORTED: Final = frozenset({errno.ENODEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+"""What some network and FUSE file systems answer to reserving or mapping (posix_fallocate(3), mmap(2))."""
 _MADV_POPULATE_WRITE: Final = 23  # Python has no name for it
 
 
@@ -78,7 +84,8 @@ class Segment:
         self.path = path
         self.fd = fd
         self._map = mmap.mmap(fd, capacity)
-        self.write = self._map.write
+        self._end_at_least: int | None = None
+        self.write: Callable[[bytes], int] = self._map.write
 
     @classmethod
     def create(cls, directory: Path, stem: str, capacity: int, *, sync: bool = False) -> Segment:
@@ -93,10 +100,16 @@ class Segment:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_file(path, fd):  # a loader took it for a dead writer's before it was locked
                 raise OSError(errno.EAGAIN, "segment was taken away while it was made", str(path))
-            os.posix_fallocate(fd, 0, capacity)
             if sync:
                 sync_directory(directory)
-            return cls(path, fd, capacity)
+            try:
+                os.posix_fallocate(fd, 0, capacity)
+                return cls(path, fd, capacity)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                os.ftruncate(fd, 0)
+                return WrittenSegment(path, fd, capacity)
         except BaseException:
             if _is_file(path, fd):
                 os.unlink(path)
@@ -118,27 +131,84 @@ class Segment:
 
     def end(self) -> int:
         """Return the bytes written so far."""
-        return self._map.tell()
+        return _end_of_lines(self.fd, os.fstat(self.fd).st_size)
 
     def lines(self) -> int:
         """Return the lines written so far."""
-        return self._map[: self._map.tell()].count(b"\n")
+        return _count_lines(self.fd, self.end())
 
     def retire(self) -> None:
         """From now on `write` raises ValueError. Safe to repeat."""
+        with contextlib.suppress(ValueError):  # it is closed already
+            self._end_at_least = self._map.tell()  # another thread may write until it is
         self._map.close()
 
     def seal(self, *, sync: bool = False) -> Sealed:
-        """Retire the segment and give it its sealed name; each step is safe to repeat after an OSError."""
+        """Retire the segment and give it its sealed name; each step is safe to repeat after an OSError.
+
+        Raises FileNotFoundError where its file is no longer in its directory.
+        """
         self.retire()
-        sealed = seal(self.path, self.fd, sync=sync)
-        os.close(self.fd)
+        sealed = seal(self.path, self.fd, sync=sync, end_at_least=self._end_at_least)
+        with contextlib.suppress(OSError):  # the descriptor is gone all the same (close(2))
+            os.close(self.fd)
         return sealed
+
+    def restore(self, directory: Path) -> None:
+        """Write the lines of a retired segment, whose file was removed, to a new one of the same stem.
+
+        Raises OSError; then it is as it was.
+        """
+        end = self.end()
+        fresh = Segment.create(directory, self.path.stem, max(end, 1))
+        for block in _blocks(self.fd, 0, end):
+            fresh.write(block)
+        fresh.retire()
+        os.close(self.fd)
+        self.path, self.fd = fresh.path, fresh.fd
 
     def abandon(self) -> None:
         """Let go of the map and the lock without touching the file: what a forked child does."""
         self.retire()
         os.close(self.fd)
+
+
+class WrittenSegment(Segment):
+    """A segment on a file system that can't map or reserve: each line is written where the last one ended.
+
+    A write that was cut short is overwritten by the next one. `write` raises OSError where the disk refuses.
+    """
+
+    def __init__(self, path: Path, fd: int, capacity: int) -> None:
+        self.path = path
+        self.fd = fd
+        self._capacity = capacity
+        self._end = 0
+        self._end_at_least = None
+        self._turn = Turn()
+        self.write = self._append
+
+    def _append(self, line: bytes) -> int:
+        with self._turn as interrupted:
+            if interrupted or self._end + len(line) > self._capacity:
+                raise ValueError("segment is full, retired, or in the middle of a write")
+            if os.pwrite(self.fd, line, self._end) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._end += len(line)
+            return len(line)
+
+    def populate(self) -> None:
+        """There is nothing to fault in."""
+
+    def retire(self) -> None:
+        self._capacity = 0
+
+    def seal(self, *, sync: bool = False) -> Sealed:
+        with self._turn as interrupted:
+            if interrupted:
+                raise OSError(errno.EAGAIN, "segment is in the middle of a write")
+            os.ftruncate(self.fd, self._end)
+            return super().seal(sync=sync)
 
 
 def recover(path: Path, *, sync: bool = False) -> Sealed | None:
@@ -157,28 +227,45 @@ def recover(path: Path, *, sync: bool = False) -> Sealed | None:
         os.close(fd)
 
 
-def seal(path: Path, fd: int, *, sync: bool = False) -> Sealed:
+def seal(path: Path, fd: int, *, sync: bool = False, end_at_least: int | None = None) -> Sealed:
     """Cut the file to its last complete line and rename it; remove it where it has none.
 
-    The caller holds the lock. Raises FileNotFoundError where `path` is no longer this file.
+    The caller holds the lock. A living writer knows how far it wrote at least (`end_at_least`) and has torn
+    no line, so its end need not be looked for. Raises FileNotFoundError where `path` is no longer this file.
     """
-    if not _is_file(path, fd):
+    sealed = path.with_suffix(SEALED)
+    renamed = not _is_file(path, fd) and _is_file(sealed, fd)  # by an earlier try that failed to sync
+    if not renamed and not _is_file(path, fd):
         raise FileNotFoundError(errno.ENOENT, "segment is no longer in its directory", str(path))
     size = os.fstat(fd).st_size
-    end = _end_of_lines(fd, size)
-    torn = sum(len(block) - block.count(0) for block in _blocks(fd, end, size))
+    if end_at_least is not None and not os.pread(fd, 1, end_at_least).strip(b"\0"):
+        end, torn = end_at_least, 0
+    else:
+        end = _end_of_lines(fd, size)
+        torn = sum(len(block) - block.count(0) for block in _blocks(fd, end, size))
     if end == 0:
         os.unlink(path)
         return Sealed(None, 0, 0, torn)
-    lines = sum(block.count(b"\n") for block in _blocks(fd, 0, end))
-    os.ftruncate(fd, end)
-    if sync:
-        os.fsync(fd)
-    sealed = path.with_suffix(SEALED)
-    os.rename(path, sealed)
+    lines = _count_lines(fd, end)
+    if not renamed:
+        os.ftruncate(fd, end)
+        if sync:
+            os.fsync(fd)
+        os.rename(path, sealed)
     if sync:
         sync_directory(path.parent)
     return Sealed(sealed, lines, end, torn)
+
+
+def segment_bytes(directory: Path) -> int:
+    """Return what the segments of a spool take on disk; 0 where there is no spool. Raises OSError."""
+    total = 0
+    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.endswith((OPEN, SEALED)):
+                with contextlib.suppress(FileNotFoundError):  # loaded meanwhile
+                    total += entry.stat(follow_symlinks=False).st_size
+    return total
 
 
 def sync_directory(directory: Path) -> None:
@@ -208,6 +295,10 @@ def _end_of_lines(fd: int, size: int) -> int:
     end = _after_last_newline(fd, size)
     start = _after_last_newline(fd, end - 1)
     return start if any(0 in block for block in _blocks(fd, start, end)) else end
+
+
+def _count_lines(fd: int, end: int) -> int:
+    return sum(block.count(b"\n") for block in _blocks(fd, 0, end))
 
 
 def _after_last_newline(fd: int, end: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -15,36 +14,36 @@ class AnalyticsService:
     def __init__(self, emitter: Emitter) -> None:
         self.emitter = emitter
 
-    async def emit_event(self, **event: Any) -> str | None:
+    async def emit_event(
+        self, *, event_type: str, user_id: Any = None, family_unit_id: Any = None, session_id: Any = None,
+        metadata: dict[str, Any] | None = None, event_id: Any = None, timestamp: Any = None,
+    ) -> str | None:  # fmt: skip
         """See `Emitter.emit_event`."""
-        return self.emitter.emit_event(**event)
+        return self.emitter.emit_event(
+            event_type=event_type, user_id=user_id, family_unit_id=family_unit_id, session_id=session_id,
+            metadata=metadata, event_id=event_id, timestamp=timestamp,
+        )  # fmt: skip
 
     async def increment_counter(
-        self, *, metric_name: str, value: Any = 1, labels: Mapping[str, Any] | None = None
+        self, *, metric_name: str, value: Any = 1, labels: dict[str, Any] | None = None
     ) -> str | None:
         """See `Emitter.record_metric`; the value must not be below zero."""
-        return self.emitter.record_metric(
-            metric_name=metric_name, metric_type="counter", value=value, labels=labels
-        )
+        return self.emitter.increment_counter(metric_name=metric_name, value=value, labels=labels)
 
     async def record_gauge(
-        self, *, metric_name: str, value: Any, labels: Mapping[str, Any] | None = None
+        self, *, metric_name: str, value: Any, labels: dict[str, Any] | None = None
     ) -> str | None:
         """See `Emitter.record_metric`."""
-        return self.emitter.record_metric(
-            metric_name=metric_name, metric_type="gauge", value=value, labels=labels
-        )
+        return self.emitter.record_gauge(metric_name=metric_name, value=value, labels=labels)
 
     async def record_timer(
-        self, *, metric_name: str, duration_ms: Any, labels: Mapping[str, Any] | None = None
+        self, *, metric_name: str, duration_ms: Any, labels: dict[str, Any] | None = None
     ) -> str | None:
         """See `Emitter.record_metric`; the duration is in milliseconds."""
-        return self.emitter.record_metric(
-            metric_name=metric_name, metric_type="timer", value=duration_ms, labels=labels
-        )
+        return self.emitter.record_timer(metric_name=metric_name, duration_ms=duration_ms, labels=labels)
 
     async def record_metric(
-        self, *, metric_name: str, metric_type: str, value: Any, labels: Mapping[str, Any] | None = None
+        self, *, metric_name: str, metric_type: str, value: Any, labels: dict[str, Any] | None = None
     ) -> str | None:
         """See `Emitter.record_metric`."""
         return self.emitter.record_metric(

@@ -20,10 +20,14 @@ class Settings:
     directory: Path = Path("/var/spool/analytics")
     max_age: float = 1.0
     """A segment with lines is sealed this long after its first line: the bound on freshness."""
-    segment_bytes: int = 1 << 20
-    """Capacity that is reserved for a segment; sealing cuts it to what was written."""
+    segment_bytes: int = 4 << 20
+    """Capacity that is reserved for a segment; sealing cuts it to what was written. Below 4 MiB a busy
+    process rotates before the next segment is ready, which makes the median emit 10 % slower."""
     max_line_bytes: int = 1 << 20
     """A longer line is dropped and counted."""
+    max_spool_bytes: int = 10 << 30
+    """No segment is made that would bring the spool's segments above this: newer lines are dropped and
+    counted. 0 is no limit."""
     fsync: bool = False
     """Sync each segment before it is sealed: power loss then costs at most the last `max_age` seconds."""
     strict: bool = False
@@ -35,6 +39,8 @@ class Settings:
         for name in ("segment_bytes", "max_line_bytes"):
             if getattr(self, name) < 4096:
                 raise ValueError(f"{name} must be at least 4096: {getattr(self, name)}")
+        if self.max_spool_bytes < 0:
+            raise ValueError(f"max_spool_bytes must not be below 0: {self.max_spool_bytes}")
 
     @classmethod
     def of(cls, environment: Mapping[str, str] = os.environ, **given: Any) -> Settings:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +13,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,19 +20,8 @@ from hypothesis import strategies as st
 from spool import AnalyticsService, Emitter
 from spool.context import bind
 from spool.segment import STEM, recover
+from tests.emit.lines import FAMILY, USER, emit, ids, interrupted, lines, recover_all
 from tests.processes import eventually
-
-USER, FAMILY = uuid.uuid4(), uuid.uuid4()
-
-
-def lines(directory: Path, pattern: str = "*.ndjson") -> list[dict[str, Any]]:
-    return [orjson.loads(line) for file in sorted(directory.glob(pattern)) for line in file.open("rb")]
-
-
-def emit(emitter: Emitter, **metadata: Any) -> str | None:
-    return emitter.emit_event(
-        event_type="memory_posted", user_id=USER, family_unit_id=FAMILY, metadata=metadata
-    )
 
 
 def test_an_emitted_event_is_one_line_with_the_keys_of_the_format(tmp_path: Path) -> None:
@@ -107,20 +94,9 @@ def test_no_line_is_torn_or_lost_by_32_threads(tmp_path: Path) -> None:
 
 def test_an_emit_in_a_signal_handler_that_interrupts_an_emit_is_kept(tmp_path: Path) -> None:
     emitter = Emitter(tmp_path, segment_bytes=4096)
-    kept: list[str | None] = []
-
-    def handler(*_: object) -> None:
-        kept.append(emit(emitter, handler=True))
-        signal.setitimer(signal.ITIMER_REAL, 0.0005)  # armed last, so that handlers never pile up
-
-    previous = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.001)
-    try:
+    with interrupted(emitter, handler=True) as kept:
         while len(kept) < 1000:
             emit(emitter, handler=False)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
     emitter.close()
     assert {line["event_id"] for line in lines(tmp_path) if line["metadata"]["handler"]} == set(kept)
     writers: dict[str, list[int]] = {}
@@ -169,11 +145,9 @@ def test_an_emit_that_returned_survives_sigkill(tmp_path: Path, attempt: int) ->
     acknowledged = [*head, *process.stdout.readlines()]
     process.wait()
     process.stdout.close()
-    for file in tmp_path.glob("*.open"):
-        recover(file)
-    kept = {line["event_id"].encode() + b"\n" for line in lines(tmp_path)}
+    recover_all(tmp_path)
+    kept = {event_id.encode() + b"\n" for event_id in ids(tmp_path)}
     assert {line for line in acknowledged if line.endswith(b"\n")} <= kept
-    assert not list(tmp_path.glob("*.open"))
 
 
 def test_a_segment_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
@@ -245,18 +219,6 @@ def test_a_counter_value_that_is_no_count_is_refused(tmp_path: Path, value: obje
     emitter = Emitter(tmp_path)
     assert emitter.increment_counter(metric_name="hits", value=value) is None
     assert emitter.stats().dropped.keys() <= {"invalid_value", "not_finite"}
-
-
-def test_a_directory_that_cant_be_is_counted_and_forgotten_once_it_can(tmp_path: Path) -> None:
-    blocked = tmp_path / "spool"
-    blocked.write_text("a file, not a directory")
-    emitter = Emitter(blocked, max_age=0.05)
-    assert emit(emitter) is None
-    assert emitter.stats().dropped == {"disk": 1}
-    blocked.unlink()
-    assert emit(emitter) is not None
-    eventually(lambda: any(line.get("metric_name") == "spool_dropped_count" for line in lines(blocked)))
-    emitter.close()
 
 
 def test_context_gives_what_the_call_does_not(tmp_path: Path) -> None:

@@ -1,0 +1,217 @@
+"""A disk that is full, a directory that goes away: no exception, no SIGBUS, drops are counted."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spool import Emitter
+from spool.emitter import DROPPED_METRIC
+from tests.emit.lines import emit, ids, interrupted, lines
+from tests.processes import eventually
+
+MAX_AGE = 0.2
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 16 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a tmpfs takes a privilege that is not here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Write until not one byte is left."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
+    return filler
+
+
+def told(directory: Path) -> int:
+    """How many drops the metrics tell of."""
+    return sum(int(line["value"]) for line in lines(directory) if line.get("metric_name") == DROPPED_METRIC)
+
+
+def recovers(emitter: Emitter, directory: Path) -> None:
+    """Lines flow again within two `max_age`, and a metric says how many were dropped."""
+    deadline = time.monotonic() + 2 * MAX_AGE + 1.0  # a second for a busy machine
+    while emit(emitter) is None:
+        assert time.monotonic() < deadline
+    eventually(lambda: told(directory) == sum(emitter.stats().dropped.values()))
+
+
+def test_a_full_disk_drops_counts_warns_once_and_recovers(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    emitter = Emitter(small_disk / "spool", max_age=MAX_AGE)
+    kept = [emit(emitter, text="x" * 200)]
+    filler = fill(small_disk)
+    with caplog.at_level(logging.WARNING):
+        kept += [emit(emitter, text="x" * 200) for _ in range(20_000)]
+    assert kept.count(None) > 0 and kept.count(None) < len(kept)
+    assert emitter.stats().dropped == {"disk": kept.count(None)}
+    assert [record.levelname for record in caplog.records if "dropped" in record.message] == ["WARNING"]
+    filler.unlink()
+    recovers(emitter, small_disk / "spool")
+    emitter.close()
+    assert set(ids(small_disk / "spool")) >= set(filter(None, kept))
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_lines_survive_the_removal_of_the_directory_under_a_living_emitter(
+    tmp_path: Path, replaced: bool
+) -> None:
+    spool = tmp_path / "spool"
+    emitter = Emitter(spool, max_age=60)
+    for _ in range(3):
+        kept = [emit(emitter) for _ in range(100)]
+        eventually(lambda: shutil.rmtree(spool, ignore_errors=True) or not spool.exists())
+        if replaced:
+            spool.mkdir()
+        kept += [emit(emitter) for _ in range(100)]
+        assert emitter.seal()
+        assert ids(spool) == kept
+    emitter.close()
+    assert {file.suffix for file in spool.iterdir()} == {".ndjson"}
+
+
+READ_ONLY = """
+import os, sys, time
+from spool import Emitter
+import uuid
+user = uuid.uuid4()
+os.setuid(65534)
+emitter = Emitter(sys.argv[1], max_age=0.2)
+def emit():
+    return emitter.emit_event(event_type="tick", user_id=user, family_unit_id=user)
+def say(*words):
+    print(*words, flush=True)
+    sys.stdin.readline()
+say("kept", emit())
+deadline = time.monotonic() + 20
+while emit():
+    assert time.monotonic() < deadline
+    emitter.seal()
+say("dropped", sum(emitter.stats().dropped.values()))
+deadline = time.monotonic() + 1.4
+while not emit():
+    assert time.monotonic() < deadline, "did not recover"
+emitter.close()
+say("dropped", sum(emitter.stats().dropped.values()))
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becoming another user takes root")
+def test_a_directory_that_is_made_read_only_drops_and_recovers(tmp_path: Path) -> None:
+    for parent in (tmp_path, *tmp_path.parents[:3]):
+        parent.chmod(0o755)
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    os.chown(spool, 65534, 65534)
+    process = subprocess.Popen(
+        [sys.executable, "-c", READ_ONLY, str(spool)],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin and process.stdout
+    for mode in (0o500, 0o700, 0o700):
+        assert process.stdout.readline().split()[1] not in ("None", "0")
+        spool.chmod(mode)
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert process.wait() == 0
+    assert told(spool) > 0
+
+
+def test_a_directory_that_cant_be_is_counted_and_forgotten_once_it_can(tmp_path: Path) -> None:
+    blocked = tmp_path / "spool"
+    blocked.write_text("a file, not a directory")
+    emitter = Emitter(blocked, max_age=MAX_AGE)
+    assert emit(emitter) is None
+    assert emitter.stats().dropped == {"disk": 1}
+    blocked.unlink()
+    recovers(emitter, blocked)
+    emitter.close()
+
+
+def test_drops_are_told_even_if_nothing_more_is_emitted(tmp_path: Path) -> None:
+    blocked = tmp_path / "spool"
+    blocked.write_text("a file, not a directory")
+    emitter = Emitter(blocked, max_age=MAX_AGE)
+    emit(emitter)
+    blocked.unlink()
+    eventually(lambda: blocked.is_dir() and told(blocked) == 1)
+    emitter.close()
+
+
+def test_a_spool_never_grows_beyond_its_limit(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path, max_age=MAX_AGE, segment_bytes=8192, max_spool_bytes=65536)
+    kept = [emit(emitter, text="x" * 500) for _ in range(1000)]
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 65536
+    assert emitter.stats().dropped == {"spool_full": kept.count(None)}
+    for file in tmp_path.glob("*.ndjson"):
+        file.unlink()
+    recovers(emitter, tmp_path)
+    emitter.close()
+
+
+@pytest.fixture
+def no_maps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a file system that can't map answers; the fixture sees to it that somebody asked."""
+    asked = []
+
+    def refuse(*_: object) -> None:
+        asked.append(True)
+        raise OSError(errno.ENODEV, "no such device")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    yield
+    assert asked
+
+
+@pytest.mark.usefixtures("no_maps")
+def test_where_files_cant_be_mapped_lines_are_written_and_nothing_is_lost(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path, segment_bytes=4096, max_age=0.05)
+    with interrupted(emitter) as kept:
+        own = [emit(emitter) for _ in range(3000)]
+    emitter.close()
+    assert kept and None not in [*kept, *own]
+    assert sorted(ids(tmp_path)) == sorted(filter(None, [*kept, *own]))
+
+
+@pytest.mark.usefixtures("no_maps")
+def test_a_written_segment_on_a_full_disk_keeps_what_it_acknowledged(small_disk: Path) -> None:
+    emitter = Emitter(small_disk / "spool", max_age=MAX_AGE)
+    kept = [emit(emitter)]
+    filler = fill(small_disk)
+    kept += [emit(emitter, text="x" * 500) for _ in range(1000)]
+    assert None in kept
+    filler.unlink()
+    recovers(emitter, small_disk / "spool")
+    emitter.close()
+    assert set(ids(small_disk / "spool")) >= set(filter(None, kept))

@@ -30,15 +30,20 @@ class Housekeeper:
 
     def wake(self) -> None:
         """Have the work done soon. Never raises, never waits."""
-        self._wakes.put(True)
         if self._thread is None and self._starting.acquire(blocking=False):
             try:
                 self._start()
             finally:
                 self._starting.release()
+        self._wakes.put(True)
 
     def _start(self) -> None:
-        thread = threading.Thread(target=self._run, name="spool-housekeeping", daemon=True)
+        # The queue is made with the thread. Where gevent has patched them in between (a gunicorn worker that
+        # was forked from a preloaded application), a greenlet would wait in a call that stops all others.
+        self._wakes = queue.SimpleQueue()
+        thread = threading.Thread(
+            target=self._run, args=(self._wakes,), name="spool-housekeeping", daemon=True
+        )
         with contextlib.suppress(RuntimeError):  # the interpreter is ending, or has no thread left
             thread.start()
             self._thread = thread
@@ -50,18 +55,19 @@ class Housekeeper:
             self._wakes.put(False)
             thread.join(timeout=_STOP_SECONDS)
 
-    def _run(self) -> None:
+    def _run(self, wakes: queue.SimpleQueue[bool]) -> None:
         wait: float | None = 0.0
-        while self._go_on(wait):
+        while _go_on(wakes, wait):
             try:
                 wait = self._work()
             except Exception:
                 log.exception("housekeeping failed; trying again")
                 wait = 1.0
 
-    def _go_on(self, wait: float | None) -> bool:
-        """Sleep until there is work; False when the thread is to end."""
-        try:
-            return self._wakes.get(timeout=wait)
-        except queue.Empty:
-            return True
+
+def _go_on(wakes: queue.SimpleQueue[bool], wait: float | None) -> bool:
+    """Sleep until there is work; False when the thread is to end."""
+    try:
+        return wakes.get(timeout=wait)
+    except queue.Empty:
+        return True

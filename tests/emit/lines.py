@@ -24,16 +24,16 @@ def emit(emitter: Emitter, **metadata: Any) -> str | None:
 
 
 @contextmanager
-def interrupted(emitter: Emitter, **metadata: Any) -> Iterator[list[str | None]]:
-    """Emit from a signal handler every half millisecond or so; give the ids of those emits."""
+def interrupted(emitter: Emitter, seconds: float = 0.0005, **metadata: Any) -> Iterator[list[str | None]]:
+    """Emit from a signal handler every so many seconds; give the ids of those emits."""
     kept: list[str | None] = []
 
     def handler(*_: object) -> None:
         kept.append(emit(emitter, **metadata))
-        signal.setitimer(signal.ITIMER_REAL, 0.0005)  # armed last, so that handlers never pile up
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # armed last, so that handlers never pile up
 
     previous = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.001)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield kept
     finally:

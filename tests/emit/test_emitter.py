@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
-import threading
 import time
 import uuid
 from datetime import datetime
@@ -20,7 +16,7 @@ from hypothesis import strategies as st
 from spool import AnalyticsService, Emitter
 from spool.context import bind
 from spool.segment import STEM, recover
-from tests.emit.lines import FAMILY, USER, emit, ids, interrupted, lines, recover_all
+from tests.emit.lines import FAMILY, USER, emit, lines
 from tests.processes import eventually
 
 
@@ -79,75 +75,6 @@ def test_segments_are_numbered_without_gaps_across_rotation(tmp_path: Path) -> N
     numbers = [int(file.stem.rsplit("-", 1)[1]) for file in sorted(tmp_path.glob("*.ndjson"))]
     assert numbers == list(range(1, len(numbers) + 1))
     assert emitter.stats().emitted == 500
-
-
-def test_no_line_is_torn_or_lost_by_32_threads(tmp_path: Path) -> None:
-    emitter = Emitter(tmp_path, segment_bytes=8192, max_age=0.01)
-    threads = [threading.Thread(target=lambda: [emit(emitter, n=n) for n in range(500)]) for _ in range(32)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    emitter.close()
-    assert len({line["event_id"] for line in lines(tmp_path)}) == 32 * 500 == emitter.stats().emitted
-
-
-def test_an_emit_in_a_signal_handler_that_interrupts_an_emit_is_kept(tmp_path: Path) -> None:
-    emitter = Emitter(tmp_path, segment_bytes=4096)
-    with interrupted(emitter, handler=True) as kept:
-        while len(kept) < 1000:
-            emit(emitter, handler=False)
-    emitter.close()
-    assert {line["event_id"] for line in lines(tmp_path) if line["metadata"]["handler"]} == set(kept)
-    writers: dict[str, list[int]] = {}
-    for file in tmp_path.glob("*.ndjson"):
-        writer, number = file.stem.split("-", 1)[1].rsplit("-", 1)
-        writers.setdefault(writer, []).append(int(number))
-    for numbers in writers.values():
-        assert sorted(numbers) == list(range(1, len(numbers) + 1))
-
-
-def test_forked_children_write_their_own_segments_and_ids_never_repeat(tmp_path: Path) -> None:
-    emitter = Emitter(tmp_path)
-    emit(emitter)
-    children = []
-    for _ in range(16):
-        if (child := os.fork()) == 0:
-            for n in range(500):
-                emit(emitter, n=n)
-            emitter.close()
-            os._exit(0)
-        children.append(child)
-        emit(emitter)
-    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
-    emitter.close()
-    ids = [line["event_id"] for line in lines(tmp_path)]
-    assert len(ids) == len(set(ids)) == 1 + 16 * 501
-
-
-KILLED = """
-import sys, uuid
-from spool import Emitter
-emitter = Emitter(sys.argv[1], segment_bytes=65536, max_age=0.05)
-user = uuid.uuid4()
-while True:
-    sys.stdout.write(emitter.emit_event(event_type="tick", user_id=user, family_unit_id=user) + "\\n")
-    sys.stdout.flush()
-"""
-
-
-@pytest.mark.parametrize("attempt", range(10))
-def test_an_emit_that_returned_survives_sigkill(tmp_path: Path, attempt: int) -> None:
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    head = [process.stdout.readline() for _ in range(200 * (attempt + 1))]
-    process.kill()
-    acknowledged = [*head, *process.stdout.readlines()]
-    process.wait()
-    process.stdout.close()
-    recover_all(tmp_path)
-    kept = {event_id.encode() + b"\n" for event_id in ids(tmp_path)}
-    assert {line for line in acknowledged if line.endswith(b"\n")} <= kept
 
 
 def test_a_segment_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,188 @@
+"""Threads, tasks, greenlets, handlers and finalizers emit at once: no deadlock, no line torn or lost."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import spool
+from spool import AnalyticsService, Emitter
+from tests.emit.lines import emit, ids, interrupted, lines
+
+TRIES = 10_000
+ROOMS = tuple(str(path) for path in Path(spool.__file__).parent.glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def no_deadlock() -> Iterator[None]:
+    """A test that hangs ends the run and says where."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def numbers_have_no_gaps(directory: Path) -> None:
+    writers: dict[str, list[int]] = {}
+    for file in directory.glob("*.ndjson"):
+        writer, number = file.stem.split("-", 1)[1].rsplit("-", 1)
+        writers.setdefault(writer, []).append(int(number))
+    for numbers in writers.values():
+        assert sorted(numbers) == list(range(1, len(numbers) + 1))
+
+
+def test_32_threads(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path, segment_bytes=8192, max_age=0.01)
+    kept: list[str | None] = []
+    threads = [
+        threading.Thread(target=lambda: kept.extend([emit(emitter, n=n) for n in range(TRIES // 32 + 1)]))
+        for _ in range(32)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    emitter.close()
+    assert len(kept) >= TRIES and sorted(ids(tmp_path)) == sorted(filter(None, kept))
+    assert emitter.stats().emitted == len(kept)
+    numbers_have_no_gaps(tmp_path)
+
+
+def test_asyncio_tasks(tmp_path: Path) -> None:
+    service = AnalyticsService(Emitter(tmp_path, segment_bytes=8192, max_age=0.01))
+
+    async def work() -> list[str | None]:
+        kept = []
+        for n in range(TRIES // 100):
+            kept.append(await service.increment_counter(metric_name="tries", labels={"n": n}))
+            await asyncio.sleep(0)
+        return kept
+
+    async def main() -> list[list[str | None]]:
+        return await asyncio.gather(*(work() for _ in range(100)))
+
+    kept = [each for task in asyncio.run(main()) for each in task]
+    service.emitter.close()
+    assert len(kept) == TRIES and sorted(ids(tmp_path)) == sorted(filter(None, kept))
+
+
+def test_a_signal_handler_that_interrupts_emits(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path, segment_bytes=16384)
+    own = []
+    with interrupted(emitter, seconds=0.00005, handler=True) as kept:
+        while len(kept) < TRIES:
+            own.append(emit(emitter, handler=False))
+    emitter.close()
+    assert sorted(ids(tmp_path)) == sorted(filter(None, [*own, *kept]))
+    assert None not in own and None not in kept
+    numbers_have_no_gaps(tmp_path)
+
+
+STRIDE = 13
+"""Instructions between two interruptions of one emit; the next emit is interrupted one later."""
+
+
+def test_an_emit_at_every_instruction_of_an_emit_and_of_a_rotation(tmp_path: Path) -> None:
+    """What a handler or a finalizer could interrupt, tried one by one with the interpreter's own tracing."""
+    emitter = Emitter(tmp_path, segment_bytes=4096, max_age=60)
+    kept: list[str | None] = []
+    instruction = 0
+    tracing = True
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal tracing, instruction
+        if not tracing or frame.f_code.co_filename not in ROOMS:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            instruction += 1
+            if instruction % STRIDE == 0:
+                tracing = False
+                kept.append(emit(emitter, inner=True))
+                tracing = True
+        return trace
+
+    own = []
+    for offset in range(STRIDE * 30):  # every fifth or so rotates
+        instruction = offset
+        sys.settrace(trace)
+        try:
+            own.append(emit(emitter, text="x" * 600))
+        finally:
+            sys.settrace(None)
+    emitter.close()
+    assert len(kept) > 4000 and None not in kept and None not in own
+    assert sorted(ids(tmp_path)) == sorted(filter(None, [*own, *kept]))
+    numbers_have_no_gaps(tmp_path)
+
+
+class Finalized:
+    """Emits when it is collected; part of a cycle, so that only the collector ends it."""
+
+    def __init__(self, emitter: Emitter, kept: list[str | None]) -> None:
+        self.emitter, self.kept, self.cycle = emitter, kept, self
+
+    def __del__(self) -> None:
+        self.kept.append(emit(self.emitter, finalizer=True))
+
+
+def test_a_finalizer_that_the_collector_runs_inside_an_emit(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path, segment_bytes=16384)
+    kept: list[str | None] = []
+    own = []
+    thresholds = gc.get_threshold()
+    gc.set_threshold(3)
+    try:
+        for _ in range(TRIES):
+            Finalized(emitter, kept)
+            own.append(emit(emitter, payload=[[], {}, []]))
+    finally:
+        gc.set_threshold(*thresholds)
+    gc.collect()
+    emitter.close()
+    assert len(kept) == TRIES
+    assert sorted(ids(tmp_path)) == sorted(filter(None, [*own, *kept]))
+    assert len(own) + len(kept) == len(lines(tmp_path))
+
+
+GREENLETS = """
+import sys
+{imports}
+import uuid
+user = uuid.uuid4()
+emitter = Emitter(sys.argv[1], segment_bytes=8192, max_age=0.01)
+kept = []
+def work():
+    for n in range(100):
+        kept.append(emitter.emit_event(
+            event_type="tick", user_id=user, family_unit_id=user, metadata={{"n": n}}))
+        gevent.sleep(0)
+gevent.joinall([gevent.spawn(work) for _ in range(100)], raise_error=True)
+for n in range(1000):  # without ever yielding
+    kept.append(emitter.emit_event(event_type="tick", user_id=user, family_unit_id=user))
+emitter.close()
+print(*kept)
+"""
+PATCHED_FIRST = "import gevent.monkey; gevent.monkey.patch_all(); import gevent; from spool import Emitter"
+PATCHED_LAST = "from spool import Emitter; import gevent.monkey; gevent.monkey.patch_all(); import gevent"
+
+
+@pytest.mark.parametrize("imports", [PATCHED_FIRST, PATCHED_LAST], ids=["patched first", "patched last"])
+def test_gevent_with_everything_patched(tmp_path: Path, imports: str) -> None:
+    pytest.importorskip("gevent")
+    code = GREENLETS.format(imports=imports)
+    child = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    kept = child.stdout.split()
+    assert child.returncode == 0 and len(kept) == 11_000, child.stderr
+    assert sorted(ids(tmp_path)) == sorted(kept)

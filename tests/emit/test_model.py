@@ -1,9 +1,9 @@
-"""A model of the emitter: whatever happens to its process, its disk and its directory, in any order, the spool
-holds exactly the events whose emit returned an id.
+"""A model of the emitter: whatever happens to its process, its disk and its directory, in any order, the
+spool holds exactly the events whose emit returned an id.
 
-The emitter is in a process of its own, which is told what to do and answers with the ids it was given, so that
-it can be killed between any two steps (tests/emit/test_sigkill.py kills in the middle of them). The disk is a tmpfs
-where mounting one is allowed.
+The emitter is in a process of its own, which is told what to do and answers with the ids it was given, so
+that it can be killed between any two steps (tests/emit/test_sigkill.py kills in the middle of them). The disk
+is a tmpfs where mounting one is allowed.
 """
 
 from __future__ import annotations

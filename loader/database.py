@@ -8,10 +8,11 @@ are what RETURNING gives, never a command tag (Citus reports rows that were not 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
-from typing import Any, Final
+from itertools import islice
+from typing import Any, Final, LiteralString
 
 import psycopg
 from psycopg import sql
@@ -30,6 +31,8 @@ class Table:
     key: str
 
 
+_BLOCK_ROWS: Final = 256
+"""Rows that are sent at once, some 64 KiB: a write per row costs a microsecond for each."""
 EVENTS: Final = Table("analytics_events", EVENT_COLUMNS, "event_id")
 METRICS: Final = Table("analytics_metrics", METRIC_COLUMNS, "id")
 
@@ -65,6 +68,18 @@ class Entry:
     rejected: int
 
 
+_ENTRY_TYPES: Final = {
+    field.name: {"digest": "bytea", "file": "text"}.get(field.name, "bigint") for field in fields(Entry)
+}
+_RECORD: Final = sql.SQL(
+    "INSERT INTO analytics_loads ({}, loader_host) SELECT entry.*, %s FROM unnest({}) AS entry "
+    "ON CONFLICT (digest) DO NOTHING RETURNING 1"
+).format(
+    sql.SQL(", ").join(map(sql.Identifier, _ENTRY_TYPES)),
+    sql.SQL(", ").join(sql.SQL(f"%s::{kind}[]") for kind in _ENTRY_TYPES.values()),
+)
+
+
 def connect(dsn: str) -> Connection:
     """Connect. Raises psycopg.OperationalError."""
     return psycopg.connect(dsn, prepare_threshold=None)  # a pooler between may not keep prepared statements
@@ -80,83 +95,122 @@ def apply_schema(connection: Connection, *, foreign_keys: bool = True) -> None:
         connection.execute(script.encode())
 
 
+def check_at_once(connection: Connection) -> None:
+    """Have deferrable constraints checked by each statement: at COMMIT, one row would fail all others."""
+    connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+
+
+def copy(connection: Connection, table: Table, copies: Iterable[str]) -> None:
+    """Copy rows straight into the table, as they come. Raises psycopg.Error for the first that can't be."""
+    _copy(connection, table.name, table.columns, copies)
+
+
 def insert(connection: Connection, table: Table, rows: Sequence[Row]) -> Inserted:
     """Insert rows, each once. Raises psycopg.Error, after which the rows are as they were before."""
     try:
         with connection.transaction():
-            _copy(connection, table.name, table.columns, (row.copy for row in rows))
+            copy(connection, table, (row.copy for row in rows))
         return Inserted()
     except psycopg.errors.UniqueViolation:
-        with connection.transaction():
-            return _insert_staged(connection, table, rows)
+        return insert_staged(connection, table, rows)
 
 
-def _copy(connection: Connection, name: str, columns: Iterable[str], lines: Iterable[str]) -> None:
+def insert_staged(connection: Connection, table: Table, rows: Iterable[Row]) -> Inserted:
+    """As `insert`, for rows of which some are expected to be there already; they are sent as they come.
+
+    Raises psycopg.errors.SerializationFailure where another loader got in between: try again.
+    """
+    with connection.transaction():
+        return _Staging(connection, table).insert(rows)
+
+
+def _copy(connection: Connection, name: str, columns: Iterable[str], copies: Iterable[str]) -> None:
     statement = sql.SQL("COPY {} ({}) FROM STDIN").format(
         sql.Identifier(name), sql.SQL(", ").join(map(sql.Identifier, columns))
     )
-    with connection.cursor().copy(statement) as copy:
-        for line in lines:
-            copy.write(line + "\n")
+    rest = iter(copies)
+    with connection.cursor().copy(statement) as copying:
+        while block := list(islice(rest, _BLOCK_ROWS)):
+            block.append("")
+            copying.write("\n".join(block))
 
 
-def _insert_staged(connection: Connection, table: Table, rows: Sequence[Row]) -> Inserted:
-    names = {
-        "table": sql.Identifier(table.name),
-        "staging": sql.Identifier(f"staging_{table.name}"),
-        "key": sql.Identifier(table.key),
-        "columns": sql.SQL(", ").join(map(sql.Identifier, table.columns)),
-        "staged_payload": _payload("staged", table),
-        "stored_payload": _payload("stored", table),
-    }
+class _Staging:
+    """A temporary table for the rows of one batch, each with its position."""
 
-    def run(statement: str, *values: object) -> list[tuple[Any, ...]]:
-        cursor = connection.execute(sql.SQL(statement).format(**names), values)
-        return cursor.fetchall() if cursor.description else []
+    def __init__(self, connection: Connection, table: Table) -> None:
+        self._connection = connection
+        self._table = table
+        self._names = {
+            "table": sql.Identifier(table.name),
+            "staging": sql.Identifier(f"staging_{table.name}"),
+            "key": sql.Identifier(table.key),
+            "columns": sql.SQL(", ").join(map(sql.Identifier, table.columns)),
+            "staged_payload": _payload("staged", table),
+            "stored_payload": _payload("stored", table),
+        }
 
-    run(
-        "CREATE TEMP TABLE IF NOT EXISTS {staging} ON COMMIT DROP AS "
-        "SELECT 0 AS position, {columns} FROM {table} WITH NO DATA"
-    )
-    run("TRUNCATE {staging}")
-    _copy(
-        connection,
-        f"staging_{table.name}",
-        ("position", *table.columns),
-        (f"{position}\t{row.copy}" for position, row in enumerate(rows)),
-    )
-    new = {
-        key
-        for (key,) in run(
-            "INSERT INTO {table} ({columns}) SELECT {columns} FROM ("
-            "SELECT DISTINCT ON ({key}) * FROM {staging} ORDER BY {key}, position) AS first "
-            "ORDER BY {key} ON CONFLICT ({key}) DO NOTHING RETURNING {key}::text"
+    def insert(self, rows: Iterable[Row]) -> Inserted:
+        """Compare what is there already, insert what is not, compare what stood twice among the rows."""
+        first: dict[str, int] = {}
+        repeated = self._fill(rows, first)
+        existing = self._compare("true")
+        there = {position for position, _ in existing}
+        new = [position for position in first.values() if position not in there]
+        again = [position for position in repeated if position not in there]
+        if new and self._insert_all_but([*there, *again]) != len(new):
+            raise psycopg.errors.SerializationFailure("another loader was faster with some rows: try again")
+        if again:
+            existing += self._compare("staged.position = ANY(%s)", again)
+        if len(existing) != len(there) + len(again):
+            raise psycopg.errors.SerializationFailure("rows were removed while they were loaded: try again")
+        return Inserted(
+            [position for position, stored in existing if stored is None],
+            [Collision(position, stored) for position, stored in existing if stored is not None],
         )
-    }
-    left = _left_over(rows, new)
-    compared = run(
-        "SELECT staged.position, CASE WHEN ({staged_payload}) IS DISTINCT FROM ({stored_payload}) "
-        "THEN stored::text END FROM {staging} staged JOIN {table} stored USING ({key}) "
-        "WHERE staged.position = ANY(%s) ORDER BY staged.position",
-        left,
-    )
-    if len(compared) != len(left):
-        raise psycopg.errors.SerializationFailure("rows were removed while they were loaded: try again")
-    return Inserted(
-        [position for position, existing in compared if existing is None],
-        [Collision(position, existing) for position, existing in compared if existing is not None],
-    )
 
+    def _fill(self, rows: Iterable[Row], first: dict[str, int]) -> list[int]:
+        """Copy the rows; note each key's first position, and return those of the others."""
+        repeated: list[int] = []
 
-def _left_over(rows: Sequence[Row], new: set[str]) -> list[int]:
-    """The positions of the rows that were not inserted: all but the first one of each new key."""
-    left = []
-    for position, row in enumerate(rows):
-        if row.event_id in new:
-            new.remove(row.event_id)
-        else:
-            left.append(position)
-    return left
+        def copies() -> Iterator[str]:
+            for position, row in enumerate(rows):
+                if first.setdefault(row.event_id, position) != position:
+                    repeated.append(position)
+                yield f"{position}\t{row.copy}"
+
+        self._run(
+            "CREATE TEMP TABLE IF NOT EXISTS {staging} ON COMMIT DROP AS "
+            "SELECT 0 AS position, {columns} FROM {table} WITH NO DATA"
+        )
+        self._run("TRUNCATE {staging}")
+        _copy(self._connection, f"staging_{self._table.name}", ("position", *self._table.columns), copies())
+        return repeated
+
+    def _compare(self, which: LiteralString, *values: object) -> list[tuple[int, str | None]]:
+        """Return the positions whose key is there, with the stored row where it has another payload.
+
+        OFFSET 0 keeps the planner, which knows nothing of a fresh temporary table, from scanning the whole
+        table: each key is looked up in the index.
+        """
+        return self._run(
+            "SELECT staged.position, CASE WHEN ({staged_payload}) IS DISTINCT FROM ({stored_payload}) "
+            "THEN stored::text END FROM {staging} staged CROSS JOIN LATERAL "
+            "(SELECT * FROM {table} found WHERE found.{key} = staged.{key} OFFSET 0) AS stored "
+            f"WHERE {which} ORDER BY staged.position",
+            *values,
+        ).fetchall()
+
+    def _insert_all_but(self, positions: Sequence[int]) -> int:
+        """Insert in the order of the key, so that two loaders can't deadlock; return how many are new."""
+        return self._run(
+            "INSERT INTO {table} ({columns}) SELECT {columns} FROM {staging} WHERE position <> ALL(%s) "
+            "ORDER BY {key} ON CONFLICT ({key}) DO NOTHING RETURNING 1",
+            list(positions),
+        ).rowcount  # of a statement that returns rows: the rows that came, no command tag
+
+    def _run(self, statement: LiteralString, *values: object) -> psycopg.Cursor[Any]:
+        return self._connection.execute(sql.SQL(statement).format(**self._names), values)
 
 
 def _payload(alias: str, table: Table) -> sql.Composable:
@@ -177,16 +231,7 @@ def record(connection: Connection, entries: Sequence[Entry]) -> None:
     Raises psycopg.errors.SerializationFailure where another loader was faster with the same bytes: try again,
     then they are known.
     """
-    columns = [field.name for field in fields(Entry)]
-    host = socket.gethostname()
-    statement = sql.SQL(
-        "INSERT INTO analytics_loads ({}, loader_host) VALUES ({}) "
-        "ON CONFLICT (digest) DO NOTHING RETURNING 1"
-    ).format(
-        sql.SQL(", ").join(map(sql.Identifier, columns)),
-        sql.SQL(", ").join([sql.Placeholder()] * (len(columns) + 1)),
-    )
-    for entry in entries:
-        values = [getattr(entry, column) for column in columns]
-        if connection.execute(statement, [*values, host]).fetchone() is None:
-            raise psycopg.errors.SerializationFailure("another loader was faster with these lines: try again")
+    arrays = [[getattr(entry, name) for entry in entries] for name in _ENTRY_TYPES]
+    written = connection.execute(_RECORD, [socket.gethostname(), *arrays]).fetchall()
+    if len(written) != len(entries):
+        raise psycopg.errors.SerializationFailure("another loader was faster with these lines: try again")

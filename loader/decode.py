@@ -26,7 +26,11 @@ EVENT_COLUMNS: Final = (
 )  # fmt: skip
 METRIC_COLUMNS: Final = ("id", "metric_name", "metric_type", "value", "labels", "timestamp")
 
+MEMO_SIZE: Final = 65536
+"""Ids and names after which the memo of those that were checked starts anew; some 10 MiB."""
+
 _UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_BACKSLASH: Final = ord("\\")
 _NUMBER: Final = re.compile(rb"-?\d+(\.\d+)?([eE][+-]?\d+)?")
 _ESCAPED_NUL: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
@@ -64,6 +68,10 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     labels: msgspec.Raw = _ABSENT
 
 
+_checked: set[str] = set()
+"""Canonical ids of users, families and sessions, and names, that were seen lately; from any thread."""
+
+
 class _RejectedError(Exception):
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(reason)
@@ -90,10 +98,18 @@ def _event(line: _Line) -> Row:
     if line.metric_type is not None or line.value or line.labels:
         _reject("unknown_field", "an event has no metric_type, value or labels")
     event_id = _uuid(line.event_id, "event_id")
-    event_type = _name(line.event_type, "event_type")
-    user_id = _uuid(line.user_id, "user_id")
-    family_unit_id = _uuid(line.family_unit_id, "family_unit_id")
-    session_id = "\\N" if line.session_id is None else _uuid(line.session_id, "session_id")
+    event_type, user_id, family_unit_id = line.event_type, line.user_id, line.family_unit_id
+    if event_type not in _checked:
+        event_type = _name(event_type, "event_type")
+    if user_id not in _checked:
+        user_id = _uuid(user_id, "user_id", remember=True)
+    if family_unit_id not in _checked:
+        family_unit_id = _uuid(family_unit_id, "family_unit_id", remember=True)
+    session_id = line.session_id
+    if session_id is None:
+        session_id = "\\N"
+    elif session_id not in _checked:
+        session_id = _uuid(session_id, "session_id", remember=True)
     # The primary key is ordered by time, too: its random default costs 20-50 % of the load.
     row_id = event_id if event_id[14] == "7" else ids.uuid7(time.time_ns() // 1_000_000)
     return Row(
@@ -111,7 +127,7 @@ def _metric(line: _Line) -> Row:
             "unknown_field", "a metric has no event_type, user_id, family_unit_id, session_id or metadata"
         )
     event_id = _uuid(line.event_id, "event_id")
-    name = _name(line.metric_name, "metric_name")
+    name = line.metric_name if line.metric_name in _checked else _name(line.metric_name, "metric_name")
     if line.metric_type not in METRIC_TYPES:
         _reject("invalid_metric_type", f"metric_type is unknown: {str(line.metric_type)[:100]!r}")
     value = _value(line.value, line.metric_type)
@@ -127,15 +143,17 @@ def _reject(code: str, reason: str) -> NoReturn:
     raise _RejectedError(code, reason)
 
 
-def _uuid(text: str | None, field: str) -> str:
+def _uuid(text: str | None, field: str, *, remember: bool = False) -> str:
     if text is None:
         _reject("missing_field", f"{field} is missing")
-    if _UUID.fullmatch(text):
-        return text
-    try:
-        return str(UUID(text))
-    except ValueError:
-        _reject("invalid_uuid", f"{field} is not a UUID: {text[:100]!r}")
+    if not _UUID.fullmatch(text):
+        try:
+            return str(UUID(text))
+        except ValueError:
+            _reject("invalid_uuid", f"{field} is not a UUID: {text[:100]!r}")
+    if remember:
+        _remember(text)
+    return text
 
 
 def _name(text: str | None, field: str) -> str:
@@ -144,7 +162,14 @@ def _name(text: str | None, field: str) -> str:
     if not NAME.fullmatch(text):
         shown = f"{text[:100]!r} ({len(text)} characters)"
         _reject("invalid_name", f"{field} must be snake_case of 1 to 100 characters: {shown}")
+    _remember(text)
     return text
+
+
+def _remember(text: str) -> None:
+    if len(_checked) >= MEMO_SIZE:
+        _checked.clear()
+    _checked.add(text)
 
 
 def _timestamp(text: str) -> str:
@@ -154,7 +179,8 @@ def _timestamp(text: str) -> str:
         _reject("invalid_timestamp", f"timestamp is not RFC 3339: {text[:100]!r}")
     if moment.tzinfo is None:
         _reject("naive_timestamp", f"timestamp has no offset: {text[:100]!r}")
-    return moment.isoformat()
+    # What the emitter writes is what Postgres reads; Python knows more notations than Postgres does.
+    return text if len(text) == 27 and text[10] == "T" and text[26] == "Z" else moment.isoformat()
 
 
 def _value(raw: msgspec.Raw, metric_type: str | None) -> str:
@@ -174,9 +200,9 @@ def _object(raw: msgspec.Raw, field: str) -> str:
     data = bytes(raw)
     if not data.startswith(b"{"):
         _reject("invalid_object", f"{field} is not an object")
-    if b"\\" in data or not data.isascii() or min(data) < 0x20:
+    if _BACKSLASH in data or not data.isascii() or not (text := data.decode()).isprintable():
         return _unusual_object(data, field)
-    return data.decode()
+    return text
 
 
 def _unusual_object(data: bytes, field: str) -> str:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -85,8 +86,10 @@ class _Line(NamedTuple):
     row: Row
 
 
-def load(connection: Connection, batch: Sequence[Chunk], spool: Path) -> Tally:
+def load(connection: Connection, batch: Sequence[Chunk], spool: Path, *, staged: bool = False) -> Tally:
     """Load the chunks in one transaction; their rejects go to the spool's `rejected/`.
+
+    `staged` says that duplicates are expected: then the straight way is not tried first.
 
     Raises psycopg.Error and OSError, after which nothing was loaded, or, where the connection broke in the
     COMMIT, all of it: do it again, the ledger knows.
@@ -94,7 +97,7 @@ def load(connection: Connection, batch: Sequence[Chunk], spool: Path) -> Tally:
     with connection.transaction():
         known = database.known(connection, [chunk.digest for chunk in batch])
         fresh, repeated = _divide(batch, known)
-        outcomes = _place(connection, fresh)
+        outcomes = _place(connection, fresh, staged)
         database.record(connection, [outcome.entry() for outcome in outcomes])
         for outcome in outcomes:
             rejects.write(spool, outcome.chunk, outcome.rejects)
@@ -116,7 +119,8 @@ def retry(connection: Connection, path: Path) -> Tally:
     data = b"\n".join(rejected.raw for rejected in before)
     chunk = Chunk(f"{rejects.DIRECTORY}/{path.name}", 0, len(data), 1, _unique_digest(data), data)
     with connection.transaction():
-        (outcome,) = _place(connection, [chunk], [rejected.raw for rejected in before])
+        outcome = Outcome(chunk)
+        _place_apart(connection, [(outcome, [rejected.raw for rejected in before])], staged=False)
         left = [
             Rejected(before[now.line - 1].file, before[now.line - 1].line, now.code, now.reason, now.raw)
             for now in outcome.rejects
@@ -152,30 +156,83 @@ def _divide(batch: Sequence[Chunk], known: set[bytes]) -> tuple[list[Chunk], lis
     return fresh, repeated
 
 
-def _place(
-    connection: Connection, chunks: Sequence[Chunk], lines: Sequence[bytes] | None = None
-) -> list[Outcome]:
-    """Insert what has a row and reject the others. `lines` are those of a sole chunk, where given."""
+def _place(connection: Connection, chunks: Sequence[Chunk], staged: bool) -> list[Outcome]:
+    """Insert what has a row, reject the others. The straight way keeps nothing of a line that it has sent."""
+    if not staged:
+        try:
+            return _place_straight(connection, chunks)
+        except psycopg.Error as error:
+            if action(error.sqlstate) is not Action.REJECT:
+                raise
+            staged = isinstance(error, psycopg.errors.UniqueViolation)
     outcomes = [Outcome(chunk) for chunk in chunks]
-    events: list[_Line] = []
-    metrics: list[_Line] = []
-    for outcome in outcomes:
-        for line in _decode(outcome, outcome.chunk.lines() if lines is None else lines):
-            (events if line.row.is_event else metrics).append(line)
-    if events or metrics:
-        connection.execute(
-            "SET CONSTRAINTS ALL IMMEDIATE"
-        )  # a deferred one would fail at COMMIT, with all rows
-    for line in _insert(connection, EVENTS, events):
-        line.outcome.events += 1
-    for line in _insert(connection, METRICS, metrics):
-        line.outcome.metrics += 1
-    for outcome in outcomes:
-        outcome.rejects.sort(key=lambda rejected: rejected.line)
+    _place_apart(connection, [(outcome, outcome.chunk.lines()) for outcome in outcomes], staged)
     return outcomes
 
 
-def _decode(outcome: Outcome, lines: Iterable[bytes]) -> Iterable[_Line]:
+def _place_straight(connection: Connection, chunks: Sequence[Chunk]) -> list[Outcome]:
+    """Copy rows while they are decoded, so that the server works meanwhile. Raises psycopg.Error for any that
+    can't be, after which none is there."""
+    outcomes = [Outcome(chunk) for chunk in chunks]
+    metrics: list[str] = []
+    with connection.transaction():
+        database.check_at_once(connection)
+        database.copy(connection, EVENTS, _event_copies(outcomes, metrics))
+        database.copy(connection, METRICS, metrics)
+    return outcomes
+
+
+def _event_copies(outcomes: Sequence[Outcome], metrics: list[str]) -> Iterator[str]:
+    """Yield the events' rows for COPY and gather the metrics' ones."""
+    for outcome in outcomes:
+        for line in _decode(outcome, outcome.chunk.lines()):
+            if line.row.is_event:
+                outcome.events += 1
+                yield line.row.copy
+            else:
+                outcome.metrics += 1
+                metrics.append(line.row.copy)
+
+
+def _place_apart(
+    connection: Connection, given: Sequence[tuple[Outcome, Sequence[bytes]]], staged: bool
+) -> None:
+    """Insert the rows of some lines that may be there already, or that Postgres may refuse, row by row.
+
+    `staged` sends events while they are decoded, to where they are compared with what is there.
+    """
+    events: list[_Line] = []
+    metrics: list[_Line] = []
+    coming = _gather(given, events, metrics)
+    if not staged:
+        _exhaust(coming)
+    database.check_at_once(connection)
+    for line in _insert(connection, EVENTS, events, coming if staged else None):
+        line.outcome.events += 1
+    for line in _insert(connection, METRICS, metrics, iter(metrics) if staged else None):
+        line.outcome.metrics += 1
+    for outcome, _ in given:
+        outcome.rejects.sort(key=lambda rejected: rejected.line)
+
+
+def _gather(
+    given: Sequence[tuple[Outcome, Sequence[bytes]]], events: list[_Line], metrics: list[_Line]
+) -> Iterator[_Line]:
+    """Decode, gather what has a row, and yield the events as they come."""
+    for outcome, lines in given:
+        for line in _decode(outcome, lines):
+            if line.row.is_event:
+                events.append(line)
+                yield line
+            else:
+                metrics.append(line)
+
+
+def _exhaust(coming: Iterable[_Line]) -> None:
+    deque(coming, maxlen=0)
+
+
+def _decode(outcome: Outcome, lines: Iterable[bytes]) -> Iterator[_Line]:
     """Yield the lines that have a row; the others are rejected."""
     chunk = outcome.chunk
     for number, raw in enumerate(lines, chunk.first_line):
@@ -193,15 +250,24 @@ def _oversize(chunk: Chunk) -> Reject:
     )
 
 
-def _insert(connection: Connection, table: Table, lines: Sequence[_Line]) -> Iterable[_Line]:
-    """Insert rows and return the lines that are new; what Postgres refuses is isolated and rejected."""
-    if not lines:
-        return ()
+def _insert(
+    connection: Connection, table: Table, lines: Sequence[_Line], coming: Iterator[_Line] | None = None
+) -> Iterable[_Line]:
+    """Insert rows and return the lines that are new; what Postgres refuses is isolated and rejected.
+
+    `coming` gives the same lines one by one, of which some are expected to be there already.
+    """
     try:
-        inserted = database.insert(connection, table, [line.row for line in lines])
+        if coming is not None:
+            inserted = database.insert_staged(connection, table, (line.row for line in coming))
+        elif lines:
+            inserted = database.insert(connection, table, [line.row for line in lines])
+        else:
+            return ()
     except psycopg.Error as error:
         if action(error.sqlstate) is not Action.REJECT:
             raise
+        _exhaust(coming or ())
         if len(lines) > 1:
             return [line for part in _split(lines, error) for line in _insert(connection, table, part)]
         (line,) = lines
@@ -244,7 +310,7 @@ def _message(error: psycopg.Error) -> str:
 
 
 def _count_lines(chunk: Chunk) -> int:
-    return len(chunk.lines())
+    return 1 if chunk.oversize else chunk.data.count(b"\n") + (not chunk.data.endswith(b"\n"))
 
 
 def _unique_digest(data: bytes) -> bytes:

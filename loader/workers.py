@@ -136,12 +136,15 @@ class _Link:
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
         self._connection: database.Connection | None = None
+        self._duplicates_expected = False
 
     def load(self, batch: Sequence[Chunk], spool: Path) -> Tally:
         if self._connection is None:
             self._connection = database.connect(self._dsn)
         try:
-            return load(self._connection, batch, spool)
+            tally = load(self._connection, batch, spool, staged=self._duplicates_expected)
+            self._duplicates_expected = tally.duplicates > 0
+            return tally
         except psycopg.Error:
             self.close()
             raise

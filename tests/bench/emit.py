@@ -147,9 +147,7 @@ def from_threads(sink: Sink, home: Path, calls: int) -> Samples:
     def together(single: Block) -> Block:
         def measure(count: int) -> array[int]:
             results: list[array[int]] = []
-            threads = [
-                threading.Thread(target=lambda: results.append(single(count))) for _ in range(THREADS)
-            ]
+            threads = [threading.Thread(target=lambda: results.append(single(count))) for _ in range(THREADS)]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -174,7 +172,8 @@ def from_processes(sink: Sink, home: Path, calls: int) -> Samples:
     return floors, sinks
 
 
-SITUATIONS = {
+Situation = Callable[[Sink, Path, int], Samples]
+SITUATIONS: dict[str, Situation] = {
     "alone": alone,
     f"with {BURNERS} CPU-bound threads": beside_busy_threads,
     f"from {THREADS} threads": from_threads,
@@ -285,22 +284,24 @@ def main() -> None:
     sinks = [sink for sink in (FLOOR, *OURS, *installed(PEERS)) if given.only in sink.name]
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, times in microseconds", flush=True)
     for title, situation in SITUATIONS.items():
-        print(f"\n{title:36s} {'p50':>9s} {'p99':>10s} {'p99.9':>10s} {'max':>10s} {'p50/floor':>9s} {'p99.9/floor':>11s}")
+        print(row(title, "p50", "p99", "p99.9", "max", "p50/floor", "p99.9/floor"))
         for sink in sinks:
-            several = []
-            for _ in range(given.repeats):
-                with tempfile.TemporaryDirectory(dir=given.directory) as directory:
-                    work = lambda: situation(sink, Path(directory), given.calls)  # noqa: B023,E731
-                    several.append(figures(start(work)()))
-            f = middle(several)
-            print(
-                f"{sink.name:36s} {f.p50:9.2f} {f.p99:10.1f} {f.p999:10.1f} {f.max:10.1f} {f.ratio:9.2f} {f.tail:11.2f}",
-                flush=True,
-            )
-    print(f"\n{'killed by SIGKILL':36s} {'returned':>9s} {'outlived':>9s} {'lost':>6s}")
+            f = middle([measured(situation, sink, given) for _ in range(given.repeats)])
+            numbers = (f.p50, f.p99, f.p999, f.max, f.ratio, f.tail)
+            print(row(sink.name, *(f"{number:.2f}" for number in numbers)), flush=True)
+    print(row("killed by SIGKILL", "returned", "outlived", "lost"))
     for sink in sinks:
         returned, outlived = killed(sink, 1000)
-        print(f"{sink.name:36s} {returned:9d} {outlived:9d} {max(0, returned - outlived):6d}", flush=True)
+        print(row(sink.name, returned, outlived, max(0, returned - outlived)), flush=True)
+
+
+def row(name: str, *cells: object) -> str:
+    return f"{name:36s}" + "".join(f"{cell!s:>13s}" for cell in cells)
+
+
+def measured(situation: Situation, sink: Sink, given: argparse.Namespace) -> Figures:
+    with tempfile.TemporaryDirectory(dir=given.directory) as directory:
+        return figures(start(lambda: situation(sink, Path(directory), given.calls))())
 
 
 if __name__ == "__main__":

@@ -118,7 +118,9 @@ def spool_timer(home: Path) -> Call:
     from spool import Emitter
 
     emitter = Emitter(home / "spool")
-    return lambda: emitter.record_timer(metric_name="api_request_duration_ms", duration_ms=12.5, labels=LABELS)
+    return lambda: emitter.record_timer(
+        metric_name="api_request_duration_ms", duration_ms=12.5, labels=LABELS
+    )
 
 
 def spool_lines(home: Path) -> int:

@@ -23,7 +23,7 @@ def columns(line: bytes) -> list[str]:
 
 def test_an_event_and_a_metric_become_their_columns() -> None:
     assert columns(orjson.dumps(EVENT)) == [
-        ID, ID, "memory_posted", "2026-01-20T12:00:00.000001+00:00", ID, ID, "\\N", '{"a":1}'
+        ID, ID, "memory_posted", "2026-01-20T12:00:00.000001Z", ID, ID, "\\N", '{"a":1}'
     ]  # fmt: skip
     assert columns(orjson.dumps(METRIC)) == [ID, "hits", "counter", "1", "{}", "2026-01-20T12:00:00+01:00"]
 

@@ -8,9 +8,11 @@ the file, and the line is rejected with its length.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Final
+from functools import cached_property
+from typing import BinaryIO, Final, cast
 
 CHUNK_BYTES: Final = 8 << 20
 """Some 20,000 events: long enough that a transaction's fixed cost is nothing, short enough for memory."""
@@ -25,33 +27,51 @@ class Chunk:
     offset: int
     size: int
     first_line: int
-    digest: bytes
-    data: bytes
+    line_count: int
+    data: bytes | bytearray
     oversize: bool = False
+    given_digest: bytes = b""
+    """Of an oversize line, whose bytes are not kept."""
 
-    def lines(self) -> list[bytes]:
-        """Return the lines without their newlines."""
-        lines = self.data.split(b"\n")
-        if not self.oversize and not lines[-1]:
-            lines.pop()
-        return lines
+    @cached_property
+    def digest(self) -> bytes:
+        """What the ledger knows these bytes by. Made when it is asked for, so by several workers at once."""
+        return self.given_digest or hashlib.sha256(self.data).digest()
+
+    def lines(self) -> Iterator[bytes]:
+        """Yield the lines without their newlines."""
+        return (line.removesuffix(b"\n") for line in io.BytesIO(self.data))
 
 
 def chunks(stream: BinaryIO, file: str, limit: int = CHUNK_BYTES) -> Iterator[Chunk]:
     """Yield the chunks of a binary stream from its current place. Raises OSError."""
     offset, line, rest = 0, 1, b""
-    while data := rest + stream.read(limit - len(rest)):
+    while data := _read(stream, rest, limit):
         whole = data.rfind(b"\n") + 1
         if not whole and len(data) >= limit:
-            chunk, rest = _oversize(stream, file, offset, line, data, limit)
-            line += 1
+            chunk, rest = _oversize(stream, file, offset, line, bytes(data), limit)
         else:
             whole = whole or len(data)  # the last line of a file may lack its newline
-            data, rest = data[:whole], data[whole:]
-            chunk = Chunk(file, offset, len(data), line, hashlib.sha256(data).digest(), data)
-            line += data.count(b"\n")
+            rest = bytes(data[whole:])
+            del data[whole:]
+            count = data.count(b"\n") + (not data.endswith(b"\n"))
+            chunk = Chunk(file, offset, len(data), line, count, data)
+        line += chunk.line_count
         yield chunk
         offset += chunk.size
+
+
+def _read(stream: BinaryIO, begin: bytes, limit: int) -> bytearray:
+    """Return `begin` and what follows, up to `limit` bytes. In place: a copy costs more than the read."""
+    reader = cast(io.BufferedIOBase, stream)  # as every binary stream of the standard library is
+    data = bytearray(limit)
+    data[: len(begin)] = begin
+    end = len(begin)
+    with memoryview(data) as view:
+        while end < limit and (got := reader.readinto(view[end:])):
+            end += got
+    del data[end:]
+    return data
 
 
 def _oversize(
@@ -67,4 +87,4 @@ def _oversize(
         size += used
         rest = data[used:]
         data = b"" if end else stream.read(limit)
-    return Chunk(file, offset, size, line, digest.digest(), head, oversize=True), rest
+    return Chunk(file, offset, size, line, 1, head, oversize=True, given_digest=digest.digest()), rest

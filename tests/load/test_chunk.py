@@ -26,10 +26,10 @@ def test_chunks_cover_every_byte_and_number_every_line(
         assert chunk.first_line == data[:offset].count(b"\n") + 1
         if chunk.oversize:
             assert there.removesuffix(b"\n").count(b"\n") == 0 and len(there) >= limit
-            assert len(chunk.lines()) == 1 and len(chunk.data) <= HEAD_BYTES
+            assert len(list(chunk.lines())) == 1 and len(chunk.data) <= HEAD_BYTES
         else:
             assert len(there) <= limit and chunk.data == there
-            assert len(chunk.lines()) == there.count(b"\n") + (not there.endswith(b"\n"))
+            assert len(list(chunk.lines())) == there.count(b"\n") + (not there.endswith(b"\n"))
         offset += chunk.size
     assert offset == len(data)
 

@@ -136,7 +136,7 @@ def test_an_outage_rejects_nothing_and_is_waited_out(cli: Cli, one_connection: C
         admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
         segment(cli.spool, 2, event(2), event(3))
         assert process.stderr is not None  # it is a pipe
-        assert any(b"trying again" in line for line in process.stderr)
+        assert any(b"out of reach" in line for line in process.stderr)
         admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
         eventually(lambda: not sealed(cli.spool))
     with psycopg.connect(dsn) as again:

@@ -115,3 +115,9 @@ def test_every_line_is_a_row_or_a_reject_that_keeps_it(line: bytes) -> None:
         return
     rejected = rejects.Rejected("s.ndjson", 3, found.code, found.reason, line)
     assert rejects.decode(rejected.encode()) == rejected
+
+
+def test_an_id_that_was_seen_is_no_name_and_a_name_is_no_id() -> None:
+    assert isinstance(decode(orjson.dumps(EVENT)), Row)
+    for change in ({"event_type": ID}, {"user_id": "memory_posted"}, {"family_unit_id": "memory_posted"}):
+        assert isinstance(decode(orjson.dumps(EVENT | change)), Reject)

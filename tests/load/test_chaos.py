@@ -1,0 +1,167 @@
+"""Emitters, a loader and a Postgres of their own; any of them is killed, cut off, locked out or refused at
+random moments. In the end every event whose emit returned is a row, once, and the ledger adds up.
+
+The seed is printed; SEED in the environment repeats a run's choices (not its timing).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from loader import database, embedded
+from tests.load.lines import number
+from tests.processes import LOADER, Cli, environment
+
+EMITTER = """
+import os, sys, time, uuid
+from spool import Emitter
+emitter = Emitter(sys.argv[1], max_age=0.05, segment_bytes=65536)
+acknowledged = os.open(sys.argv[2], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+user = uuid.uuid4()
+while True:
+    made = emitter.emit_event(event_type="tick", user_id=user, family_unit_id=user)
+    os.write(acknowledged, made.encode() + b"\\n")
+    time.sleep(0.0005)
+"""
+SETTLE_SECONDS = 0.4
+"""How long a fault lasts at most before it is mended."""
+ROLE = "chaos_loader"
+WRONG = "SELECT count(*) FROM analytics_loads WHERE lines <> events + metrics + duplicates + rejected"
+
+
+class Chaos:
+    """What runs, and what can happen to it. Each fault leaves everything running again, but not at rest."""
+
+    def __init__(self, cluster: embedded.Cluster, home: Path, seed: int) -> None:
+        self.cluster = cluster
+        self.chance = random.Random(seed)
+        self.spool = home / "spool"
+        self.spool.mkdir()
+        self.home = home
+        self.dsn = f"{cluster.dsn} user={ROLE}"
+        self.log = (home / "loader.log").open("ab")
+        self.acknowledged: list[Path] = []
+        self.emitters = [self.emitter() for _ in range(2)]
+        self.loader = self.start_loader()
+
+    def emitter(self) -> subprocess.Popen[bytes]:
+        self.acknowledged.append(self.home / f"acknowledged-{len(self.acknowledged)}")
+        return subprocess.Popen([sys.executable, "-c", EMITTER, self.spool, self.acknowledged[-1]])
+
+    def start_loader(self) -> subprocess.Popen[bytes]:
+        variables = environment(SPOOL_DIR=str(self.spool), LOADER_DSN=self.dsn)
+        return subprocess.Popen([*LOADER, "run"], env=variables, stderr=self.log)
+
+    def pause(self) -> None:
+        """Let things go on for a random while: the moment of the next fault is what is random here."""
+        time.sleep(self.chance.random() * SETTLE_SECONDS)
+
+    def admin(self, *statements: str) -> None:
+        with psycopg.connect(self.cluster.dsn, autocommit=True) as connection:
+            for statement in statements:
+                connection.execute(statement.encode())
+
+    # ---- faults -------------------------------------------------------------------------------------
+
+    def kill_an_emitter(self) -> None:
+        place = self.chance.randrange(len(self.emitters))
+        self.emitters[place].kill()
+        self.emitters[place].wait()
+        self.emitters[place] = self.emitter()
+
+    def kill_the_loader(self) -> None:
+        self.loader.kill()
+        self.loader.wait()
+        self.loader = self.start_loader()
+
+    def kill_the_server(self) -> None:
+        self.cluster.stop(signal.SIGKILL)
+        self.pause()
+        self.cluster.start()
+
+    def stop_the_server_at_once(self) -> None:
+        self.cluster.stop(signal.SIGQUIT)
+        self.pause()
+        self.cluster.start()
+
+    def terminate_backends(self) -> None:
+        self.admin(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{ROLE}'")
+
+    def lock_the_table(self) -> None:
+        with psycopg.connect(self.cluster.dsn) as connection:
+            connection.execute("LOCK TABLE analytics_events IN ACCESS EXCLUSIVE MODE")
+            self.pause()
+
+    def refuse_connections(self) -> None:
+        self.admin(f"ALTER ROLE {ROLE} CONNECTION LIMIT 0")
+        self.terminate_backends()
+        self.pause()
+        self.admin(f"ALTER ROLE {ROLE} CONNECTION LIMIT -1")
+
+    def make_read_only(self) -> None:
+        self.admin(f"ALTER ROLE {ROLE} SET default_transaction_read_only = on")
+        self.terminate_backends()
+        self.pause()
+        self.admin(f"ALTER ROLE {ROLE} RESET default_transaction_read_only")
+        self.terminate_backends()
+
+    def faults(self) -> list[Callable[[], None]]:
+        return [
+            self.kill_an_emitter, self.kill_the_loader, self.kill_the_server, self.stop_the_server_at_once,
+            self.terminate_backends, self.lock_the_table, self.refuse_connections, self.make_read_only,
+        ]  # fmt: skip
+
+    # ---- the end ------------------------------------------------------------------------------------
+
+    def end(self) -> set[str]:
+        """Stop everything but the server, let a last loader drain, return what was acknowledged."""
+        for process in (*self.emitters, self.loader):
+            process.kill()
+            process.wait()
+        self.log.close()
+        cli = Cli(self.spool, self.dsn)
+        cli("run", "--once")
+        assert not list(self.spool.glob("2*")), cli("status")
+        return {line for path in self.acknowledged if path.exists() for line in path.read_text().splitlines()}
+
+
+def run(home: Path, faults: int) -> None:
+    seed = int(os.environ.get("SEED") or random.randrange(1 << 32))
+    print(f"SEED={seed}")
+    with embedded.cluster(max(v for v in (15, 16, 18) if embedded.binaries(v))) as cluster:
+        with psycopg.connect(cluster.dsn) as connection:
+            database.apply_schema(connection)
+            connection.execute(f"CREATE ROLE {ROLE} LOGIN".encode())
+            connection.execute(f"GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA public TO {ROLE}".encode())
+        chaos = Chaos(cluster, home, seed)
+        for _ in range(faults):
+            chaos.pause()
+            chaos.chance.choice(chaos.faults())()
+        acknowledged = chaos.end()
+        with psycopg.connect(cluster.dsn) as connection:
+            rows = [str(row[0]) for row in connection.execute("SELECT event_id FROM analytics_events")]
+            wrong = number(connection, WRONG)
+            loaded = number(connection, "SELECT sum(events) FROM analytics_loads")
+    assert len(rows) == len(set(rows)) == loaded and wrong == 0
+    missing = acknowledged - set(rows)
+    assert not missing, f"{len(missing)} of {len(acknowledged)} acknowledged events are missing"
+    assert len(acknowledged) > 100 * faults / 10
+
+
+def test_nothing_acknowledged_is_lost_whatever_is_killed(tmp_path: Path) -> None:
+    run(tmp_path, 20)
+
+
+@pytest.mark.long
+def test_nothing_acknowledged_is_lost_in_two_hundred_faults(tmp_path: Path) -> None:
+    run(tmp_path, 200)

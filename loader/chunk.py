@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import BinaryIO, Final, cast
 
-CHUNK_BYTES: Final = 8 << 20
-"""Some 20,000 events: long enough that a transaction's fixed cost is nothing, short enough for memory."""
+CHUNK_BYTES: Final = 4 << 20
+"""Some 10,000 events, a quarter of a second of a server's work: a transaction's fixed cost is nothing beside
+that. A worker needs a few times this in memory."""
+_FIRST_BYTES: Final = 64 << 10
+"""What the first read of a file makes room for: most segments are small."""
 HEAD_BYTES: Final = 1024
 
 
@@ -45,8 +48,8 @@ class Chunk:
 
 def chunks(stream: BinaryIO, file: str, limit: int = CHUNK_BYTES) -> Iterator[Chunk]:
     """Yield the chunks of a binary stream from its current place. Raises OSError."""
-    offset, line, rest = 0, 1, b""
-    while data := _read(stream, rest, limit):
+    offset, line, rest, expected = 0, 1, b"", _FIRST_BYTES
+    while data := _read(stream, rest, expected, limit):
         whole = data.rfind(b"\n") + 1
         if not whole and len(data) >= limit:
             chunk, rest = _oversize(stream, file, offset, line, bytes(data), limit)
@@ -59,17 +62,22 @@ def chunks(stream: BinaryIO, file: str, limit: int = CHUNK_BYTES) -> Iterator[Ch
         line += chunk.line_count
         yield chunk
         offset += chunk.size
+        expected = limit
 
 
-def _read(stream: BinaryIO, begin: bytes, limit: int) -> bytearray:
+def _read(stream: BinaryIO, begin: bytes, expected: int, limit: int) -> bytearray:
     """Return `begin` and what follows, up to `limit` bytes. In place: a copy costs more than the read."""
     reader = cast(io.BufferedIOBase, stream)  # as every binary stream of the standard library is
-    data = bytearray(limit)
+    data = bytearray(min(limit, max(expected, len(begin))))
     data[: len(begin)] = begin
     end = len(begin)
-    with memoryview(data) as view:
-        while end < limit and (got := reader.readinto(view[end:])):
-            end += got
+    while True:
+        with memoryview(data) as view:
+            while end < len(data) and (got := reader.readinto(view[end:])):
+                end += got
+        if end < len(data) or end == limit:
+            break
+        data.extend(bytes(min(limit - end, 3 * end)))
     del data[end:]
     return data
 

@@ -162,7 +162,9 @@ def test_an_interrupted_load_writes_its_rejects_again_and_leaves_none_behind(
 ) -> None:
     lines = chunk(event(1), event(2), b"{broken")
     rejects.write(
-        tmp_path, lines, [rejects.Rejected("s.ndjson", n, "x", "y", lines.lines()[n - 1]) for n in (2, 3)]
+        tmp_path,
+        lines,
+        [rejects.Rejected("s.ndjson", n, "x", "y", list(lines.lines())[n - 1]) for n in (2, 3)],
     )
     load(connection, [lines], tmp_path)
     assert rejected(tmp_path) == [("s.ndjson", 3, "invalid_json")]

@@ -73,12 +73,13 @@ def run(spool: Path, workers: Workers, stop: threading.Event) -> None:
     with exclusive(spool):
         log.info("watching %s", spool)
         told: set[str] = set()
+        watched = True
         while not stop.is_set():
             try:
                 _tell(once(spool, workers), told)
             except OSError as error:
                 log.error("can't look at %s: %s", spool, error)
-            _wait(spool, stop)
+            watched = _wait(spool, stop, watched)
 
 
 def once(spool: Path, workers: Workers) -> tuple[Scan, Report]:
@@ -135,17 +136,23 @@ def _tell(seen: tuple[Scan, Report], told: set[str]) -> None:
         )  # fmt: skip
 
 
-def _wait(spool: Path, stop: threading.Event) -> None:
-    """Return when a segment was sealed, after RESCAN_SECONDS, or when `stop` is set."""
+def _wait(spool: Path, stop: threading.Event, watched: bool) -> bool:
+    """Return when a segment was sealed, after RESCAN_SECONDS, or when `stop` is set.
+
+    The value is whether the directory could be watched; `watched` is what it was the last time.
+    """
     try:
         for _ in watchfiles.watch(
             spool, watch_filter=_is_sealed, debounce=_DEBOUNCE_MS, step=_DEBOUNCE_MS // 2, stop_event=stop,
             rust_timeout=int(RESCAN_SECONDS * 1000), yield_on_timeout=True, recursive=False,
         ):  # fmt: skip
-            return
+            break
+        return True
     except OSError as error:  # the directory went away, or there are no inotify watches left
-        log.warning("can't watch %s: %s; looking every %g s", spool, error, RESCAN_SECONDS)
+        if watched:
+            log.warning("can't watch %s: %s; looking every %g s", spool, error, RESCAN_SECONDS)
         stop.wait(RESCAN_SECONDS)
+        return False
 
 
 def _is_sealed(change: watchfiles.Change, path: str) -> bool:

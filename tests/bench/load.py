@@ -70,9 +70,9 @@ def events(count: int, version: int, seed: int = 7) -> Iterator[bytes]:
 class Bench:
     """One server, one set of files."""
 
-    def __init__(self, dsn: str, home: Path, rows: int) -> None:
+    def __init__(self, dsn: str, home: Path, rows: int, versions: Sequence[int] = (7, 4)) -> None:
         self.dsn, self.home, self.rows = dsn, home, rows
-        self.versions = (7,)
+        self.versions = versions
         self.spool = home / "spool"
         self.spool.mkdir()
         self.environment = environment(LOADER_DSN=dsn, SPOOL_DIR=str(self.spool))
@@ -173,6 +173,8 @@ def rates(bench: Bench, repeats: int) -> None:
             bench.backfill(bench.file(version))
             note("1 worker, ledger knows all", bench.backfill(bench.file(version)), floor)
             note("1 worker, 100% duplicates", bench.backfill(other_bytes(bench.file(version))), floor)
+            again = other_bytes(other_bytes(bench.file(version)))
+            note("2 workers, 100% duplicates", bench.backfill(again, workers=2), floor)
             assert bench.count() == bench.rows
             bench.reset(*with_users(bench.file(version)))
             note("1 worker, foreign keys", bench.backfill(bench.file(version)), floor)
@@ -351,6 +353,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments.add_argument("--rows", type=int, default=200_000)
     arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--ids", type=int, choices=(7, 4), action="append", help="UUID version of events")
     arguments.add_argument("--dsn", help="a database whose analytics tables may be dropped")
     arguments.add_argument("--version", type=int, default=18, help="of the embedded Postgres")
     arguments.add_argument("--part", choices=PARTS, action="append", help="what to measure; else everything")
@@ -368,7 +371,7 @@ SERVER = ("-c", "shared_buffers=1GB", "-c", "max_wal_size=8GB", "-c", "checkpoin
 
 
 def measure(given: argparse.Namespace, dsn: str, home: Path) -> None:
-    bench = Bench(dsn, home, given.rows)
+    bench = Bench(dsn, home, given.rows, given.ids or (7, 4))
     for part in given.part or PARTS:
         PARTS[part](bench, given.repeats)
 

@@ -1,0 +1,184 @@
+"""A spool directory in which anything may lie: what is no segment is reported once and left alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from loader.daemon import SpoolFile
+from loader.database import Connection
+from tests.load.lines import STEM, event, joined, number, rejected, segment
+from tests.processes import LOADER, Cli, eventually
+
+EVENTS = "SELECT count(*) FROM analytics_events"
+
+
+def named(spool: Path, at: int) -> Path:
+    return spool / f"{STEM.format(at)}.ndjson"
+
+
+@contextmanager
+def bound(path: Path) -> Iterator[None]:
+    with socket.socket(socket.AF_UNIX) as listening:
+        directory = os.open(path.parent, os.O_RDONLY)  # a socket's path may have 107 bytes only
+        listening.bind(f"/proc/self/fd/{directory}/{path.name}")
+        os.close(directory)
+        yield
+
+
+def test_what_is_no_segment_is_reported_once_and_the_rest_loads(
+    cli: Cli, one_connection: Connection, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(joined(event(99)))
+    named(cli.spool, 1).symlink_to(outside)
+    os.mkfifo(named(cli.spool, 2))
+    named(cli.spool, 3).mkdir()
+    (cli.spool / ("x" * 240 + ".ndjson")).write_bytes(joined(event(98)))
+    (cli.spool / "evil\n\x1b[31m.ndjson").write_bytes(joined(event(97)))
+    with bound(named(cli.spool, 4)), cli.daemon() as process:
+        for n in range(3):  # three looks at the directory, at least
+            segment(cli.spool, 10 + n, event(n))
+            eventually(lambda seen=n + 1: number(one_connection, EVENTS) == seen)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        log = process.stderr.read().decode()
+    assert log.count("not touched") == 6 and "\x1b" not in log
+    assert outside.read_bytes() == joined(event(99))
+    assert number(one_connection, EVENTS) == 3
+
+
+def test_a_file_that_changes_while_it_is_read_stays_and_loads_the_next_time(
+    one_connection: Connection, tmp_path: Path
+) -> None:
+    path = segment(tmp_path, 1, event(1))
+    source = SpoolFile(path)
+    with source.open() as stream:
+        stream.read()
+    with path.open("ab") as file:
+        file.write(joined(event(2)))
+    with pytest.raises(OSError, match="changed"):
+        source.done(oversize=False)
+    assert path.exists()
+
+
+def test_a_file_without_read_permission_is_reported_and_the_rest_loads(
+    cli: Cli, one_connection: Connection
+) -> None:
+    if os.getuid() != 0:
+        pytest.skip("becoming another user takes root")
+    segment(cli.spool, 1, event(1)).chmod(0)
+    segment(cli.spool, 2, event(2))
+    for path in (cli.spool, *cli.spool.parents[:3]):
+        path.chmod(0o777)
+    code = "import os, loader.cli; os.setuid(65534); loader.cli.cli(['run', '--once'])"
+    ended = subprocess.run([sys.executable, "-c", code], env=cli.environment, capture_output=True, text=True)
+    assert ended.returncode == 1 and "can't be read: [Errno 13] Permission denied" in ended.stderr
+    assert number(one_connection, EVENTS) == 1
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_without_inotify_watches_the_daemon_looks_by_itself(
+    cli: Cli, one_connection: Connection, tmp_path: Path
+) -> None:
+    """What a limit of no watches does (inotify_add_watch(2): ENOSPC)."""
+    inject = "inject=inotify_add_watch:error=ENOSPC"
+    process = subprocess.Popen(
+        ["strace", "-D", "-f", "-qq", "-o", tmp_path / "trace", "-e", "trace=inotify_add_watch", "-e", inject,
+         *LOADER, "run"],
+        env=cli.environment, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        for n in range(2):
+            segment(cli.spool, n + 1, event(n))
+            eventually(lambda seen=n + 1: number(one_connection, EVENTS) == seen)
+    finally:
+        process.terminate()
+        _, log = process.communicate(timeout=30)
+    assert log.count(b"can't watch") == 1
+
+
+def test_an_outage_is_told_once_and_its_end_too(cli: Cli, one_connection: Connection) -> None:
+    name, dsn = one_connection.info.dbname, one_connection.info.dsn
+    one_connection.close()
+    with psycopg.connect(dsn, dbname="postgres", autocommit=True) as admin, cli.daemon() as process:
+        admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false".encode())
+        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+        for n in range(300):  # work for both workers
+            segment(cli.spool, n + 1, event(n))
+        assert process.stderr is not None
+        told = next(line for line in iter(process.stderr.readline, b"") if b"out of reach" in line)
+        assert not select.select([process.stderr], [], [], 3)[0]  # several tries, and not a word
+        admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
+        eventually(lambda: not list(cli.spool.glob("2*")), seconds=60)
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+    assert told and rest.count(b"out of reach") == 0 and rest.count(b"loading goes on") == 1
+    with psycopg.connect(dsn) as again:
+        assert number(again, EVENTS) == 300
+
+
+@pytest.mark.parametrize(
+    ("harm", "mend", "words"),
+    [
+        (
+            "REVOKE INSERT ON analytics_events FROM {role}",
+            "GRANT INSERT ON analytics_events TO {role}",
+            "grant",
+        ),
+        (
+            "ALTER TABLE analytics_events RENAME TO gone",
+            "ALTER TABLE gone RENAME TO analytics_events",
+            "init",
+        ),
+        (
+            "ALTER ROLE {role} SET default_transaction_read_only = on",
+            "ALTER ROLE {role} RESET default_transaction_read_only",
+            "read-only",
+        ),
+    ],
+    ids=["permission", "table", "read-only"],
+)
+def test_a_mistake_of_the_configuration_keeps_the_spool_says_what_to_do_and_recovers(
+    cli: Cli, one_connection: Connection, harm: str, mend: str, words: str
+) -> None:
+    role = "role_" + one_connection.info.dbname[-12:]
+    one_connection.execute(f"CREATE ROLE {role} LOGIN".encode())
+    one_connection.execute(f"GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA public TO {role}".encode())
+    one_connection.execute(harm.format(role=role).encode())
+    one_connection.commit()
+    cli.environment["LOADER_DSN"] += f" user={role}"
+    segment(cli.spool, 1, event(1))
+    with cli.daemon() as process:
+        assert process.stderr is not None
+        log = iter(process.stderr.readline, b"")
+        assert words in next(line for line in log if b"WARNING" in line).decode()
+        assert list(cli.spool.glob("2*"))
+        one_connection.execute(mend.format(role=role).encode())
+        one_connection.commit()
+        eventually(lambda: number(one_connection, EVENTS) == 1)
+        eventually(lambda: not list(cli.spool.glob("2*")))
+    assert not rejected(cli.spool)
+
+
+@pytest.mark.long
+def test_a_hundred_thousand_files(cli: Cli, one_connection: Connection) -> None:
+    for n in range(100_000):
+        segment(cli.spool, n + 1, event(n))
+    printed = cli("run", "--once")
+    assert re.search(r"files 100000, .*events 100000", printed)
+    assert number(one_connection, EVENTS) == 100_000
+    assert not list(cli.spool.glob("2*"))

@@ -1,4 +1,4 @@
-"""What a Python developer would load the same file with. Each raises ImportError where it is not installed."""
+"""What a Python developer would load the same file with. Each raises ImportError where it is missing."""
 
 from __future__ import annotations
 

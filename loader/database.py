@@ -95,9 +95,13 @@ def apply_schema(connection: Connection, *, foreign_keys: bool = True) -> None:
         connection.execute(script.encode())
 
 
-def check_at_once(connection: Connection) -> None:
-    """Have deferrable constraints checked by each statement: at COMMIT, one row would fail all others."""
-    connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
+def prepare(connection: Connection) -> None:
+    """Set what holds for a load's transaction.
+
+    Deferrable constraints are checked by each statement: at COMMIT, one row would fail all others. A plan is
+    not compiled: that takes longer than looking up the rows of a batch.
+    """
+    connection.execute("SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL jit = off")
 
 
 def copy(connection: Connection, table: Table, copies: Iterable[str]) -> None:
@@ -189,7 +193,7 @@ class _Staging:
                 yield f"{position}\t{row.copy}"
 
         self._run(
-            "CREATE TEMP TABLE IF NOT EXISTS {staging} ON COMMIT DROP AS "
+            "CREATE TEMP TABLE IF NOT EXISTS {staging} ON COMMIT DELETE ROWS AS "
             "SELECT 0 AS position, {columns} FROM {table} WITH NO DATA"
         )
         self._run("TRUNCATE {staging}")
@@ -203,7 +207,7 @@ class _Staging:
         table: each key is looked up in the index.
         """
         equal, unequal, stored = self._run(
-            "WITH compared AS (SELECT staged.position, "
+            "WITH compared AS MATERIALIZED (SELECT staged.position, "
             "CASE WHEN ({staged_payload}) IS DISTINCT FROM ({stored_payload}) THEN stored::text END AS other "
             "FROM {staging} staged CROSS JOIN LATERAL "
             "(SELECT * FROM {table} found WHERE found.{key} = staged.{key} OFFSET 0) AS stored "
@@ -245,6 +249,8 @@ def record(connection: Connection, entries: Sequence[Entry]) -> None:
     Raises psycopg.errors.SerializationFailure where another loader was faster with the same bytes: try again,
     then they are known.
     """
+    if not entries:
+        return
     arrays = [[getattr(entry, name) for entry in entries] for name in _ENTRY_TYPES]
     written = connection.execute(_RECORD, [socket.gethostname(), *arrays]).fetchall()
     if len(written) != len(entries):

@@ -100,7 +100,7 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 
 def decode(line: bytes) -> Row | Reject:
     """Return the row of one line (with or without its newline), or why it has none. Never raises."""
-    if line[_AFTER_ID : _AFTER_ID + 1] == b"e":  # "event_type", where the emitter puts it
+    if line[_AFTER_ID : _AFTER_ID + 1] != b"m":  # of "metric_name", where the emitter puts it
         try:
             if (row := _usual_event(_decode_event(line))) is not None:
                 return row

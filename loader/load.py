@@ -36,12 +36,10 @@ OVERSIZE: Final = "oversize"
 """Code of a line longer than a chunk: its reject holds its beginning only, so it can't be tried again."""
 MANY_DUPLICATES: Final = 0.5
 """Share from which on comparing every row costs less than looking for those that are there (measured)."""
-_IDS: Final = {
-    table.name: re.compile(
-        rb'"event_id":"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})","' + key
-    )
-    for table, key in ((EVENTS, b"event_type"), (METRICS, b"metric_name"))
-}
+_BEGINNING: Final = re.compile(
+    rb'\s*\{\s*"event_id"\s*:\s*"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"\s*,\s*"'
+    rb"(event_type|metric_name)"
+).match
 _COPY_LINE: Final = re.compile(r", line (\d+)")
 
 
@@ -104,7 +102,8 @@ def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates
     with connection.transaction():
         known = database.known(connection, [chunk.digest for chunk in batch])
         fresh, repeated = _divide(batch, known)
-        outcomes = _place(connection, fresh, duplicates)
+        database.prepare(connection)
+        outcomes = _place(connection, fresh, duplicates) if fresh else []
         database.record(connection, [outcome.entry() for outcome in outcomes])
         for outcome in outcomes:
             rejects.write(spool, outcome.chunk, outcome.rejects)
@@ -128,6 +127,7 @@ def retry(connection: Connection, path: Path) -> Tally:
     # Lines that are tried again are the same bytes each time, so their ledger key is a random one.
     chunk = Chunk(name, 0, len(data), 1, len(before), data, given_digest=secrets.token_bytes(32))
     with connection.transaction():
+        database.prepare(connection)
         outcome = Outcome(chunk)
         _place_apart(connection, [(outcome, [rejected.raw for rejected in before])], staged=False)
         left = [
@@ -200,9 +200,7 @@ def _place_sifted(connection: Connection, chunks: Sequence[Chunk]) -> list[Outco
     missed by that. Raises psycopg.Error.
     """
     outcomes = [Outcome(chunk) for chunk in chunks]
-    seen = {
-        table.name: database.existing(connection, table, _ids(chunks, table)) for table in (EVENTS, METRICS)
-    }
+    seen = _ids_there(connection, chunks)
     events: list[_Line] = []
     metrics: list[_Line] = []
 
@@ -220,10 +218,16 @@ def _place_sifted(connection: Connection, chunks: Sequence[Chunk]) -> list[Outco
     return outcomes
 
 
-def _ids(chunks: Sequence[Chunk], table: Table) -> list[str]:
-    """What look like the ids of a table's rows in the bytes of some chunks."""
-    pattern = _IDS[table.name]
-    return [found.decode() for chunk in chunks for found in pattern.findall(chunk.data)]
+def _ids_there(connection: Connection, chunks: Sequence[Chunk]) -> dict[str, set[str]]:
+    """Return which of the ids that the chunks seem to have are there already, by table."""
+    ids: dict[bytes, list[str]] = {b"event_type": [], b"metric_name": []}
+    for chunk in chunks:
+        for found in filter(None, map(_BEGINNING, chunk.lines())):
+            ids[found[2]].append(found[1].decode())
+    return {
+        EVENTS.name: database.existing(connection, EVENTS, ids[b"event_type"]),
+        METRICS.name: database.existing(connection, METRICS, ids[b"metric_name"]),
+    }
 
 
 def _lines(outcomes: Sequence[Outcome]) -> Iterator[_Line]:
@@ -246,7 +250,6 @@ def _copy(connection: Connection, lines: Iterator[_Line]) -> None:
                 metrics.append(line.row.copy)
 
     with connection.transaction():
-        database.check_at_once(connection)
         database.copy(connection, EVENTS, events())
         database.copy(connection, METRICS, metrics)
 
@@ -275,7 +278,6 @@ def _insert_apart(
     coming_events: Iterator[_Line] | None = None, coming_metrics: Iterator[_Line] | None = None,
 ) -> None:  # fmt: skip
     """Insert lines that may be duplicates or poison, and count what became of each."""
-    database.check_at_once(connection)
     for line in _insert(connection, EVENTS, events, coming_events):
         line.outcome.events += 1
     for line in _insert(connection, METRICS, metrics, coming_metrics):

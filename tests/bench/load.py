@@ -316,8 +316,8 @@ def big(bench: Bench, _: int, rows: int = 10_000_000) -> None:
 OLD_ROWS = """
 INSERT INTO analytics_events
     (id, event_id, event_type, timestamp, user_id, family_unit_id, session_id, metadata)
-SELECT id, id, 'type_' || n % 10, '2026-01-01'::timestamptz - n * interval '1 s',
-    md5((n % 20000)::text)::uuid, md5((n % 5000)::text)::uuid, NULL,
+SELECT id, id, 'type_' || n %% 10, '2026-01-01'::timestamptz - n * interval '1 s',
+    md5((n %% 20000)::text)::uuid, md5((n %% 5000)::text)::uuid, NULL,
     jsonb_build_object('memory_id', n, 'title', 'Family Vacation ' || n)
 FROM generate_series(1, %s) n, LATERAL (
     SELECT (lpad(to_hex(1600000000000 - n), 12, '0') || '7' || substr(md5(n::text), 1, 3) || '8'

@@ -15,7 +15,8 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -236,6 +237,18 @@ class Appender:
             for segment in [*self._retired, *([self._current] if self._current else [])]:
                 written.add(segment.lines(), segment.end())
         return written
+
+    @contextmanager
+    def diverted(self, write: Callable[[bytes], int]) -> Iterator[None]:
+        """Have lines written elsewhere until the block ends."""
+        with self._turn:
+            self._retire_current()
+            self.write = write
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._retire_current()
 
     def hold(self) -> None:
         """Wait until no other thread is changing or sealing, and keep it so until `release`."""

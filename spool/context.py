@@ -3,7 +3,11 @@
     with bind(user_id=user.id, family_unit_id=user.family_unit_id, role="parent"):
         await analytics.emit_event(event_type="feed_viewed")
 
-Held in a context variable: asyncio tasks and Starlette's thread pool inherit it, siblings never see it.
+    update(user_id=user.id)      # for the rest of the request, as a dependency that knows the user does
+
+A scope is held in a context variable: asyncio tasks, threads of Starlette's pool and background tasks inherit
+it, siblings never see it. What is bound to a scope can be replaced in it, so that a dependency which ran in a
+thread, in a copy of the request's context, is heard by the endpoint, too.
 """
 
 from __future__ import annotations
@@ -11,34 +15,83 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict, Unpack
+
+
+class Values(TypedDict, total=False):
+    """What can be bound."""
+
+    user_id: Any
+    family_unit_id: Any
+    session_id: Any
+    role: str | None
+    request_id: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What was bound; None where nothing was."""
+    """What was bound; None where nothing was. `extra` is what of it goes into the metadata of events."""
 
     user_id: Any = None
     family_unit_id: Any = None
     session_id: Any = None
     role: str | None = None
     request_id: str | None = None
+    extra: dict[str, str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        given = {"role": self.role, "request_id": self.request_id}
+        extra = {name: value for name, value in given.items() if value is not None}
+        object.__setattr__(self, "extra", extra)
 
 
-_context: ContextVar[Context | None] = ContextVar("analytics", default=None)
-current = _context.get
-"""The context in force, or None."""
+class Scope:
+    """A stretch of work, such as a request, with what is bound to it at the moment."""
+
+    __slots__ = ("context",)
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+
+_scope: ContextVar[Scope | None] = ContextVar("analytics", default=None)
+scope = _scope.get
+"""The scope in force, or None."""
+
+
+def current() -> Context:
+    """Return what is bound."""
+    there = _scope.get()
+    return Context() if there is None else there.context
 
 
 @contextmanager
-def bind(**values: Any) -> Iterator[Context]:
+def bind(**values: Unpack[Values]) -> Iterator[Context]:
     """Bind `user_id`, `family_unit_id`, `session_id`, `role` or `request_id` until the block ends.
 
     What is not named stays as it was bound outside. Raises TypeError for another name.
     """
-    token = _context.set(replace(_context.get() or Context(), **values))
+    bound = replace(current(), **values)
+    token = _scope.set(Scope(bound))
     try:
-        yield _context.get() or Context()
+        yield bound
     finally:
-        _context.reset(token)
+        _scope.reset(token)
+
+
+def begin(**values: Unpack[Values]) -> None:
+    """Begin a scope that lasts as long as this task or copy of a context. Raises TypeError as `bind`."""
+    _scope.set(Scope(replace(current(), **values)))
+
+
+def update(**values: Unpack[Values]) -> None:
+    """Bind for the rest of the scope in force, or of this task or thread where there is none.
+
+    Raises TypeError for another name.
+    """
+    there = _scope.get()
+    if there is None:
+        begin(**values)
+    else:
+        there.context = replace(there.context, **values)

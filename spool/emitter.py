@@ -5,13 +5,13 @@ written out flat, since a call of a function costs a twentieth of a whole emit (
 the short way for what is usual:
 
     step              the short way                                   else
-    context           nothing is bound                                `_with_context`
+    context           nothing is bound                                what is bound fills the gaps
     time and id       the same millisecond as the last emit           `_new_tick`
     who               the same objects as in the last emit            `record.encode_who`, which remembers
     metadata, labels  flat, keys seen before, no escape, no null      `record.encode_object`
     bytes             fit into the current segment                    `Appender.append`
 
-Whatever goes wrong in there ends in `_refuse` (the line can't be made) or `_drop` (there is no room for it),
+Whatever goes wrong in there ends in `refuse` (the line can't be made) or `_drop` (there is no room for it),
 which count it. Housekeeping (spare, age, sealing, telling of drops) runs in a thread that may be missing.
 """
 
@@ -23,8 +23,9 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from time import time_ns
 from typing import Any, Final
@@ -37,6 +38,7 @@ from spool.drops import Drops
 from spool.housekeeper import Housekeeper
 from spool.redaction import Redaction
 from spool.settings import Settings
+from spool.timer import Timer
 
 DROPPED_METRIC: Final = "spool_dropped_count"
 """Counter that tells, once lines flow again, how many were dropped, by cause."""
@@ -94,11 +96,13 @@ class Emitter:
         context. `event_id` is for callers with their own idempotency; `timestamp` is an aware datetime.
         """
         try:
-            if (bound := context.current()) is not None:
+            if (scope := context.scope()) is not None:
+                bound = scope.context
                 user_id = user_id or bound.user_id
                 family_unit_id = family_unit_id or bound.family_unit_id
                 session_id = session_id or bound.session_id
-                metadata = _with_context(metadata, bound)
+                if bound.extra:
+                    metadata = {**bound.extra, **(metadata or {})}
             start, prefix, moment = self._tick
             past = time_ns() - start
             if not 0 <= past < 1_000_000:
@@ -128,7 +132,7 @@ class Emitter:
             kind = record.EVENT_KINDS[event_type]
             line = b"".join((b'{"event_id":"', new_id.encode(), kind, moment, micros, who, data, b"}\n"))
         except Exception as error:
-            self._refuse(error)
+            self.refuse(error)
             return None
         try:
             self._appender.write(line)
@@ -163,7 +167,7 @@ class Emitter:
                  moment, _MICROSECONDS[past // 1000], b'"}\n')
             )  # fmt: skip
         except Exception as error:
-            self._refuse(error)
+            self.refuse(error)
             return None
         try:
             self._appender.write(line)
@@ -198,6 +202,10 @@ class Emitter:
         """See `record_metric`; the duration is in milliseconds."""
         return self._metric(metric_name, "timer", duration_ms, labels)
 
+    def timer(self, metric_name: str, labels: dict[str, Any] | None = None) -> Timer:
+        """Return a context manager and decorator that records a timer; see `Timer`."""
+        return Timer(lambda duration: self._metric(metric_name, "timer", duration, labels))
+
     # ---- the long way -------------------------------------------------------------------------------
 
     def _new_tick(self, nanoseconds: int) -> tuple[str, bytes, int]:
@@ -217,12 +225,12 @@ class Emitter:
             self._appender.append(line)
             return True
         except record.Refused as error:
-            self._refuse(error)
+            self.refuse(error)
         except OSError as error:
             self._drop(error)
         return False
 
-    def _refuse(self, error: Exception) -> None:
+    def refuse(self, error: Exception) -> None:
         """Count a line that could not be made. Raises ValueError with `strict`."""
         refused = record.refusal(error)
         self._drops.add(refused.cause, str(refused), tell=False)
@@ -266,6 +274,16 @@ class Emitter:
         written = self._appender.written()
         return Stats(written.lines, self._drops.counts(), written.bytes, written.segments)
 
+    @contextmanager
+    def diverted(self, write: Callable[[bytes], int], *, strict: bool) -> Iterator[None]:
+        """Hand lines to `write` instead of the spool until the block ends: what `spool.testing` does."""
+        before, self.settings = self.settings, replace(self.settings, strict=strict)
+        try:
+            with self._appender.diverted(write):
+                yield
+        finally:
+            self.settings = before
+
     def close(self) -> None:
         """Seal everything and stop the housekeeping thread. Safe to repeat."""
         self._housekeeper.stop()
@@ -276,12 +294,6 @@ class Emitter:
 def _second(seconds: int) -> bytes:
     """A time in seconds since 1970 as RFC 3339 text without fraction and offset."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)).encode()
-
-
-def _with_context(metadata: dict[str, Any] | None, bound: context.Context) -> dict[str, Any]:
-    """`metadata` with the role and the request id that are bound, unless it has its own."""
-    extra = {"role": bound.role, "request_id": bound.request_id}
-    return {**{key: value for key, value in extra.items() if value is not None}, **(metadata or {})}
 
 
 # ---- fork and exit ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from spool.emitter import Emitter, get_emitter
+from spool.timer import Timer
 
 
 class AnalyticsService:
@@ -23,6 +24,10 @@ class AnalyticsService:
             event_type=event_type, user_id=user_id, family_unit_id=family_unit_id, session_id=session_id,
             metadata=metadata, event_id=event_id, timestamp=timestamp,
         )  # fmt: skip
+
+    def timer(self, metric_name: str, labels: dict[str, Any] | None = None) -> Timer:
+        """See `Emitter.timer`."""
+        return self.emitter.timer(metric_name, labels)
 
     async def increment_counter(
         self, *, metric_name: str, value: Any = 1, labels: dict[str, Any] | None = None

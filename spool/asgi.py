@@ -1,0 +1,124 @@
+"""Request metrics, request ids and context for any ASGI application; no framework is imported.
+
+    app.add_middleware(AnalyticsMiddleware, exclude=("/health",))
+
+Each HTTP request is one `api_request_count`, one `api_request_duration_ms` and, where it failed, one
+`api_request_error_count`, labelled endpoint, method and status. WebSockets and lifespan pass through. The
+request's id is bound to the context, so that every event of the request has it in its metadata, and is
+returned in the response.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any, Final
+
+from spool.context import bind
+from spool.emitter import Emitter, get_emitter
+from spool.request import DISCONNECTED, UNMATCHED, Watch, excluded, request_id
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+_HEADER: Final = b"x-request-id"
+_CONVERTER: Final = re.compile(r"\{(\w+):\w+\}")
+
+
+class AnalyticsMiddleware:
+    """Wraps an ASGI application (https://asgi.readthedocs.io/en/latest/specs/www.html).
+
+    `emitter` is the process-wide one unless given; requests to a path of `exclude`, or below, don't count.
+    """
+
+    def __init__(
+        self, app: Application, *, emitter: Emitter | None = None, exclude: Iterable[str] = ()
+    ) -> None:
+        self._app = app
+        self._emitter = emitter or get_emitter()
+        self._exclude = tuple(exclude)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (self._exclude and excluded(scope["path"], self._exclude)):
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == _HEADER), None)
+        made = request_id(given and given.decode("latin-1"))
+        exchange = _Exchange(self._emitter, scope, receive, send, made)
+        with bind(request_id=exchange.request_id):
+            try:
+                await self._app(scope, exchange.receive, exchange.send)
+            except Exception:
+                exchange.fail()
+                raise
+            finally:
+                exchange.abandon()
+
+
+class _Exchange:
+    """One request and its response on their way through."""
+
+    def __init__(
+        self, emitter: Emitter, scope: Message, receive: Receive, send: Send, request_id: str
+    ) -> None:
+        self.request_id = request_id
+        self._scope = scope
+        self._path = scope["path"]  # a mount may change the scope's
+        self._receive = receive
+        self._send = send
+        self._watch = Watch(emitter, scope["method"])
+        self._status = "500"
+        self._disconnected = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._disconnected = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = str(message["status"])
+            headers = [header for header in message.get("headers", ()) if header[0].lower() != _HEADER]
+            message = {**message, "headers": [*headers, (_HEADER, self.request_id.encode())]}
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._watch.end(self._endpoint(), self._status)
+
+    def fail(self) -> None:
+        """The application raised: whoever is outside answers with 500, unless the client is gone."""
+        self._watch.end(self._endpoint(), DISCONNECTED if self._disconnected else "500")
+
+    def abandon(self) -> None:
+        """The application is done, or was cancelled; without a last byte nobody waits for one any more."""
+        self._watch.end(self._endpoint(), DISCONNECTED)
+
+    def _endpoint(self) -> str:
+        try:
+            return template(self._scope, self._path)
+        except Exception:  # a framework that keeps its routes otherwise
+            return UNMATCHED
+
+
+def template(scope: Message, path: str) -> str:
+    """Return the template of the route that a request was given to, with those of the routers around it.
+
+    Starlette leaves the innermost route in the scope, whose path is relative to where its router is mounted
+    or included; what stands before it in the request's path is made a template with the path's parameters.
+    """
+    route = getattr(scope.get("route"), "path", None)
+    if not isinstance(route, str):
+        return UNMATCHED
+    route = _CONVERTER.sub(r"{\1}", route)
+    values = {name: str(value) for name, value in scope.get("path_params", {}).items()}
+    actual = route
+    for name, value in values.items():
+        actual = actual.replace(f"{{{name}}}", value)
+    if not path.endswith(actual):
+        return route or UNMATCHED
+    around = path[: len(path) - len(actual)]
+    outer = {value: name for name, value in values.items() if f"{{{name}}}" not in route}
+    parts = [f"{{{outer[part]}}}" if part in outer else part for part in around.split("/")]
+    return "/".join(parts) + route

@@ -1,0 +1,41 @@
+"""The names of the metrics that come by themselves, and helpers for those of the application."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from spool.emitter import DROPPED_METRIC, get_emitter
+from spool.request import REQUEST_COUNT, REQUEST_DURATION, REQUEST_ERRORS
+
+__all__ = [
+    "DROPPED_METRIC", "FEED_INTERACTION", "FEED_INTERACTION_COUNT", "REQUEST_COUNT", "REQUEST_DURATION",
+    "REQUEST_ERRORS", "log_feed_interaction",
+]  # fmt: skip
+
+FEED_INTERACTION: Final = "feed_interaction"
+"""Event, one per interaction, with who it was."""
+FEED_INTERACTION_COUNT: Final = "feed_interaction_count"
+"""Counter, one per interaction, labelled interaction_type."""
+
+
+async def log_feed_interaction(
+    *,
+    interaction_type: str,
+    user_id: Any = None,
+    family_unit_id: Any = None,
+    metadata: dict[str, Any] | None = None,
+) -> str | None:
+    """Count an interaction with the feed (scroll, tap, like, ...) and emit an event that says whose it was.
+
+    Returns the event's id, or None where it was dropped.
+    """
+    emitter = get_emitter()
+    emitter.increment_counter(
+        metric_name=FEED_INTERACTION_COUNT, labels={"interaction_type": interaction_type}
+    )
+    return emitter.emit_event(
+        event_type=FEED_INTERACTION,
+        user_id=user_id,
+        family_unit_id=family_unit_id,
+        metadata={**(metadata or {}), "interaction_type": interaction_type},
+    )

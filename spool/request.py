@@ -1,0 +1,59 @@
+"""What the two middlewares share: the id of a request, its labels, and the metrics when it has ended."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Final
+
+from spool import ids
+from spool.emitter import Emitter
+
+REQUEST_COUNT: Final = "api_request_count"
+"""Counter, one per request."""
+REQUEST_DURATION: Final = "api_request_duration_ms"
+"""Timer, from the request's arrival to the last byte of the response."""
+REQUEST_ERRORS: Final = "api_request_error_count"
+"""Counter, one per response of 500 and above and per exception that the application did not handle."""
+
+UNMATCHED: Final = "unmatched"
+"""Label of a request that no route matched: its path is whatever a client asked for."""
+DISCONNECTED: Final = "499"
+"""Status of a request whose client went away before the last byte, as nginx logs it."""
+
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
+_SANE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def request_id(given: str | None) -> str:
+    """Return the id that a proxy or client gave where it is sane, else a new UUIDv7."""
+    if given is not None and _SANE_ID.fullmatch(given):
+        return given
+    return ids.uuid7(time.time_ns() // 1_000_000)
+
+
+def excluded(path: str, exclude: tuple[str, ...]) -> bool:
+    """Whether a path is one of the excluded ones, or below one."""
+    return any(path == each or path.startswith(each.rstrip("/") + "/") for each in exclude)
+
+
+class Watch:
+    """Times one request and records its metrics, once."""
+
+    def __init__(self, emitter: Emitter, method: str) -> None:
+        self._emitter = emitter
+        self._method = method if method in _METHODS else "OTHER"
+        self._begin = time.perf_counter_ns()
+        self.ended = False
+
+    def end(self, endpoint: str, status: str) -> None:
+        """The last byte was sent, or will never be."""
+        if self.ended:
+            return
+        self.ended = True
+        milliseconds = (time.perf_counter_ns() - self._begin) / 1_000_000
+        labels = {"endpoint": endpoint, "method": self._method, "status": status}
+        self._emitter.increment_counter(metric_name=REQUEST_COUNT, labels=labels)
+        self._emitter.record_timer(metric_name=REQUEST_DURATION, duration_ms=milliseconds, labels=labels)
+        if status >= "500":
+            self._emitter.increment_counter(metric_name=REQUEST_ERRORS, labels=labels)

@@ -1,0 +1,120 @@
+"""Request metrics, request ids and context for any WSGI application; no framework is imported.
+
+    app.wsgi_app = AnalyticsMiddleware(app.wsgi_app)                  # Flask
+    application = AnalyticsMiddleware(get_wsgi_application())         # Django
+
+The same metrics and labels as spool/asgi.py. The route's template is what Flask leaves in the environment, or
+what Django, where it is loaded, resolves the path to.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from spool.context import begin
+from spool.emitter import Emitter, get_emitter
+from spool.request import DISCONNECTED, UNMATCHED, Watch, excluded, request_id
+
+Environment = dict[str, Any]
+Application = Callable[[Environment, Callable[..., Any]], Iterable[bytes]]
+
+
+class AnalyticsMiddleware:
+    """Wraps a WSGI application (PEP 3333).
+
+    `emitter` is the process-wide one unless given; requests to a path of `exclude`, or below, don't count.
+    """
+
+    def __init__(
+        self, app: Application, *, emitter: Emitter | None = None, exclude: Iterable[str] = ()
+    ) -> None:
+        self._app = app
+        self._emitter = emitter or get_emitter()
+        self._exclude = tuple(exclude)
+
+    def __call__(self, environ: Environment, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if self._exclude and excluded(environ.get("PATH_INFO", ""), self._exclude):
+            return self._app(environ, start_response)
+        # The response is made piece by piece after this returned, in the same context.
+        context = contextvars.copy_context()
+        return _Exchange(self._emitter, environ, start_response, context).begin(self._app)
+
+
+class _Exchange:
+    """One request and its response, iterated and closed by the server."""
+
+    def __init__(
+        self,
+        emitter: Emitter,
+        environ: Environment,
+        start_response: Callable[..., Any],
+        context: contextvars.Context,
+    ) -> None:
+        self._environ = environ
+        self._start_response = start_response
+        self._context = context
+        self._request_id = request_id(environ.get("HTTP_X_REQUEST_ID"))
+        self._watch = Watch(emitter, environ.get("REQUEST_METHOD", ""))
+        self._status = "500"
+        self._pieces: Iterable[bytes] = ()
+        self._rest: Iterator[bytes] = iter(())
+
+    def begin(self, app: Application) -> _Exchange:
+        self._context.run(begin, request_id=self._request_id)
+        try:
+            self._pieces = self._context.run(app, self._environ, self._start)
+            self._rest = iter(self._pieces)
+        except Exception:
+            self._fail()
+            raise
+        return self
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            return self._context.run(next, self._rest)
+        except StopIteration:
+            self._watch.end(self._endpoint(), self._status)
+            raise
+        except Exception:
+            self._fail()
+            raise
+
+    def close(self) -> None:
+        """What the server calls in the end, also where the client went away before it."""
+        try:
+            close = getattr(self._pieces, "close", None)
+            if close is not None:
+                self._context.run(close)
+        finally:
+            self._watch.end(self._endpoint(), DISCONNECTED)
+
+    def _start(self, status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
+        self._status = status[:3]
+        kept = [header for header in headers if header[0].lower() != "x-request-id"]
+        return self._start_response(status, [*kept, ("X-Request-ID", self._request_id)], *exc_info)
+
+    def _fail(self) -> None:
+        self._watch.end(self._endpoint(), "500")
+
+    def _endpoint(self) -> str:
+        try:
+            return self._context.run(template, self._environ)
+        except Exception:  # no such path, or a framework that keeps its routes otherwise
+            return UNMATCHED
+
+
+def template(environ: Environment) -> str:
+    """Return the template of the route that a request was given to."""
+    flask = getattr(environ.get("werkzeug.request"), "url_rule", None)
+    if flask is not None:
+        return str(flask.rule)
+    django = sys.modules.get("django.urls")
+    if django is not None and "werkzeug.request" not in environ:
+        return "/" + str(django.resolve(environ.get("PATH_INFO", "/")).route).lstrip("/")
+    return UNMATCHED

@@ -45,7 +45,7 @@ class AnalyticsMiddleware:
             await self._app(scope, receive, send)
             return
         given = next((value for name, value in scope["headers"] if name == _HEADER), None)
-        made = request_id(given and given.decode("latin-1"))
+        made = request_id(None if given is None else given.decode("latin-1"))
         exchange = _Exchange(self._emitter, scope, receive, send, made)
         with bind(request_id=exchange.request_id):
             try:

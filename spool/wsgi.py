@@ -59,11 +59,14 @@ class _Exchange:
         self._request_id = request_id(environ.get("HTTP_X_REQUEST_ID"))
         self._watch = Watch(emitter, environ.get("REQUEST_METHOD", ""))
         self._status = "500"
+        self._template: str | None = None
+        self._app: Application | None = None
         self._pieces: Iterable[bytes] = ()
         self._rest: Iterator[bytes] = iter(())
 
     def begin(self, app: Application) -> _Exchange:
         self._context.run(begin, request_id=self._request_id)
+        self._app = app
         try:
             self._pieces = self._context.run(app, self._environ, self._start)
             self._rest = iter(self._pieces)
@@ -96,6 +99,7 @@ class _Exchange:
 
     def _start(self, status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
         self._status = status[:3]
+        self._template = _flask_template(self._environ)
         kept = [header for header in headers if header[0].lower() != "x-request-id"]
         return self._start_response(status, [*kept, ("X-Request-ID", self._request_id)], *exc_info)
 
@@ -104,17 +108,24 @@ class _Exchange:
 
     def _endpoint(self) -> str:
         try:
-            return self._context.run(template, self._environ)
+            return self._template or self._context.run(_resolve, self._app, self._environ)
         except Exception:  # no such path, or a framework that keeps its routes otherwise
             return UNMATCHED
 
 
-def template(environ: Environment) -> str:
-    """Return the template of the route that a request was given to."""
-    flask = getattr(environ.get("werkzeug.request"), "url_rule", None)
-    if flask is not None:
-        return str(flask.rule)
+def _flask_template(environ: Environment) -> str | None:
+    """What Flask matched, as long as its request is under way."""
+    rule = getattr(environ.get("werkzeug.request"), "url_rule", None)
+    return None if rule is None else str(rule.rule)
+
+
+def _resolve(app: Application | None, environ: Environment) -> str:
+    """Ask the framework for the template of a path: Flask for one that raised, Django for any."""
+    rules = getattr(getattr(app, "__self__", None), "url_map", None)
+    if rules is not None:
+        rule, _ = rules.bind_to_environ(environ).match(return_rule=True)
+        return str(rule.rule)
     django = sys.modules.get("django.urls")
-    if django is not None and "werkzeug.request" not in environ:
+    if django is not None:
         return "/" + str(django.resolve(environ.get("PATH_INFO", "/")).route).lstrip("/")
     return UNMATCHED

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from functools import lru_cache
 from typing import Any, Final
 
-from spool.context import bind
+from spool.context import begin, end
 from spool.emitter import Emitter, get_emitter
 from spool.request import DISCONNECTED, UNMATCHED, Watch, excluded, request_id
 
@@ -47,14 +48,15 @@ class AnalyticsMiddleware:
         given = next((value for name, value in scope["headers"] if name == _HEADER), None)
         made = request_id(None if given is None else given.decode("latin-1"))
         exchange = _Exchange(self._emitter, scope, receive, send, made)
-        with bind(request_id=exchange.request_id):
-            try:
-                await self._app(scope, exchange.receive, exchange.send)
-            except Exception:
-                exchange.fail()
-                raise
-            finally:
-                exchange.abandon()
+        token = begin(request_id=exchange.request_id)
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        except Exception:
+            exchange.fail()
+            raise
+        finally:
+            exchange.abandon()
+            end(token)
 
 
 class _Exchange:
@@ -108,17 +110,18 @@ def template(scope: Message, path: str) -> str:
     Starlette leaves the innermost route in the scope, whose path is relative to where its router is mounted
     or included; what stands before it in the request's path is made a template with the path's parameters.
     """
-    route = getattr(scope.get("route"), "path", None)
-    if not isinstance(route, str):
-        return UNMATCHED
-    route = _CONVERTER.sub(r"{\1}", route)
-    values = {name: str(value) for name, value in scope.get("path_params", {}).items()}
-    actual = route
-    for name, value in values.items():
-        actual = actual.replace(f"{{{name}}}", value)
-    if not path.endswith(actual):
-        return route or UNMATCHED
+    route = _plain(getattr(scope.get("route"), "path", UNMATCHED))
+    values = scope.get("path_params", {})
+    actual = route.format_map(values)
+    if path == actual or not path.endswith(actual):
+        return route
     around = path[: len(path) - len(actual)]
-    outer = {value: name for name, value in values.items() if f"{{{name}}}" not in route}
+    outer = {str(value): name for name, value in values.items() if f"{{{name}}}" not in route}
     parts = [f"{{{outer[part]}}}" if part in outer else part for part in around.split("/")]
     return "/".join(parts) + route
+
+
+@lru_cache(maxsize=1024)
+def _plain(route: str) -> str:
+    """A route's path without the converters of its parameters (`{id:int}`)."""
+    return _CONVERTER.sub(r"{\1}", route)

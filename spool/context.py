@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 
@@ -31,19 +31,22 @@ class Values(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What was bound; None where nothing was. `extra` is what of it goes into the metadata of events."""
+    """What was bound; None where nothing was."""
 
     user_id: Any = None
     family_unit_id: Any = None
     session_id: Any = None
     role: str | None = None
     request_id: str | None = None
-    extra: dict[str, str] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        given = {"role": self.role, "request_id": self.request_id}
-        extra = {name: value for name, value in given.items() if value is not None}
-        object.__setattr__(self, "extra", extra)
+    def metadata(self) -> dict[str, str]:
+        """Return what of it goes into the metadata of events."""
+        if self.role is None:
+            return {} if self.request_id is None else {"request_id": self.request_id}
+        extra = {"role": self.role}
+        if self.request_id is not None:
+            extra["request_id"] = self.request_id
+        return extra
 
 
 class Scope:
@@ -72,17 +75,24 @@ def bind(**values: Unpack[Values]) -> Iterator[Context]:
 
     What is not named stays as it was bound outside. Raises TypeError for another name.
     """
-    bound = replace(current(), **values)
-    token = _scope.set(Scope(bound))
+    token = begin(**values)
     try:
-        yield bound
+        yield current()
     finally:
-        _scope.reset(token)
+        end(token)
 
 
-def begin(**values: Unpack[Values]) -> None:
-    """Begin a scope that lasts as long as this task or copy of a context. Raises TypeError as `bind`."""
-    _scope.set(Scope(replace(current(), **values)))
+def begin(**values: Unpack[Values]) -> Token[Scope | None]:
+    """Begin a scope that lasts as long as this task or copy of a context, or until it is given to `end`.
+
+    Raises TypeError as `bind`.
+    """
+    there = _scope.get()
+    return _scope.set(Scope(Context(**values) if there is None else replace(there.context, **values)))
+
+
+end = _scope.reset
+"""End a scope. Raises ValueError in another context than it began in."""
 
 
 def update(**values: Unpack[Values]) -> None:

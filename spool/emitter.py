@@ -71,7 +71,7 @@ class Emitter:
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, **settings: Any) -> None:
         self.settings = Settings.of(directory=directory, **settings)
-        self._redaction = Redaction()
+        self._redaction = Redaction(self.settings.redact)
         self._start_afresh()
         _emitters.add(self)
 
@@ -101,8 +101,8 @@ class Emitter:
                 user_id = user_id or bound.user_id
                 family_unit_id = family_unit_id or bound.family_unit_id
                 session_id = session_id or bound.session_id
-                if bound.extra:
-                    metadata = {**bound.extra, **(metadata or {})}
+                if extra := bound.metadata():
+                    metadata = extra | metadata if metadata else extra
             start, prefix, moment = self._tick
             past = time_ns() - start
             if not 0 <= past < 1_000_000:

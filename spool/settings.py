@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from spool.redaction import SENSITIVE_KEYS
+
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off", ""})
 
@@ -30,6 +32,9 @@ class Settings:
     counted. 0 is no limit."""
     fsync: bool = False
     """Sync each segment before it is sealed: power loss then costs at most the last `max_age` seconds."""
+    redact: frozenset[str] = SENSITIVE_KEYS
+    """Words; a value under a key that contains one is not written (see spool/redaction.py). In the
+    environment, `nickname,school` replaces the list and `+nickname,school` adds to it."""
     strict: bool = False
     """Raise ValueError for what can't be written, for development and tests."""
 
@@ -54,10 +59,14 @@ class Settings:
             if field.name not in values and variable in environment:
                 values[field.name] = _parse(variable, environment[variable], type(field.default))
         values["directory"] = Path(values.get("directory", cls.directory)).absolute()
+        values["redact"] = frozenset(values.get("redact", cls.redact))
         return cls(**values)
 
 
 def _parse(variable: str, text: str, kind: type) -> Any:
+    if kind is frozenset:
+        words = frozenset(text.removeprefix("+").replace(" ", "").split(","))
+        return words | SENSITIVE_KEYS if text.startswith("+") else words
     if kind is bool:
         if text.lower() in _TRUE | _FALSE:
             return text.lower() in _TRUE

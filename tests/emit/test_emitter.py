@@ -177,21 +177,51 @@ def test_metadata_is_kept_exactly(tmp_path_factory: pytest.TempPathFactory, meta
     assert line["metadata"] == metadata
 
 
+SENSITIVE = [
+    "X-Api-Key",
+    "user_password",
+    "session token",
+    "Authorization",
+    "creditCardNumber",
+    "ssn",
+    "Cookie",
+]
+
+
 @settings(deadline=None)
 @given(
     st.recursive(
-        st.sampled_from(["X-Api-Key", "user_password", "session token"]).map(lambda key: {key: "hunter2"}),
-        lambda inner: inner.map(lambda v: {"a": v}) | inner.map(lambda v: {"b": [1, v]}),
+        st.sampled_from(SENSITIVE).map(lambda key: {key: "hunter2"})
+        | st.sampled_from(SENSITIVE).map(lambda key: {key: {"inside": ["hunter2"]}}),
+        lambda inner: inner.map(lambda v: {"a": v}) | inner.map(lambda v: {"b": [1, v], "c": None}),
     )
 )
 def test_secrets_at_any_depth_never_reach_the_spool(
-    tmp_path_factory: pytest.TempPathFactory, metadata: dict[str, Any]
+    tmp_path_factory: pytest.TempPathFactory, planted: dict[str, Any]
 ) -> None:
     directory = tmp_path_factory.mktemp("spool")
     emitter = Emitter(directory)
-    assert emit(emitter, **metadata)
+    assert emit(emitter, **planted)
+    assert emitter.increment_counter(metric_name="hits", labels=planted)
     assert all(b"hunter2" not in file.read_bytes() for file in directory.iterdir())
     emitter.close()
+
+
+@pytest.mark.parametrize(
+    ("redact", "written"),
+    [
+        ("nickname", {"nickname": "[redacted]", "password": "x"}),
+        ("+nickname, school", {"nickname": "[redacted]", "password": "[redacted]"}),
+    ],
+)
+def test_an_application_replaces_or_extends_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redact: str, written: dict[str, str]
+) -> None:
+    monkeypatch.setenv("SPOOL_REDACT", redact)
+    emitter = Emitter(tmp_path)
+    emit(emitter, nickname="x", password="x")
+    emitter.close()
+    assert lines(tmp_path)[0]["metadata"] == written
 
 
 def test_nul_characters_are_mended_because_postgres_cant_store_them(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from loader.database import Connection, apply_schema
+from loader.database import apply_schema
 from tests.load.lines import event, joined, segment
 from tests.processes import Cli
 
@@ -45,18 +45,27 @@ def test_every_command_runs(cli: Cli, tmp_path: Path) -> None:
         assert ended.returncode == 0, f"{command}: {ended.stderr}"
 
 
-def test_the_application_emits_and_what_it_emits_is_loaded(
-    cli: Cli, one_connection: Connection, tmp_path: Path
-) -> None:
-    (code,) = snippets("python")
-    (tmp_path / "application.py").write_text(code)
+def test_the_application_emits_and_what_it_emits_is_loaded(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "application.py").write_text(snippets("python")[0])
     request = (
         "from fastapi.testclient import TestClient; import application, uuid\n"
-        "path = f'/families/{uuid.uuid4()}/memories/{uuid.uuid4()}'\n"
-        "print(TestClient(application.app).post(path, params={'user': str(uuid.uuid4())}).json())"
+        "who = {'user': str(uuid.uuid4()), 'family': str(uuid.uuid4())}\n"
+        "answer = TestClient(application.app).post(f'/memories/{uuid.uuid4()}', params=who)\n"
+        "assert answer.status_code == 200 and answer.headers['x-request-id']"
     )
     subprocess.run([sys.executable, "-c", request], cwd=tmp_path, env=cli.environment, check=True)
-    assert "events 1, metrics 1" in cli("run", "--once")
+    assert "events 2, metrics 4" in cli("run", "--once")
+
+
+@pytest.mark.parametrize("snippet", snippets("python")[1:])
+def test_every_other_snippet_runs(cli: Cli, tmp_path: Path, snippet: str) -> None:
+    strict = cli.environment | {"SPOOL_STRICT": "1"}
+    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=strict, check=True)
+
+
+def test_the_events_are_those_of_the_catalogue() -> None:
+    code = [sys.executable, "-m", "spool.events"]
+    assert subprocess.run(code, capture_output=True, text=True, check=True).stdout in README.read_text()
 
 
 @pytest.fixture(scope="module")

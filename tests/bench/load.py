@@ -305,7 +305,10 @@ def big(bench: Bench, _: int, rows: int = 10_000_000) -> None:
     empty = bench.backfill(bench.file(7))
     bench.reset()
     with psycopg.connect(bench.dsn, autocommit=True) as connection:
+        for index in ("type", "user", "family"):  # building them afterwards takes a fifth of the time
+            connection.execute(f"DROP INDEX analytics_events_{index}_time".encode())
         connection.execute(OLD_ROWS.encode(), [rows])
+        database.apply_schema(connection)
         connection.execute("CHECKPOINT")
     full = bench.backfill(bench.file(7))
     print(
@@ -366,7 +369,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 measure(given, dsn, Path(home))
 
 
-SERVER = ("-c", "shared_buffers=1GB", "-c", "max_wal_size=8GB", "-c", "checkpoint_timeout=30min")
+SERVER = ("-c", "shared_buffers=4GB", "-c", "max_wal_size=8GB", "-c", "checkpoint_timeout=30min")
 """A server that does not write a checkpoint in the middle of a measurement."""
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import gc
+import itertools
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -87,42 +88,46 @@ def test_a_signal_handler_that_interrupts_emits(tmp_path: Path) -> None:
     numbers_have_no_gaps(tmp_path)
 
 
-STRIDE = 13
-"""Instructions between two interruptions of one emit; the next emit is interrupted one later."""
-
-
-def test_an_emit_at_every_instruction_of_an_emit_and_of_a_rotation(tmp_path: Path) -> None:
-    """What a handler or a finalizer could interrupt, tried one by one with the interpreter's own tracing."""
-    emitter = Emitter(tmp_path, segment_bytes=4096, max_age=60)
-    kept: list[str | None] = []
-    instruction = 0
-    tracing = True
+def interrupt_at(wanted: int, interrupt: Callable[[], None]) -> Callable[[FrameType, str, Any], Any]:
+    """A trace function that calls `interrupt` before the so-manieth instruction of our own code."""
+    seen = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal tracing, instruction
-        if not tracing or frame.f_code.co_filename not in ROOMS:
+        nonlocal seen
+        if frame.f_code.co_filename not in ROOMS:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
-            instruction += 1
-            if instruction % STRIDE == 0:
-                tracing = False
-                kept.append(emit(emitter, inner=True))
-                tracing = True
+            seen += 1
+            if seen == wanted:
+                sys.settrace(None)
+                interrupt()
+                sys.settrace(trace)
         return trace
 
-    own = []
-    for offset in range(STRIDE * 30):  # every fifth or so rotates
-        instruction = offset
-        sys.settrace(trace)
+    return trace
+
+
+def test_an_emit_at_every_instruction_of_an_emit_that_rotates(tmp_path: Path) -> None:
+    """What a handler or a finalizer could interrupt, tried one by one with the interpreter's own tracing."""
+    emitter = Emitter(tmp_path, segment_bytes=4096, max_age=60)
+    own: list[str | None] = []
+    kept: list[str | None] = []
+    for wanted in itertools.count(1):
+        before = len(kept)
+        sys.settrace(interrupt_at(wanted, lambda: kept.append(emit(emitter, inner=True))))
         try:
-            own.append(emit(emitter, text="x" * 600))
+            own.append(emit(emitter, text="x" * 2000))  # every second one rotates at least
         finally:
             sys.settrace(None)
+        if wanted % 2 and len(kept) == before and wanted > 400:
+            break  # an emit that rotates has no such instruction
     emitter.close()
-    assert len(kept) > 4000 and None not in kept and None not in own
+    assert None not in kept and None not in own
     assert sorted(ids(tmp_path)) == sorted(filter(None, [*own, *kept]))
     numbers_have_no_gaps(tmp_path)
+    alone = [file for file in tmp_path.iterdir() if file.stem.endswith("-000001")]
+    assert len(alone) > 50, "hardly any was interrupted in the middle of a rotation"
 
 
 class Finalized:

@@ -32,8 +32,9 @@ from typing import Any, Final
 
 from orjson import dumps
 
-from spool import context, ids, record
+from spool import ids, record
 from spool.appender import Appender
+from spool.context import scope as scope_in_force
 from spool.drops import Drops
 from spool.housekeeper import Housekeeper
 from spool.redaction import Redaction
@@ -72,6 +73,7 @@ class Emitter:
     def __init__(self, directory: str | os.PathLike[str] | None = None, **settings: Any) -> None:
         self.settings = Settings.of(directory=directory, **settings)
         self._redaction = Redaction(self.settings.redact)
+        self._harmless: Any = self._redaction.harmless  # a set, asked about objects alone: None has no brace
         self._start_afresh()
         _emitters.add(self)
 
@@ -96,7 +98,7 @@ class Emitter:
         context. `event_id` is for callers with their own idempotency; `timestamp` is an aware datetime.
         """
         try:
-            if (scope := context.scope()) is not None:
+            if (scope := scope_in_force()) is not None:
                 bound = scope.context
                 user_id = user_id or bound.user_id
                 family_unit_id = family_unit_id or bound.family_unit_id
@@ -126,10 +128,13 @@ class Emitter:
                 _BACKSLASH in data
                 or data.rfind(b"{")  # no object, or one inside
                 or data.partition(b"null")[1]  # which a number that is not finite becomes, too
-                or not self._redaction.harmless.issuperset(metadata or ())
+                or not self._harmless.issuperset(metadata)
             ):
                 data = record.encode_object(metadata, "metadata", self._redaction)
-            kind = record.EVENT_KINDS[event_type]
+            try:
+                kind = record.EVENT_KINDS[event_type]
+            except KeyError:
+                kind = record.event_kind(event_type)
             line = b"".join((b'{"event_id":"', new_id.encode(), kind, moment, micros, who, data, b"}\n"))
         except Exception as error:
             self.refuse(error)
@@ -149,7 +154,10 @@ class Emitter:
             if not 0 <= past < 1_000_000:
                 prefix, moment, past = self._new_tick(start + past)
             new_id = prefix + next(ids.tails)
-            kind = record.METRIC_KINDS[metric_type][metric_name]
+            try:
+                kind = record.METRIC_KINDS[metric_type][metric_name]
+            except KeyError:
+                kind = record.metric_kind(metric_type, metric_name)
             if (type(value) is int or type(value) is float) and 0 <= value < record.MAX_PLAIN:
                 number = dumps(value)
             else:
@@ -159,7 +167,7 @@ class Emitter:
                 _BACKSLASH in data
                 or data.rfind(b"{")
                 or data.partition(b"null")[1]
-                or not self._redaction.harmless.issuperset(labels or ())
+                or not self._harmless.issuperset(labels)
             ):
                 data = record.encode_object(labels, "labels", self._redaction)
             line = b"".join(

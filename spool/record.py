@@ -156,34 +156,36 @@ def encode_number(value: object, metric_type: str) -> bytes:
     return str(value).encode() if isinstance(value, Decimal) else orjson.dumps(value)
 
 
-class _Memo(dict[Any, bytes]):
-    """Parts of lines by what they are made from. Starts anew when it is full."""
-
-    def remember(self, key: object, part: bytes) -> bytes:
-        if len(self) >= MEMO_SIZE:
-            self.clear()
-        self[key] = part
-        return part
+def _remember(memo: dict[Any, bytes], key: object, part: bytes) -> bytes:
+    if len(memo) >= MEMO_SIZE:
+        memo.clear()
+    memo[key] = part
+    return part
 
 
-class _EventKinds(_Memo):
-    def __missing__(self, event_type: object) -> bytes:
-        name = _checked_name(event_type, "event_type")
-        return self.remember(event_type, b'","event_type":"%b","timestamp":"' % name)
+EVENT_KINDS: Final[dict[Any, bytes]] = {}
+"""What `event_kind` returned lately, by type."""
+METRIC_KINDS: Final[dict[Any, dict[Any, bytes]]] = {metric_type: {} for metric_type in METRIC_TYPES}
+"""What `metric_kind` returned lately, by type and name."""
+_WHO: Final[dict[Any, bytes]] = {}
 
 
-class _MetricKinds(_Memo):
-    def __init__(self, metric_type: str) -> None:
-        self._type = metric_type.encode()
-
-    def __missing__(self, metric_name: object) -> bytes:
-        names = _checked_name(metric_name, "metric_name"), self._type
-        return self.remember(metric_name, b'","metric_name":"%b","metric_type":"%b","value":' % names)
+def event_kind(event_type: object) -> bytes:
+    """Return `","event_type":"...","timestamp":"`. Raises `Refused` (`invalid_name`)."""
+    part = b'","event_type":"%b","timestamp":"' % _checked_name(event_type, "event_type")
+    return _remember(EVENT_KINDS, event_type, part)
 
 
-class _MetricTypes(dict[Any, _MetricKinds]):
-    def __missing__(self, metric_type: object) -> _MetricKinds:
+def metric_kind(metric_type: object, metric_name: object) -> bytes:
+    """Return `","metric_name":"...","metric_type":"...","value":`.
+
+    Raises `Refused` (`invalid_type`, `invalid_name`).
+    """
+    if not isinstance(metric_type, str) or metric_type not in METRIC_TYPES:
         raise Refused("invalid_type", f"metric_type is unknown: {str(metric_type)[:100]!r}")
+    names = _checked_name(metric_name, "metric_name"), metric_type.encode()
+    part = b'","metric_name":"%b","metric_type":"%b","value":' % names
+    return _remember(METRIC_KINDS[metric_type], metric_name, part)
 
 
 def _checked_name(name: object, field: str) -> bytes:
@@ -191,14 +193,6 @@ def _checked_name(name: object, field: str) -> bytes:
         shown = str(name)[:120]
         raise Refused("invalid_name", f"{field} must be snake_case of 1 to 100 characters: {shown!r}")
     return name.encode()
-
-
-EVENT_KINDS: Final = _EventKinds()
-"""`","event_type":"...","timestamp":"` by type. Raises `Refused` (`invalid_name`)."""
-METRIC_KINDS: Final = _MetricTypes({metric_type: _MetricKinds(metric_type) for metric_type in METRIC_TYPES})
-"""`","metric_name":"...","metric_type":"...","value":` by type, then by name. Raises `Refused`
-(`invalid_type`, `invalid_name`)."""
-_WHO: Final = _Memo()
 
 
 def encode_who(user_id: Any, family_unit_id: Any, session_id: Any) -> bytes:
@@ -217,4 +211,4 @@ def encode_who(user_id: Any, family_unit_id: Any, session_id: Any) -> bytes:
     user, family = uuid_text(user_id, "user_id"), uuid_text(family_unit_id, "family_unit_id")
     session = "null" if session_id is None else f'"{uuid_text(session_id, "session_id")}"'
     text = f'","user_id":"{user}","family_unit_id":"{family}","session_id":{session},"metadata":'
-    return _WHO.remember(key, text.encode())
+    return _remember(_WHO, key, text.encode())

@@ -1,6 +1,6 @@
 """What an emit costs, beside the floor and beside what people use instead, in one run.
 
-    python -m tests.bench.emit [--repeats N] [--calls N] [--only WORD] [--directory DIR]
+    python -m tests.bench.emit [--repeats N] [--calls N] [--only WORD] [--situation WORD] [--directory DIR]
 
 The floor is `os.write` of `orjson.dumps` of a ready record. Each sink is measured in a process of its own, in
 turns with the floor, block by block, because a machine's speed drifts; ratios are medians over the blocks and
@@ -278,12 +278,15 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--calls", type=int, default=20_000)
     arguments.add_argument("--only", default="", help="sinks with this in their name")
+    arguments.add_argument("--situation", default="", help="situations with this in their name")
     arguments.add_argument("--directory", type=Path, help="where the sinks write; else a temporary one")
     given = arguments.parse_args()
     logging.disable(logging.NOTSET)
     sinks = [sink for sink in (FLOOR, *OURS, *installed(PEERS)) if given.only in sink.name]
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, times in microseconds", flush=True)
     for title, situation in SITUATIONS.items():
+        if given.situation not in title:
+            continue
         print(row(title, "p50", "p99", "p99.9", "max", "p50/floor", "p99.9/floor"))
         for sink in sinks:
             f = middle([measured(situation, sink, given) for _ in range(given.repeats)])

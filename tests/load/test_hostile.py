@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,33 +73,33 @@ def test_a_file_that_changes_while_it_is_read_stays_and_loads_the_next_time(
     assert path.exists()
 
 
+def failing(call: str, error: str, *options: str | Path) -> list[str | Path]:
+    """A command that runs another one in which a system call fails (strace(1)), as a child of its own."""
+    inject = ["-e", f"trace={call}", "-e", f"inject={call}:error={error}"]
+    return ["strace", "-D", "-f", "-qq", "-o", "/dev/null", *options, *inject]
+
+
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+
+
+@needs_strace
 def test_a_file_without_read_permission_is_reported_and_the_rest_loads(
     cli: Cli, one_connection: Connection
 ) -> None:
-    if os.getuid() != 0:
-        pytest.skip("becoming another user takes root")
-    segment(cli.spool, 1, event(1)).chmod(0)
+    closed = segment(cli.spool, 1, event(1))
     segment(cli.spool, 2, event(2))
-    for path in (cli.spool, *cli.spool.parents[:3]):
-        path.chmod(0o777)
-    code = "import os, loader.cli; os.setuid(65534); loader.cli.cli(['run', '--once'])"
-    ended = subprocess.run([sys.executable, "-c", code], env=cli.environment, capture_output=True, text=True)
+    command = [*failing("openat", "EACCES", "-P", closed), *LOADER, "run", "--once"]
+    ended = subprocess.run(command, env=cli.environment, capture_output=True, text=True)
     assert ended.returncode == 1 and "can't be read: [Errno 13] Permission denied" in ended.stderr
-    assert number(one_connection, EVENTS) == 1
+    assert number(one_connection, EVENTS) == 1 and closed.exists()
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-def test_without_inotify_watches_the_daemon_looks_by_itself(
-    cli: Cli, one_connection: Connection, tmp_path: Path
-) -> None:
+@needs_strace
+def test_without_inotify_watches_the_daemon_looks_by_itself(cli: Cli, one_connection: Connection) -> None:
     """What a limit of no watches does (inotify_add_watch(2): ENOSPC)."""
-    inject = "inject=inotify_add_watch:error=ENOSPC"
-    process = subprocess.Popen(
-        ["strace", "-D", "-f", "-qq", "-o", tmp_path / "trace", "-e", "trace=inotify_add_watch", "-e", inject,
-         *LOADER, "run"],
-        env=cli.environment, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    command = [*failing("inotify_add_watch", "ENOSPC"), *LOADER, "run"]
+    process = subprocess.Popen(command, env=cli.environment, stderr=subprocess.PIPE)
     try:
         for n in range(2):
             segment(cli.spool, n + 1, event(n))

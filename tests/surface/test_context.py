@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from pathlib import Path
 
 import pytest
 
 from spool import Emitter
 from spool.context import bind, current, update
-from spool.testing import Recorder, record
-
-
-@pytest.fixture
-def emitter(tmp_path: Path) -> Emitter:
-    return Emitter(tmp_path / "spool")
-
-
-@pytest.fixture
-def recorded(emitter: Emitter) -> Iterator[Recorder]:
-    with record(emitter) as recorder:
-        yield recorder
+from spool.testing import Recorder
 
 
 def test_what_is_bound_ends_with_its_block_and_nests() -> None:

@@ -18,20 +18,9 @@ from starlette.testclient import TestClient
 
 from spool import Emitter, asgi, context, wsgi
 from spool.context import update
-from spool.testing import Recorder, record
+from spool.testing import Recorder
 
 USER = uuid.uuid4()
-
-
-@pytest.fixture
-def emitter(tmp_path: Path) -> Emitter:
-    return Emitter(tmp_path / "spool")
-
-
-@pytest.fixture
-def recorded(emitter: Emitter) -> Iterator[Recorder]:
-    with record(emitter) as recorder:
-        yield recorder
 
 
 def labels(recorded: Recorder, name: str = "api_request_count") -> list[tuple[str, str, str]]:

@@ -323,7 +323,7 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    for emitter in _forking.emitters:
+    for emitter in list(_emitters):  # not those held: a server that forks in C says so in the child alone
         emitter._appender.leave_to_parent()
         emitter._start_afresh()
 

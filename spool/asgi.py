@@ -11,13 +11,13 @@ returned in the response.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from functools import lru_cache
 from typing import Any, Final
 
 from spool.context import begin, end
-from spool.emitter import Emitter, get_emitter
-from spool.request import DISCONNECTED, UNMATCHED, Watch, excluded, request_id
+from spool.emitter import Emitter
+from spool.request import DISCONNECTED, UNMATCHED, Middleware, Watch, request_id
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -28,21 +28,14 @@ _HEADER: Final = b"x-request-id"
 _CONVERTER: Final = re.compile(r"\{(\w+):\w+\}")
 
 
-class AnalyticsMiddleware:
+class AnalyticsMiddleware(Middleware[Application]):
     """Wraps an ASGI application (https://asgi.readthedocs.io/en/latest/specs/www.html).
 
     `emitter` is the process-wide one unless given; requests to a path of `exclude`, or below, don't count.
     """
 
-    def __init__(
-        self, app: Application, *, emitter: Emitter | None = None, exclude: Iterable[str] = ()
-    ) -> None:
-        self._app = app
-        self._emitter = emitter or get_emitter()
-        self._exclude = tuple(exclude)
-
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (self._exclude and excluded(scope["path"], self._exclude)):
+        if scope["type"] != "http" or self._excluded(scope["path"]):
             await self._app(scope, receive, send)
             return
         given = next((value for name, value in scope["headers"] if name == _HEADER), None)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, Generic, TypeVar
 
 from spool import ids
-from spool.emitter import Emitter
+from spool.emitter import Emitter, get_emitter
+
+Application = TypeVar("Application")
 
 REQUEST_COUNT: Final = "api_request_count"
 """Counter, one per request."""
@@ -32,9 +35,19 @@ def request_id(given: str | None) -> str:
     return ids.uuid7(time.time_ns() // 1_000_000)
 
 
-def excluded(path: str, exclude: tuple[str, ...]) -> bool:
-    """Whether a path is one of the excluded ones, or below one."""
-    return any(path == each or path.startswith(each.rstrip("/") + "/") for each in exclude)
+class Middleware(Generic[Application]):
+    """What both have: the application inside, the emitter, and the paths that are left alone."""
+
+    def __init__(
+        self, app: Application, *, emitter: Emitter | None = None, exclude: Iterable[str] = ()
+    ) -> None:
+        self._app = app
+        self._emitter = emitter or get_emitter()
+        self._exclude = tuple(exclude)
+
+    def _excluded(self, path: str) -> bool:
+        """Whether a path is one of the excluded ones, or below one."""
+        return any(path == each or path.startswith(each.rstrip("/") + "/") for each in self._exclude)
 
 
 class Watch:

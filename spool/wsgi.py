@@ -15,28 +15,21 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from spool.context import begin
-from spool.emitter import Emitter, get_emitter
-from spool.request import DISCONNECTED, UNMATCHED, Watch, excluded, request_id
+from spool.emitter import Emitter
+from spool.request import DISCONNECTED, UNMATCHED, Middleware, Watch, request_id
 
 Environment = dict[str, Any]
 Application = Callable[[Environment, Callable[..., Any]], Iterable[bytes]]
 
 
-class AnalyticsMiddleware:
+class AnalyticsMiddleware(Middleware[Application]):
     """Wraps a WSGI application (PEP 3333).
 
     `emitter` is the process-wide one unless given; requests to a path of `exclude`, or below, don't count.
     """
 
-    def __init__(
-        self, app: Application, *, emitter: Emitter | None = None, exclude: Iterable[str] = ()
-    ) -> None:
-        self._app = app
-        self._emitter = emitter or get_emitter()
-        self._exclude = tuple(exclude)
-
     def __call__(self, environ: Environment, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if self._exclude and excluded(environ.get("PATH_INFO", ""), self._exclude):
+        if self._excluded(environ.get("PATH_INFO", "")):
             return self._app(environ, start_response)
         # The response is made piece by piece after this returned, in the same context.
         context = contextvars.copy_context()

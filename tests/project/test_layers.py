@@ -49,8 +49,12 @@ def test_the_contracts_and_the_single_purpose_rooms_stay_apart() -> None:
     assert "loader.chunk" not in of("loader.database")
 
 
-def test_importing_spool_loads_orjson_and_nothing_of_the_loader() -> None:
-    code = "import spool, sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+MODULES = ("spool", "spool.context", "spool.events", "spool.metrics", "spool.asgi", "spool.wsgi")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_the_public_face_loads_orjson_and_nothing_else(module: str) -> None:
+    code = f"import {module}, sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
     others = {name for name in loaded if not name.startswith("_") and name not in sys.stdlib_module_names}
     assert {name for name in others if "editable" not in name} <= {"spool", "orjson"}

@@ -76,18 +76,17 @@ from spool import Emitter
 emitter = Emitter(sys.argv[1], max_age=60)
 user = uuid.uuid4()
 emitter.emit_event(event_type="tick", user_id=user, family_unit_id=user)
-child = os.fork()
-if child == 0:
+if os.fork() == 0:
+    print("forked", flush=True)
     sys.stdin.read()  # lives as long as the pipe
     os._exit(0)
-print(child, flush=True)
 os.kill(os.getpid(), 9)
 """
     parent = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert parent.stdout
-    parent.stdout.readline()
+    assert parent.stdout.readline() == b"forked\n"  # so the child has let go of what it inherited
     parent.wait()
     recover_all(tmp_path)
     assert len(lines(tmp_path)) == 1

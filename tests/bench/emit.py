@@ -88,7 +88,7 @@ def timed_await(call: Call, gap: int = 0, bound: int = NEVER) -> Block:
         last = perf_counter_ns() + bound
         for _ in range(count):
             begin = perf_counter_ns()
-            await call()  # type: ignore[misc]
+            await call()
             end = perf_counter_ns()
             taken.append(end - begin)
             while perf_counter_ns() - end < gap:

@@ -217,7 +217,7 @@ def prometheus_total(home: Path) -> int:
 
     registry = CollectorRegistry()
     kept = next(home.rglob("*.db")).parent
-    multiprocess.MultiProcessCollector(registry, path=str(kept))  # type: ignore[no-untyped-call]
+    multiprocess.MultiProcessCollector(registry, path=str(kept))
     return int(sum(sample.value for metric in registry.collect() for sample in metric.samples))
 
 

@@ -25,7 +25,7 @@ USER = uuid.uuid4()
 
 def labels(recorded: Recorder, name: str = "api_request_count") -> list[tuple[str, str, str]]:
     """Endpoint, method and status of each metric of a name."""
-    return [tuple(each["labels"].values()) for each in recorded.of(name)]  # type: ignore[misc]
+    return [tuple(each["labels"].values()) for each in recorded.of(name)]
 
 
 def fastapi(emitter: Emitter) -> FastAPI:
@@ -208,7 +208,7 @@ def flask(emitter: Emitter) -> Any:
         return app.response_class(pieces())
 
     app.config["PROPAGATE_EXCEPTIONS"] = True
-    app.wsgi_app = wsgi.AnalyticsMiddleware(app.wsgi_app, emitter=emitter, exclude=("/health",))  # type: ignore
+    app.wsgi_app = wsgi.AnalyticsMiddleware(app.wsgi_app, emitter=emitter, exclude=("/health",))
     return app
 
 

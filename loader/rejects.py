@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import os
 import re
 from collections import Counter
@@ -23,11 +24,14 @@ from typing import Final
 import msgspec
 import orjson
 
-from loader.chunk import Chunk
-from spool.segment import MODE, sync_directory
+from loader import directory
+from loader.chunk import CHUNK_BYTES, Chunk
+from spool.segment import MODE
 
 DIRECTORY: Final = "rejected"
 WHOLE: Final = ".whole"
+_LONGEST_LINE: Final = 16 * CHUNK_BYTES
+"""A line of a chunk, each byte of it escaped (six bytes for a control character), and room for its reason."""
 _SUFFIXES: Final = (".gz", ".zst", ".ndjson", ".jsonl")
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
 
@@ -75,8 +79,10 @@ def decode(line: bytes) -> Rejected:
 
 def read(path: Path) -> Iterator[Rejected]:
     """Yield the rejects of a file. Raises OSError, and ValueError that names the file and the line."""
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as stream:
-        for number, line in enumerate(stream, 1):
+    with directory.opened(path.parent) as fd, directory.open_file(path.name, fd) as stream:
+        for number in itertools.count(1):
+            if not (line := stream.readline(_LONGEST_LINE)):
+                return
             try:
                 yield decode(line)
             except ValueError as error:
@@ -84,9 +90,9 @@ def read(path: Path) -> Iterator[Rejected]:
 
 
 def files(spool: Path) -> list[Path]:
-    """Return the reject files of a spool, oldest first."""
-    with contextlib.suppress(FileNotFoundError):
-        return sorted(path for path in (spool / DIRECTORY).iterdir() if path.suffix == ".ndjson")
+    """Return the reject files of a spool, oldest first. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), directory.opened(spool / DIRECTORY) as fd:
+        return [spool / DIRECTORY / name for name in directory.names(fd, (".ndjson",))]
     return []
 
 
@@ -99,28 +105,29 @@ def write(spool: Path, chunk: Chunk, rejects: Sequence[Rejected]) -> None:
     """Write the rejects of a chunk, also where an interrupted load had written them. Raises OSError."""
     stem = stem_of(chunk.file)
     path = spool / DIRECTORY / f"{stem}-{chunk.offset}.ndjson"
-    if path.exists() and not _is_of(chunk, path):
+    if os.path.lexists(path) and not _is_of(chunk, path):
         path = path.with_name(f"{stem}-{chunk.offset}-{chunk.digest.hex()[:12]}.ndjson")
     replace(path, rejects)
 
 
 def replace(path: Path, rejects: Sequence[Rejected]) -> None:
     """Make `path` hold these rejects, and not be where there is none; durable on return. Raises OSError."""
-    if rejects:
-        path.parent.mkdir(mode=0o2770, exist_ok=True)
-        passing = path.with_suffix(".part")
-        passing.unlink(missing_ok=True)
-        fd = os.open(passing, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, MODE)
-        with open(fd, "wb") as stream:
-            stream.writelines(rejected.encode() for rejected in rejects)
-            stream.flush()
-            os.fsync(fd)
-        os.rename(passing, path)
-    elif path.exists():
-        path.unlink()
-    else:
+    if not rejects and not os.path.lexists(path):
         return
-    sync_directory(path.parent)
+    with directory.opened(path.parent, create=True) as fd:
+        if rejects:
+            passing = f"{path.stem}.part"
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(passing, dir_fd=fd)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(passing, flags, MODE, dir_fd=fd), "wb") as stream:
+                stream.writelines(rejected.encode() for rejected in rejects)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.rename(passing, path.name, src_dir_fd=fd, dst_dir_fd=fd)
+        else:
+            os.unlink(path.name, dir_fd=fd)
+        os.fsync(fd)
 
 
 def stem_of(file: str) -> str:
@@ -136,5 +143,5 @@ def _is_of(chunk: Chunk, path: Path) -> bool:
     lines = set(chunk.lines())
     try:
         return all(rejected.raw in lines for rejected in read(path))
-    except ValueError:
+    except (OSError, ValueError):  # a link, or no reject file: another name is taken
         return False

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from loader import directory
+
 
 @dataclass(frozen=True)
 class Version:
@@ -32,8 +34,8 @@ def retire(path: Path, loaded: Version, keep: Path | None = None) -> bool:
         if keep is None:
             os.unlink(path)
         else:
-            keep.parent.mkdir(mode=0o2770, exist_ok=True)
-            os.rename(path, keep)
+            with directory.opened(keep.parent, create=True) as fd:
+                os.rename(path, keep.name, dst_dir_fd=fd)
     except FileNotFoundError:
         pass
     return True

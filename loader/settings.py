@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -29,12 +31,33 @@ host that does not answer is given up (https://www.postgresql.org/docs/current/l
 
 
 def spool_directory(given: Path | None, environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the spool: what was given, else SPOOL_DIR, else the default. Raises UsageError."""
+    """Return the spool: what was given, else SPOOL_DIR, else the default.
+
+    Raises UsageError, also for one that everyone may write to and somebody else may give away: whoever plants
+    files there decides what this process reads, and may exchange the spool itself.
+    """
     directory = (given or Path(environment.get("SPOOL_DIR") or DEFAULT_SPOOL)).absolute()
-    if not directory.is_dir():
-        state = "is not a directory" if directory.exists() else "does not exist"
-        raise UsageError(f"spool directory {directory} {state}: create it, or set SPOOL_DIR or --spool-dir")
+    try:
+        status = directory.stat()
+    except OSError as error:
+        problem = "does not exist: create it" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
+        raise UsageError(f"spool directory {directory} {problem}, or set SPOOL_DIR or --spool-dir") from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise UsageError(f"spool directory {directory} is not a directory: set SPOOL_DIR or --spool-dir")
+    if status.st_mode & stat.S_IWOTH and status.st_uid != os.geteuid():
+        raise UsageError(
+            f"spool directory {directory} is another user's ({owner(status.st_uid)}) and everyone may write "
+            f"to it: chmod o-w {directory}, or set SPOOL_DIR or --spool-dir to a directory of your own"
+        )
     return directory
+
+
+def owner(uid: int) -> str:
+    """Return the name of a user, or the number where it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def database_dsn(given: str | None, environment: Mapping[str, str] = os.environ) -> str:

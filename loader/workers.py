@@ -8,6 +8,7 @@ done when all its chunks are committed, whoever loaded them.
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import zlib
@@ -33,6 +34,11 @@ BATCH_CHUNKS: Final = 256
 _FIRST_WAIT: Final = 0.2
 _LONGEST_WAIT: Final = 30.0
 """Seconds between two tries: random below a bound that doubles, so that loaders don't come back in step."""
+
+_PASSING: Final = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO}
+)
+"""What writing rejects may meet and see go away."""
 
 UNREADABLE: Final = (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError)
 """What reading a file that is cut short or damaged raises, also from a decompressor."""
@@ -130,7 +136,7 @@ class Workers:
         """Whether it is worth to wait; the daemon waits for a person, too."""
         if isinstance(error, psycopg.Error):
             return self._for_ever or sqlstate.action(error.sqlstate) is sqlstate.Action.RETRY
-        return isinstance(error, OSError)
+        return isinstance(error, OSError) and (self._for_ever or error.errno in _PASSING)
 
 
 class _Outage:

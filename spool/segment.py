@@ -97,6 +97,8 @@ class Segment:
         path = directory / (stem + OPEN)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, MODE)
         try:
+            with contextlib.suppress(OSError):  # some file systems have no modes
+                os.fchmod(fd, MODE)  # whatever the umask: a loader of the group has to read it
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_file(path, fd):  # a loader took it for a dead writer's before it was locked
                 raise OSError(errno.EAGAIN, "segment was taken away while it was made", str(path))
@@ -215,12 +217,23 @@ def recover(path: Path, *, sync: bool = False) -> Sealed | None:
     """Seal the segment of a dead writer. Returns None where its writer lives or another took it.
 
     A lock that can be had says the writer is dead: the kernel frees it with the last descriptor (flock(2)).
-    Raises OSError.
+    A segment that this process may read but not write, as one of another user in its group, is copied. Raises
+    OSError, also for a file with a second name: cutting it would cut what lies there, wherever that is.
     """
-    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        fd, writable = os.open(path, os.O_RDWR | flags), True
+    except PermissionError:
+        fd, writable = os.open(path, os.O_RDONLY | flags), False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return seal(path, fd, sync=sync) if _is_file(path, fd) else None
+        if not _is_file(path, fd):
+            return None
+        if os.fstat(fd).st_nlink != 1:
+            raise OSError(errno.EMLINK, "has a second name (a hard link)", str(path))
+        if os.path.lexists(path.with_suffix(SEALED)):
+            raise OSError(errno.EEXIST, "its sealed name is taken until that file is loaded", str(path))
+        return seal(path, fd, sync=sync) if writable else _seal_copy(path, fd)
     except BlockingIOError:
         return None
     finally:
@@ -241,8 +254,7 @@ def seal(path: Path, fd: int, *, sync: bool = False, end_at_least: int | None = 
     if end_at_least is not None and not os.pread(fd, 1, end_at_least).strip(b"\0"):
         end, torn = end_at_least, 0
     else:
-        end = _end_of_lines(fd, size)
-        torn = sum(len(block) - block.count(0) for block in _blocks(fd, end, size))
+        end, torn = _whole_and_torn(fd, size)
     if end == 0:
         os.unlink(path)
         return Sealed(None, 0, 0, torn)
@@ -255,6 +267,26 @@ def seal(path: Path, fd: int, *, sync: bool = False, end_at_least: int | None = 
     if sync:
         sync_directory(path.parent)
     return Sealed(sealed, lines, end, torn)
+
+
+def _seal_copy(path: Path, fd: int) -> Sealed:
+    """Seal a file that can be read only: its lines go to one under the sealed name, then it goes.
+
+    A crash in between leaves both; the sealed one is loaded first, then this one is found to be known.
+    """
+    end, torn = _whole_and_torn(fd, os.fstat(fd).st_size)
+    passing, sealed = path.with_suffix(".part"), path.with_suffix(SEALED)
+    if end:
+        passing.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(passing, flags, MODE), "wb") as copy:
+            copy.writelines(_blocks(fd, 0, end))
+            copy.flush()
+            os.fsync(copy.fileno())  # the original may have been on disk for long
+        os.rename(passing, sealed)
+        sync_directory(path.parent)
+    os.unlink(path)
+    return Sealed(sealed if end else None, _count_lines(fd, end), end, torn)
 
 
 def segment_bytes(directory: Path) -> int:
@@ -295,6 +327,12 @@ def _end_of_lines(fd: int, size: int) -> int:
     end = _after_last_newline(fd, size)
     start = _after_last_newline(fd, end - 1)
     return start if any(0 in block for block in _blocks(fd, start, end)) else end
+
+
+def _whole_and_torn(fd: int, size: int) -> tuple[int, int]:
+    """Return the offset after the last whole line, and the bytes of an unfinished one after it."""
+    end = _end_of_lines(fd, size)
+    return end, sum(len(block) - block.count(0) for block in _blocks(fd, end, size))
 
 
 def _count_lines(fd: int, end: int) -> int:

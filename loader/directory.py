@@ -1,0 +1,59 @@
+"""A directory whose files are touched because of their names: never a link, so never one outside.
+
+Whoever may write to the spool could put a link in the place of a directory or a file in it. So a directory is
+opened without following one (O_NOFOLLOW, open(2)), and what is done to a name in it is done relative to the
+descriptor, which stays that directory's whatever happens to its path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Final
+
+MODE: Final = 0o2770
+"""At most; the umask takes away, and the set-group-id bit is inherited (mkdir(2))."""
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, create: bool = False) -> Iterator[int]:
+    """Give a descriptor of the directory. Raises OSError, also for a link to one."""
+    if create:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, MODE)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            raise NotADirectoryError(
+                error.errno, "is a link or not a directory: move it away", str(path)
+            ) from None
+        raise
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def open_file(path: Path | str, directory: int | None = None) -> BinaryIO:
+    """Open a regular file to be read; a link, a pipe or a device is refused. Raises OSError."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    descriptor = os.open(path, flags, dir_fd=directory)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def names(directory: int, suffixes: tuple[str, ...]) -> list[str]:
+    """Return the names of the regular files that end in one of `suffixes`, sorted. Raises OSError."""
+    with os.scandir(directory) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if entry.name.endswith(suffixes) and entry.is_file(follow_symlinks=False)
+        )

@@ -1,0 +1,202 @@
+"""Whoever may write to the spool gets nothing outside of it touched, and nothing past a terminal."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loader.database import Connection
+from spool import Emitter
+from spool.segment import MODE, recover
+from tests.emit.lines import emit
+from tests.load.lines import STEM, event, joined, number, segment
+from tests.processes import Cli
+
+EVENTS = "SELECT count(*) FROM analytics_events"
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A directory with a file that must stay as it is."""
+    directory = tmp_path / "outside"
+    directory.mkdir()
+    (directory / "precious").write_bytes(joined(event(1)) + b"and more")
+    return directory
+
+
+def state(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def as_another_user(work: Callable[[], object]) -> int:
+    """Do it in a child that has become nobody; return the exit code, 0 where it did not raise."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        work()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("suffix", [".open", ".ndjson"])
+def test_a_segment_that_is_a_link_is_not_followed(cli: Cli, outside: Path, suffix: str) -> None:
+    before = state(outside)
+    (cli.spool / (STEM.format(1) + suffix)).symlink_to(outside / "precious")
+    assert "not a regular file" in cli("run", "--once")
+    assert state(outside) == before
+
+
+def test_an_open_segment_that_is_a_hard_link_is_not_cut(
+    cli: Cli, one_connection: Connection, outside: Path
+) -> None:
+    before = state(outside)
+    planted = cli.spool / f"{STEM.format(1)}.open"
+    planted.hardlink_to(outside / "precious")
+    assert "second name" in cli("run", "--once")
+    assert state(outside) == before and planted.exists()
+    (outside / "precious").unlink()
+    assert "events 1" in cli("run", "--once")
+
+
+@pytest.mark.parametrize("plant", ["symlink", "hard link", "pipe"])
+def test_a_lock_file_that_is_planted_writes_nowhere(cli: Cli, outside: Path, plant: str) -> None:
+    before = state(outside)
+    lock = cli.spool / ".loader.lock"
+    if plant == "symlink":
+        lock.symlink_to(outside / "precious")
+    elif plant == "hard link":
+        lock.hardlink_to(outside / "precious")
+    else:
+        os.mkfifo(lock)
+    assert "remove it" in cli("run", "--once", code=1)
+    assert "remove it" in cli("status", code=1)
+    assert state(outside) == before
+
+
+def test_rejects_do_not_go_through_a_link(cli: Cli, outside: Path) -> None:
+    before = state(outside)
+    (cli.spool / "rejected").symlink_to(outside)
+    segment(cli.spool, 1, b"{broken")
+    printed = cli("run", "--once", code=1)
+    assert "rejected" in printed and "move it away" in printed and printed.count("\n") == 1
+    assert "move it away" in cli("rejects", "list", code=1)
+    assert state(outside) == before
+    (cli.spool / "rejected").unlink()
+    assert "rejected 1" in cli("run", "--once", code=3)
+
+
+def test_a_reject_file_that_is_a_link_is_neither_read_nor_replaced(cli: Cli, outside: Path) -> None:
+    before = state(outside)
+    path = segment(cli.spool, 1, b"{broken")
+    (cli.spool / "rejected").mkdir()
+    (cli.spool / "rejected" / f"{path.stem}-0.ndjson").symlink_to(outside / "precious")
+    (cli.spool / "rejected" / f"{path.stem}-0.part").symlink_to(outside / "precious")
+    assert "rejected 1" in cli("run", "--once", code=3)
+    assert "invalid_json 1" in cli("rejects", "list")
+    cli("rejects", "retry", code=3)
+    assert state(outside) == before
+
+
+def test_a_name_with_a_newline_and_escape_codes_is_told_in_one_plain_line(cli: Cli) -> None:
+    name = "\x1b[2J\x9b31m\nERROR all is lost\u202e.ndjson"
+    (cli.spool / name).write_bytes(joined(event(1)))
+    (cli.spool / os.fsdecode(b"\xff\xfe.ndjson")).write_bytes(b"")
+    printed = cli("run", "--once")
+    assert printed.count("\n") == 3 and not {"\x1b", "\x9b", "\u202e"} & set(printed)
+    assert (cli.spool / name).exists()
+    assert not {"\x1b", "\x9b", "\u202e"} & set(cli("backfill", cli.spool / f"{name}x", code=2))
+
+
+def test_a_reject_line_with_terminal_codes_is_shown_plain(cli: Cli) -> None:
+    codes = "\\u001b]0;owned\\u0007\\u009b2J\\u202e[red]\\r"
+    (cli.spool / "rejected").mkdir()
+    (cli.spool / "rejected" / "a-0.ndjson").write_text(
+        f'{{"file":"f{codes}","line":1,"code":"c{codes}","reason":"r{codes}","raw":"w{codes}"}}\n'
+    )
+    printed = cli("rejects", "show") + cli("rejects", "list") + cli("rejects", "show", "--json")
+    assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(printed)
+    assert "[red]" in printed
+
+
+def test_a_reject_file_with_a_line_without_end_is_refused(cli: Cli) -> None:
+    (cli.spool / "rejected").mkdir()
+    with (cli.spool / "rejected" / "a-0.ndjson").open("wb") as planted:
+        planted.truncate(1 << 40)
+    assert "line 1: not a reject line" in cli("rejects", "list", code=1)
+
+
+@as_root
+def test_a_spool_of_another_user_that_everyone_may_write_to_is_refused(cli: Cli) -> None:
+    cli.spool.chmod(0o1777)
+    cli("run", "--once")
+    os.chown(cli.spool, NOBODY, NOBODY)
+    printed = cli("run", "--once", code=2)
+    assert "everyone may write" in printed and "chmod o-w" in printed and printed.count("\n") == 1
+    assert not (cli.spool / ".loader.lock").is_symlink()
+    cli.spool.chmod(0o2770)
+    cli("run", "--once")
+
+
+def test_what_is_written_is_for_the_owner_and_the_group_alone(cli: Cli) -> None:
+    before = os.umask(0)
+    try:
+        emitter = Emitter(cli.spool.parent / "new" / "spool")
+        emit(emitter)
+        emitter.close()
+        segment(cli.spool, 1, b"{broken")
+        cli("run", "--once", code=3)
+    finally:
+        os.umask(before)
+    made = [cli.spool.parent / "new" / "spool", *emitter.settings.directory.iterdir()]
+    for path in (*made, cli.spool / "rejected", cli.spool / ".loader.lock", *cli.spool.glob("rejected/*")):
+        assert stat.S_IMODE(path.stat().st_mode) & ~(0o2770 if path.is_dir() else 0o640) == 0, path
+
+
+@pytest.mark.parametrize("umask", [0, 0o077])
+def test_a_segment_is_readable_for_its_group_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        emitter = Emitter(tmp_path)
+        emit(emitter)
+        emitter.close()
+    finally:
+        os.umask(before)
+    (path,) = tmp_path.glob("*.ndjson")
+    assert stat.S_IMODE(path.stat().st_mode) == MODE
+
+
+@as_root
+@pytest.mark.parametrize("tail", [b"", b'{"cut', b"\0" * 5000])
+def test_a_segment_that_the_loader_may_only_read_is_sealed_as_a_copy(tmp_path: Path, tail: bytes) -> None:
+    tmp_path.chmod(0o777)
+    for above in tmp_path.parents[:2]:
+        above.chmod(0o755)
+    path = tmp_path / f"{STEM.format(1)}.open"
+    path.write_bytes(joined(event(1), event(2)) + tail)
+    path.chmod(0o644)
+    assert as_another_user(lambda: recover(path)) == 0
+    sealed = path.with_suffix(".ndjson")
+    assert sealed.read_bytes() == joined(event(1), event(2)) and sealed.stat().st_uid == NOBODY
+    assert [each.name for each in tmp_path.iterdir()] == [sealed.name]
+
+
+def test_an_open_copy_of_a_segment_that_waits_sealed_does_not_replace_it(
+    cli: Cli, one_connection: Connection
+) -> None:
+    path = segment(cli.spool, 1, event(1), event(2))
+    path.with_suffix(".open").write_bytes(joined(event(1)) + b"\0" * 100)
+    assert "sealed name is taken" in cli("run", "--once")
+    assert number(one_connection, EVENTS) == 2
+    assert "duplicates 1" in cli("run", "--once")
+    assert not list(cli.spool.glob("2*"))

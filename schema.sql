@@ -1,5 +1,26 @@
--- Everything the loader needs, safe to apply again, without an extension.
+-- Everything the loader needs, safe to apply again, without an extension: version 2.
 -- The two tables are as their users know them; the ledger accounts for every line that was read.
+--
+-- Applying it brings any older version up, so whatever changes a table here must stand beside a statement that
+-- changes one that is there, and must leave it loadable by the loader of the version before.
+
+DO $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext('analytics_schema'));  -- two at once would make a table twice
+    IF to_regclass('analytics_schema') IS NOT NULL THEN
+        IF (SELECT max(version) FROM analytics_schema) > 2 THEN
+            RAISE EXCEPTION 'the tables are newer than version 2, nothing was changed: upgrade the loader';
+        END IF;
+    END IF;
+END
+$$;
+
+-- Which versions were applied, and when; version 1 did not write it down.
+CREATE TABLE IF NOT EXISTS analytics_schema (
+    version INTEGER PRIMARY KEY,
+    applied_at TIMESTAMPTZ NOT NULL DEFAULT NOW()
+);
+INSERT INTO analytics_schema (version) VALUES (2) ON CONFLICT DO NOTHING;
 
 CREATE TABLE IF NOT EXISTS analytics_events (
     id UUID PRIMARY KEY DEFAULT gen_random_uuid(),
@@ -44,6 +65,9 @@ CREATE TABLE IF NOT EXISTS analytics_loads (
     loaded_at TIMESTAMPTZ NOT NULL DEFAULT NOW(),
     CONSTRAINT every_line_is_accounted_for CHECK (lines = events + metrics + duplicates + rejected)
 );
+
+-- For what was loaded lately, and for what is old enough to go.
+CREATE INDEX IF NOT EXISTS analytics_loads_loaded_at ON analytics_loads (loaded_at);
 
 -- Views for reading.
 

@@ -101,11 +101,18 @@ def _workers_option(command: Command) -> Command:
     help="Leave out those to auth.users and family_units: they slow the load, make an event of a deleted "
     "user a reject, and keep a user with events from being deleted.",
 )  # fmt: skip
-def init(dsn: str | None, no_foreign_keys: bool) -> None:
-    """Apply schema.sql; safe to repeat."""
+@click.option(
+    "--role", metavar="NAME",
+    help="A role for the loader, made where it is missing: it may add and read rows, and nothing else.",
+)  # fmt: skip
+def init(dsn: str | None, no_foreign_keys: bool, role: str | None) -> None:
+    """Apply schema.sql, also to tables of an older version; safe to repeat."""
     with database.connect(settings.database_dsn(dsn)) as connection:
-        database.apply_schema(connection, foreign_keys=not no_foreign_keys)
-    out.print("The tables are ready.")
+        before = database.schema_version(connection)
+        database.apply_schema(connection, foreign_keys=not no_foreign_keys, role=role)
+        now = database.schema_version(connection)
+    since = f", they were of version {before}" if 0 < before < now else ""
+    out.print(f"The tables are ready: version {now}{since}.")
 
 
 @cli.command()

@@ -31,6 +31,8 @@ class Table:
     key: str
 
 
+SCHEMA_VERSION: Final = 2
+"""What schema.sql makes. Rows of this version load into the tables of any version there was."""
 _BLOCK_ROWS: Final = 256
 """Rows that are sent at once, some 64 KiB: a write per row costs a microsecond for each."""
 EVENTS: Final = Table("analytics_events", EVENT_COLUMNS, "event_id")
@@ -85,14 +87,34 @@ def connect(dsn: str) -> Connection:
     return psycopg.connect(dsn, prepare_threshold=None)  # a pooler between may not keep prepared statements
 
 
-def apply_schema(connection: Connection, *, foreign_keys: bool = True) -> None:
-    """Apply schema.sql in one transaction; safe to repeat. Raises psycopg.Error."""
-    script = files("loader").joinpath("schema.sql").read_text()
+def apply_schema(connection: Connection, *, foreign_keys: bool = True, role: str | None = None) -> None:
+    """Apply schema.sql in one transaction, and role.sql for a role; safe to repeat. Raises psycopg.Error."""
     with connection.transaction():
-        connection.execute(
-            "SELECT set_config('analytics.foreign_keys', %s, true)", ["on" if foreign_keys else "off"]
-        )
-        connection.execute(script.encode())
+        _set(connection, "analytics.foreign_keys", "on" if foreign_keys else "off")
+        connection.execute(_script("schema.sql"))
+        if role is not None:
+            _set(connection, "analytics.role", role)
+            connection.execute(_script("role.sql"))
+
+
+def schema_version(connection: Connection) -> int:
+    """Return the version of the tables, 0 where there are none. Raises psycopg.Error."""
+    row = connection.execute(
+        "SELECT to_regclass('analytics_schema'), to_regclass('analytics_loads')"
+    ).fetchone()
+    versions, ledger = row or (None, None)
+    if versions is None:
+        return 0 if ledger is None else 1
+    row = connection.execute("SELECT max(version) FROM analytics_schema").fetchone()
+    return row[0] if row and row[0] is not None else 1
+
+
+def _set(connection: Connection, name: str, value: str) -> None:
+    connection.execute("SELECT set_config(%s, %s, true)", [name, value])
+
+
+def _script(name: str) -> bytes:
+    return files("loader").joinpath(name).read_bytes()
 
 
 def prepare(connection: Connection) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from loader import database, embedded
 from tests.processes import Cli
 
+ROLE = "analytics_loader"
 VERSIONS = [version for version in (15, 16, 18) if embedded.binaries(version)]
 
 
@@ -23,7 +25,11 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def connection(server: str) -> Iterator[database.Connection]:
-    yield from _fresh_database(server)
+    """Acts as a role that may load and nothing else; see `as_owner`."""
+    for connection in _fresh_database(server):
+        connection.execute(f"SET ROLE {ROLE}".encode())
+        connection.commit()
+        yield connection
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +40,7 @@ def one_server() -> Iterator[str]:
 
 @pytest.fixture
 def one_connection(one_server: str) -> Iterator[database.Connection]:
-    """As `connection`, on one version: for what does not depend on it."""
+    """The owner's, on one version: for what does not depend on it."""
     yield from _fresh_database(one_server)
 
 
@@ -48,7 +54,7 @@ def spool(tmp_path: Path) -> Path:
 @pytest.fixture
 def cli(one_connection: database.Connection, spool: Path) -> Cli:
     """The command line, with an empty spool and the database of `one_connection`."""
-    return Cli(spool, one_connection.info.dsn)
+    return Cli(spool, make_conninfo(one_connection.info.dsn, user=ROLE))
 
 
 def _fresh_database(server: str) -> Iterator[database.Connection]:
@@ -56,7 +62,7 @@ def _fresh_database(server: str) -> Iterator[database.Connection]:
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {name}")
     with psycopg.connect(server, dbname=name) as connection:
-        database.apply_schema(connection)
+        database.apply_schema(connection, role=ROLE)
         connection.commit()
         yield connection
         if not connection.closed:

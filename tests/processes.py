@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from psycopg.conninfo import make_conninfo
+
 LOADER = (sys.executable, "-m", "loader")
 T = TypeVar("T")
 
@@ -32,10 +34,11 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 class Cli:
-    """`loader` with a spool and a database."""
+    """`loader` with a spool and a database, as a role that may load and nothing else or as the owner."""
 
     def __init__(self, spool: Path, dsn: str) -> None:
         self.spool = spool
+        self.dsn = dsn
         self.environment = environment(SPOOL_DIR=str(spool), LOADER_DSN=dsn)
 
     def __call__(
@@ -48,6 +51,10 @@ class Cli:
         printed = ended.stdout.decode() + ended.stderr.decode()
         assert ended.returncode == code, printed
         return printed
+
+    def owner(self) -> Cli:
+        """The same as the one who owns the tables."""
+        return Cli(self.spool, make_conninfo(self.dsn, user="postgres"))
 
     @contextmanager
     def daemon(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:

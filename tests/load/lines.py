@@ -48,6 +48,14 @@ def segment(spool: Path, number: int, *lines: bytes) -> Path:
     return path
 
 
+def as_owner(connection: Connection, statement: str) -> None:
+    """Do and commit what the loader's role may not."""
+    connection.execute("RESET ROLE")
+    connection.execute(statement.encode())
+    connection.execute("SET ROLE analytics_loader")
+    connection.commit()
+
+
 def rows(connection: Connection, statement: str) -> list[tuple[Any, ...]]:
     """What a statement gives now, in a transaction of its own."""
     with connection.transaction():

@@ -140,9 +140,7 @@ def run(home: Path, faults: int) -> None:
     print(f"SEED={seed}")
     with embedded.cluster(max(v for v in (15, 16, 18) if embedded.binaries(v))) as cluster:
         with psycopg.connect(cluster.dsn) as connection:
-            database.apply_schema(connection)
-            connection.execute(f"CREATE ROLE {ROLE} LOGIN".encode())
-            connection.execute(f"GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA public TO {ROLE}".encode())
+            database.apply_schema(connection, role=ROLE)
         chaos = Chaos(cluster, home, seed)
         for _ in range(faults):
             chaos.pause()

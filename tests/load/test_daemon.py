@@ -150,7 +150,7 @@ def test_missing_tables_are_waited_for_and_the_remedy_is_named(cli: Cli, one_con
     segment(cli.spool, 1, event(1))
     assert "run `loader init` first" in cli("run", "--once", code=1)
     with cli.daemon():
-        cli("init")
+        cli.owner()("init", "--role", "analytics_loader")
         eventually(lambda: number(one_connection, EVENTS) == 1)
     assert not rejects.files(cli.spool)
 

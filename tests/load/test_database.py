@@ -14,6 +14,7 @@ def event(number: int, title: str = "same") -> Row:
 
 
 def test_the_schema_is_safe_to_apply_again(connection: Connection) -> None:
+    connection.execute("RESET ROLE")
     apply_schema(connection)
 
 

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from loader.daemon import SpoolFile
-from loader.database import Connection
+from loader.database import Connection, apply_schema
 from tests.load.lines import STEM, event, joined, number, rejected, segment
 from tests.processes import LOADER, Cli, eventually
 
@@ -155,8 +155,7 @@ def test_a_mistake_of_the_configuration_keeps_the_spool_says_what_to_do_and_reco
     cli: Cli, one_connection: Connection, harm: str, mend: str, words: str
 ) -> None:
     role = "role_" + one_connection.info.dbname[-12:]
-    one_connection.execute(f"CREATE ROLE {role} LOGIN".encode())
-    one_connection.execute(f"GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA public TO {role}".encode())
+    apply_schema(one_connection, role=role)
     one_connection.execute(harm.format(role=role).encode())
     one_connection.commit()
     cli.environment["LOADER_DSN"] += f" user={role}"

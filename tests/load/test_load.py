@@ -11,7 +11,7 @@ import pytest
 from loader import rejects
 from loader.database import Connection
 from loader.load import Tally, load, retry
-from tests.load.lines import EVENT, chunk, event, metric, rejected, rows
+from tests.load.lines import EVENT, as_owner, chunk, event, metric, rejected, rows
 
 
 def test_lines_are_rows_and_the_ledger_counts_them(connection: Connection, tmp_path: Path) -> None:
@@ -90,10 +90,9 @@ def test_two_loaders_at_once_load_each_row_once(connection: Connection, tmp_path
 @pytest.fixture
 def strict_users(connection: Connection) -> Connection:
     """A table of users that events refer to, with one user."""
-    connection.execute("CREATE SCHEMA auth; CREATE TABLE auth.users (id UUID PRIMARY KEY)")
-    connection.execute("ALTER TABLE analytics_events ADD FOREIGN KEY (user_id) REFERENCES auth.users (id)")
-    connection.execute("INSERT INTO auth.users VALUES (%s)", [EVENT["user_id"]])
-    connection.commit()
+    as_owner(connection, "CREATE SCHEMA auth; CREATE TABLE auth.users (id UUID PRIMARY KEY)")
+    as_owner(connection, "ALTER TABLE analytics_events ADD FOREIGN KEY (user_id) REFERENCES auth.users (id)")
+    as_owner(connection, f"INSERT INTO auth.users VALUES ('{EVENT['user_id']}')")
     return connection
 
 
@@ -119,8 +118,7 @@ def test_retry_loads_what_became_loadable_and_leaves_the_rest(
     )
     (path,) = rejects.files(tmp_path)
     assert retry(strict_users, path).rejected == 3
-    strict_users.execute("INSERT INTO auth.users VALUES (%s)", [stranger])
-    strict_users.commit()
+    as_owner(strict_users, f"INSERT INTO auth.users VALUES ('{stranger}')")
     tally = retry(strict_users, path)
     assert (tally.events, tally.rejected) == (2, 1)
     assert rejected(tmp_path) == [("s.ndjson", 3, "invalid_json")]
@@ -133,8 +131,7 @@ def test_retry_removes_a_file_of_which_nothing_is_left(strict_users: Connection,
     stranger = "0190163d-8694-739b-aea5-00000000dead"
     load(strict_users, [chunk(event(2, user_id=stranger))], tmp_path)
     (path,) = rejects.files(tmp_path)
-    strict_users.execute("INSERT INTO auth.users VALUES (%s)", [stranger])
-    strict_users.commit()
+    as_owner(strict_users, f"INSERT INTO auth.users VALUES ('{stranger}')")
     retry(strict_users, path)
     assert rejects.files(tmp_path) == []
 

@@ -11,7 +11,7 @@ import pytest
 from loader import database, rejects
 from loader.database import Connection
 from loader.load import load
-from tests.load.lines import EVENT, chunk, event, metric, rejected
+from tests.load.lines import EVENT, as_owner, chunk, event, metric, rejected
 
 STRANGER = "0190163d-8694-739b-aea5-00000000dead"
 USERS = f"""
@@ -46,8 +46,7 @@ def test_only_the_offending_rows_are_rejected_with_postgres_own_words(
     connection: Connection, tmp_path: Path, setup: str, change: dict[str, Any], state: str, words: str
 ) -> None:
     if setup:
-        connection.execute(setup.encode())
-        connection.commit()
+        as_owner(connection, setup)
     offending = {3, 40, 41}
     lines = [poisoned(n, change) if n in offending else event(n) for n in range(60)]
     tally = load(connection, [chunk(*lines, metric(1))], tmp_path)
@@ -59,15 +58,13 @@ def test_only_the_offending_rows_are_rejected_with_postgres_own_words(
 def test_another_unique_index_is_a_reason_to_reject_not_a_duplicate(
     connection: Connection, tmp_path: Path
 ) -> None:
-    connection.execute(UNIQUE.encode())
-    connection.commit()
+    as_owner(connection, UNIQUE)
     same = {"title": "same", "once": True}
     lines = [event(1, metadata=same), event(2), event(3, metadata=same), event(2)]
     for duplicates in (0.0, 0.1, 1.0):
         tally = load(connection, [chunk(*lines, file=f"{duplicates}")], tmp_path, duplicates)
         assert tally.rejected == 1
-        connection.execute("TRUNCATE analytics_events, analytics_loads")
-        connection.commit()
+        as_owner(connection, "TRUNCATE analytics_events, analytics_loads")
     assert {code for _, _, code in rejected(tmp_path)} == {"postgres_23505"}
 
 
@@ -75,8 +72,7 @@ def test_another_unique_index_is_a_reason_to_reject_not_a_duplicate(
 def test_isolating_takes_tries_by_the_logarithm_of_the_rows(
     connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offending: int
 ) -> None:
-    connection.execute(USERS.encode())
-    connection.commit()
+    as_owner(connection, USERS)
     tries = []
     copy = database.copy
 

@@ -36,7 +36,7 @@ def test_every_command_runs(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "older.ndjson.gz").write_bytes(gzip.compress(joined(event(2))))
     segment(cli.spool, 1, event(3))
     bin_directory = str(Path(sys.executable).parent)
-    variables = cli.environment | {"PATH": f"{bin_directory}:{cli.environment['PATH']}"}
+    variables = cli.owner().environment | {"PATH": f"{bin_directory}:{cli.environment['PATH']}"}
     assert len(COMMANDS) >= 9
     for command in COMMANDS:
         ended = subprocess.run(

@@ -15,10 +15,10 @@ from typing import BinaryIO, Final, cast
 import zstandard
 
 from loader import rejects
+from loader.batches import UNREADABLE
 from loader.chunk import chunks
 from loader.errors import UsageError
 from loader.load import Tally, check
-from loader.workers import UNREADABLE
 from spool.segment import OPEN
 
 STDIN: Final = "-"

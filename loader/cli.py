@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-import logging
-import signal
+import re
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
@@ -17,24 +15,25 @@ from typing import Any, Final, NoReturn, TypeVar
 import click
 import orjson
 import psycopg
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+from click.shell_completion import CompletionItem
 
 from loader import backfill as given_files
-from loader import daemon, database, rejects, settings
+from loader import daemon, database, doctor, logs, prune, rejects, screen, settings
 from loader import status as standing
-from loader.errors import SOME_REJECTED, LoaderError, UsageError
-from loader.load import Tally
+from loader.batches import Report
+from loader.errors import SOME_REJECTED, LoaderError, UsageError, one_line
+from loader.health import Health
 from loader.load import retry as retry_file
-from loader.workers import Report, Workers, explain
+from loader.lock import exclusive
+from loader.notify import Notifier
+from loader.signals import Signals, until_signal
+from loader.sqlstate import explain
+from loader.watch import backlog
+from loader.workers import Workers
 
 PATIENCE: Final = 60.0
 """Seconds that a command which ends by itself waits for a database that went away under it."""
-
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+INTERRUPTED: Final = "interrupted: what is counted above is done; run it again to go on"
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -45,8 +44,8 @@ class _Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             sys.exit(super().main(*args, **{**kwargs, "standalone_mode": False}))
-        except click.Abort:
-            _fail("interrupted", 1)
+        except (click.Abort, KeyboardInterrupt):
+            _fail("interrupted: run it again to go on", LoaderError.exit_code)
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "loader"
             _fail(f"{error.format_message()} See `{command} --help`.", error.exit_code)
@@ -59,8 +58,44 @@ class _Commands(click.Group):
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"Error: {_plain(message)}", err=True)
+    click.echo(f"Error: {one_line(message)}", err=True)
     sys.exit(code)
+
+
+class _Age(click.ParamType[datetime]):
+    """An age as `90d`: a number and w, d, h or m for weeks, days, hours or minutes."""
+
+    name = "age"
+    _UNITS: Final = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes"}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        parts = re.fullmatch(r"(\d{1,6})([wdhm])", str(value))
+        if parts is None:
+            self.fail(f"{value!r} is no age: write a number and w, d, h or m, as 90d.", param, ctx)
+        try:
+            return datetime.now(UTC) - timedelta(**{self._UNITS[parts[2]]: int(parts[1])})
+        except OverflowError:
+            self.fail(f"{value!r} is before the year 1.", param, ctx)
+
+
+_dsn_option = click.option(
+    "--dsn", metavar="DSN",
+    help="The database; else LOADER_DSN, the file LOADER_DSN_FILE, DATABASE_URL, or libpq's PG*. Other users "
+    "of the machine see it: give a password otherwise.",
+)  # fmt: skip
+_spool_option = click.option(
+    "--spool-dir", metavar="DIR", type=click.Path(path_type=Path),
+    help=f"The spool; else SPOOL_DIR, else {settings.DEFAULT_SPOOL}.",
+)  # fmt: skip
+_workers_option = click.option(
+    "--workers", type=click.IntRange(1, 64), default=2, envvar="LOADER_WORKERS", show_default=True,
+    help="Connections that load; else LOADER_WORKERS.",
+)  # fmt: skip
+_archive_option = click.option(
+    "--archive", metavar="DIR", envvar="LOADER_ARCHIVE", type=click.Path(path_type=Path, file_okay=False),
+    help="Where loaded files are kept, compressed, in a directory for each day; else LOADER_ARCHIVE.",
+)  # fmt: skip
+_json_option = click.option("--json", "as_json", is_flag=True, help="For machines: JSON.")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,28 +105,14 @@ def cli() -> None:
 
     \b
     Exit codes: 0 done, 1 failed, 2 usage, 3 done but some lines were rejected, 4 database out of reach.
+
+    \b
+    Examples:
+      loader doctor
+      loader init
+      loader run --once
     """
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("loader").setLevel(logging.INFO)
-
-
-def _dsn_option(command: Command) -> Command:
-    return click.option(
-        "--dsn", metavar="DSN", help="The database; else LOADER_DSN, DATABASE_URL, or libpq's PG*."
-    )(command)
-
-
-def _spool_option(command: Command) -> Command:
-    return click.option(
-        "--spool-dir", metavar="DIR", type=click.Path(path_type=Path),
-        help=f"The spool; else SPOOL_DIR, else {settings.DEFAULT_SPOOL}.",
-    )(command)  # fmt: skip
-
-
-def _workers_option(command: Command) -> Command:
-    return click.option(
-        "--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Connections that load."
-    )(command)
+    logs.to_stderr()
 
 
 @cli.command()
@@ -105,188 +126,365 @@ def _workers_option(command: Command) -> Command:
     "--role", metavar="NAME",
     help="A role for the loader, made where it is missing: it may add and read rows, and nothing else.",
 )  # fmt: skip
-def init(dsn: str | None, no_foreign_keys: bool, role: str | None) -> None:
-    """Apply schema.sql, also to tables of an older version; safe to repeat."""
+@_json_option
+def init(dsn: str | None, no_foreign_keys: bool, role: str | None, as_json: bool) -> None:
+    """Apply schema.sql, also to tables of an older version; safe to repeat.
+
+    \b
+    Examples:
+      loader init
+      loader init --role analytics_loader
+    """
     with database.connect(settings.database_dsn(dsn)) as connection:
         before = database.schema_version(connection)
         database.apply_schema(connection, foreign_keys=not no_foreign_keys, role=role)
         now = database.schema_version(connection)
-    since = f", they were of version {before}" if 0 < before < now else ""
-    out.print(f"The tables are ready: version {now}{since}.")
+    if as_json:
+        screen.as_json({"version": now, "before": before, "role": role})
+    else:
+        since = f", they were of version {before}" if 0 < before < now else ""
+        screen.say(f"The tables are ready: version {now}{since}.")
 
 
 @cli.command()
 @_dsn_option
 @_spool_option
 @_workers_option
+@_archive_option
 @click.option("--once", is_flag=True, help="Load what is there, segments of dead writers too, and exit.")
-def run(dsn: str | None, spool_dir: Path | None, workers: int, once: bool) -> None:
-    """Watch a spool and load what is sealed, until SIGTERM."""
-    where = settings.database_dsn(dsn)
+@click.option(
+    "--metrics-port", type=click.IntRange(1, 65535), envvar="LOADER_METRICS_PORT",
+    help="Answer Prometheus on this port of this machine; else LOADER_METRICS_PORT.",
+)  # fmt: skip
+@_json_option
+def run(
+    dsn: str | None, spool_dir: Path | None, workers: int, archive: Path | None, once: bool,
+    metrics_port: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Watch a spool and load what is sealed, until SIGTERM.
+
+    SIGHUP makes it connect anew, with the DSN as it is now. Log lines are JSON where they do not go to a
+    terminal.
+
+    \b
+    Examples:
+      loader run --metrics-port 9187 --archive /var/lib/analytics-archive
+      loader run --once
+    """
+    where = _dsn_of(dsn)
     spool = settings.spool_directory(spool_dir)
-    with _until_signal() as stop:
-        if not once:
-            with contextlib.closing(Workers(where, spool, workers, stop)) as pool:
-                daemon.run(spool, pool, stop)
+    if dsn and settings.has_password(dsn):
+        screen.warn(
+            "--dsn shows its password to everyone who lists processes: use LOADER_DSN or LOADER_DSN_FILE"
+        )
+    with until_signal() as signals:
+        if once:
+            _run_once(where, spool, workers, archive, signals, as_json)
             return
-        with daemon.exclusive(spool), contextlib.closing(_patient(where, spool, workers, stop)) as pool:
-            found, report = daemon.once(spool, pool)
-        for name, why in found.skipped.items():
-            err.print(_plain(f"not touched: {name}: {why}"))
-        _finish(report, stop)
+        watching = daemon.Daemon(where, spool, workers, signals, archive, Notifier())
+        if metrics_port is not None:
+            from loader import metrics  # which takes a while to import
+
+            metrics.serve(metrics_port, spool, watching.health)
+        watching.run()
+
+
+def _run_once(
+    dsn: Callable[[], str], spool: Path, workers: int, archive: Path | None, signals: Signals, as_json: bool
+) -> None:
+    with exclusive(spool), screen.bar("loading", backlog(spool).sealed_bytes, of_bytes=True) as shown:
+        health = Health()
+        tick = lambda: shown(health.tally.bytes)  # noqa: E731
+        with contextlib.closing(_patient(dsn, spool, workers, signals, health, tick)) as pool:
+            found, report = daemon.once(spool, pool, archive)
+    for name, why in found.skipped.items():
+        screen.warn(f"not touched: {name}: {why}")
+    _finish(report, signals, as_json)
 
 
 @cli.command()
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(allow_dash=True))
 @_dsn_option
 @_spool_option
 @_workers_option
 @click.option("--dry-run", is_flag=True, help="Read and check every line, without a database.")
+@_json_option
 def backfill(
-    paths: tuple[str, ...], dsn: str | None, spool_dir: Path | None, workers: int, dry_run: bool
+    paths: tuple[str, ...],
+    dsn: str | None,
+    spool_dir: Path | None,
+    workers: int,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Load files, directories, or - for standard input; .gz and .zst too.
 
     The files are never changed. Lines that can't be loaded go to the spool's rejected/.
+
+    \b
+    Examples:
+      loader backfill --dry-run archive/
+      loader backfill archive/ older.ndjson.gz
+      zcat older.ndjson.gz | loader backfill -
     """
     files = given_files.find(paths)
     if dry_run:
-        with _progress(files):
+        with screen.bar_over(files):
             checked = given_files.dry_run(files)
-        _print_counts("would be rejected", checked.codes)
-        _finish(Report(checked.tally, len(files) - len(checked.failures), checked.failures))
+        if not as_json:
+            for code, count in sorted(checked.codes.items()):
+                screen.say(f"would be rejected: {count} {code}")
+        report = Report(checked.tally, len(files) - len(checked.failures), checked.failures)
+        _finish(report, None, as_json, codes=checked.codes)
         return
-    where, spool = settings.database_dsn(dsn), settings.spool_directory(spool_dir)
-    with _until_signal() as stop, contextlib.closing(_patient(where, spool, workers, stop)) as pool:
-        with _progress(files):
+    where, spool = _dsn_of(dsn), settings.spool_directory(spool_dir)
+    with until_signal() as signals, contextlib.closing(_patient(where, spool, workers, signals)) as pool:
+        with screen.bar_over(files):
             report = pool.load(files)
-        _finish(report, stop)
+        _finish(report, signals, as_json)
 
 
 @cli.command()
 @_dsn_option
 @_spool_option
-@click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
+@_json_option
 def status(dsn: str | None, spool_dir: Path | None, as_json: bool) -> None:
-    """Show what waits, what was loaded and what was rejected."""
-    backlog = standing.backlog(settings.spool_directory(spool_dir))
+    """Show what waits, what was loaded and what was rejected.
+
+    \b
+    Examples:
+      loader status
+      loader status --json
+    """
+    spool = standing.spool(settings.spool_directory(spool_dir))
     failure: LoaderError | None = None
     ledger: standing.Ledger | None = None
     try:
         with database.connect(settings.database_dsn(dsn)) as connection:
             ledger = standing.ledger(connection)
-    except psycopg.Error as error:
+    except (psycopg.Error, LoaderError) as error:
         failure = explain(error)
-    except LoaderError as error:
-        failure = error
-    facts = {"spool": dataclasses.asdict(backlog), "database": ledger and dataclasses.asdict(ledger)}
+    facts = {"spool": screen.counted(spool), "database": ledger and screen.counted(ledger)}
     if as_json:
-        click.echo(json.dumps(facts | {"error": failure and str(failure)}, default=str))
+        screen.as_json(facts | {"error": failure and str(failure)})
     else:
         for title, section in facts.items():
             if section:
-                _print_facts(title, section)
+                screen.facts(title, section)
     if failure:
         raise failure
 
 
+@cli.command("doctor")
+@_dsn_option
+@_spool_option
+@_archive_option
+@_json_option
+def examine(dsn: str | None, spool_dir: Path | None, archive: Path | None, as_json: bool) -> None:
+    """Look at all that the loader needs, and say what is wrong and what to type. Changes nothing.
+
+    Run it as the user that loads: `sudo -u analytics loader doctor`.
+
+    \b
+    Examples:
+      loader doctor
+      loader doctor --json
+    """
+    findings = list(doctor.examine(spool_dir, dsn, archive))
+    if as_json:
+        screen.as_json([screen.counted(finding) for finding in findings])
+    for finding in () if as_json else findings:
+        style = {doctor.Verdict.OK: "green", doctor.Verdict.WARNING: "yellow"}.get(finding.verdict, "red")
+        screen.say(f"{finding.verdict:<8} {finding.check:<11} {finding.finding}", style)
+        if finding.remedy:
+            screen.say(f"{'':20} do: {finding.remedy}")
+    failed = [finding for finding in findings if finding.verdict is doctor.Verdict.FAILED]
+    if failed:
+        error = LoaderError(f"failed: {', '.join(dict.fromkeys(finding.check for finding in failed))}")
+        error.exit_code = min(finding.exit_code for finding in failed)
+        raise error
+
+
+@cli.command("prune")
+@click.option(
+    "--older-than", "before", type=_Age(), required=True, metavar="AGE",
+    help="As 90d: a number and w, d, h or m.",
+)  # fmt: skip
+@_dsn_option
+@_spool_option
+@_archive_option
+@click.option("--dry-run", is_flag=True, help="Count what is old, and remove nothing.")
+@_json_option
+def prune_command(
+    before: datetime,
+    dsn: str | None,
+    spool_dir: Path | None,
+    archive: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Remove old rows, ledger rows, and rejected and archived files.
+
+    Rows go by their timestamp, in batches that do not hold up loading; it takes the owner of the tables, or
+    a role that may delete.
+
+    \b
+    Examples:
+      loader prune --older-than 90d --dry-run
+      loader prune --older-than 90d
+    """
+    spool = settings.spool_directory(spool_dir)
+    with until_signal() as signals, database.connect(settings.database_dsn(dsn)) as connection:
+        rows = prune.Rows(connection, before)
+        pruned = rows.count()
+        if not dry_run:
+            done = 0
+            with screen.bar("rows", pruned.events + pruned.metrics + pruned.loads) as shown:
+
+                def deleted(count: int) -> None:
+                    nonlocal done
+                    done += count
+                    shown(done)
+
+                pruned = rows.delete(signals.stop, deleted)
+    if not signals.stop.is_set():
+        files = prune.files(spool, archive, before, dry_run=dry_run)
+        pruned.rejected_files, pruned.archived_files = files.rejected_files, files.archived_files
+    if as_json:
+        screen.as_json({"before": before, "dry_run": dry_run, **screen.counted(pruned)})
+    else:
+        screen.say(f"{'older' if dry_run else 'removed'}: {screen.counts(screen.counted(pruned))}")
+    if signals.stop.is_set():
+        raise LoaderError(INTERRUPTED)
+
+
 @cli.group("rejects")
 def rejects_commands() -> None:
-    """Look at the lines that were not loaded, and try them again."""
+    """Look at the lines that were not loaded, and try them again.
+
+    \b
+    Examples:
+      loader rejects list
+      loader rejects show
+      loader rejects retry
+    """
+
+
+def _complete_reject_file(ctx: click.Context, _: click.Parameter, begun: str) -> list[CompletionItem]:
+    try:
+        files = rejects.files(settings.spool_directory(ctx.params.get("spool_dir")))
+    except (LoaderError, OSError):
+        return []
+    return [CompletionItem(path.name) for path in files if path.name.startswith(begun)]
+
+
+_names_argument = click.argument("names", nargs=-1, metavar="[FILE...]", shell_complete=_complete_reject_file)
 
 
 @rejects_commands.command("list")
 @_spool_option
-@click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object per file.")
+@_json_option
 def list_rejects(spool_dir: Path | None, as_json: bool) -> None:
-    """List the reject files with their counts by reason."""
-    table = Table("file", "lines", "codes")
+    """List the reject files with their counts by reason.
+
+    \b
+    Examples:
+      loader rejects list
+      loader rejects list --json
+    """
+    rows = []
     for path in rejects.files(settings.spool_directory(spool_dir)):
         codes = rejects.count([path])
         if as_json:
-            click.echo(json.dumps({"file": path.name, "lines": codes.total(), "codes": codes}))
-        named = ", ".join(f"{code} {count}" for code, count in codes.most_common())
-        table.add_row(_plain(path.name), str(codes.total()), _plain(named))
-    if not as_json:
-        out.print(table if table.row_count else "No rejects.")
+            screen.as_json({"file": path.name, "lines": codes.total(), "codes": codes})
+        rows.append((path.name, codes.total(), ", ".join(f"{code} {n}" for code, n in codes.most_common())))
+    if rows and not as_json:
+        screen.table(("file", "lines", "codes"), rows)
+    elif not as_json:
+        screen.say("No rejects.")
 
 
 @rejects_commands.command("show")
-@click.argument("names", nargs=-1, metavar="[FILE...]")
+@_names_argument
 @_spool_option
-@click.option("--json", "as_json", is_flag=True, help="For machines: the reject lines as they are.")
+@_json_option
 def show_rejects(names: tuple[str, ...], spool_dir: Path | None, as_json: bool) -> None:
-    """Show each rejected line with its place and reason."""
+    """Show each rejected line with its place and reason.
+
+    \b
+    Examples:
+      loader rejects show
+      loader rejects show --json
+    """
     for path in _reject_files(settings.spool_directory(spool_dir), names):
         for rejected in rejects.read(path):
             if as_json:
-                click.echo(json.dumps(orjson.loads(rejected.encode())))  # in ASCII
+                screen.as_json(orjson.loads(rejected.encode()))
                 continue
-            out.print(Text(_plain(f"{rejected.file}, line {rejected.line}: {rejected.code}"), style="bold"))
-            out.print(Text(_plain(f"  {rejected.reason}")))
-            out.print(Text(_plain(f"  {rejected.raw[:2000].decode(errors='backslashreplace')}"), style="dim"))
+            screen.say(f"{rejected.file}, line {rejected.line}: {rejected.code}", "bold")
+            screen.say(f"  {rejected.reason}")
+            screen.say(f"  {rejected.raw[:2000].decode(errors='backslashreplace')}", "dim")
 
 
 @rejects_commands.command("retry")
-@click.argument("names", nargs=-1, metavar="[FILE...]")
+@_names_argument
 @_dsn_option
 @_spool_option
-def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | None) -> None:
-    """Load the rejected lines that have become loadable; the others stay."""
-    where = settings.database_dsn(dsn)
+@_json_option
+def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | None, as_json: bool) -> None:
+    """Load the rejected lines that have become loadable; the others stay.
+
+    \b
+    Examples:
+      loader rejects retry
+    """
+    files = _reject_files(settings.spool_directory(spool_dir), names)
     report = Report()
-    with database.connect(where) as connection:
-        for path in _reject_files(settings.spool_directory(spool_dir), names):
+    with (
+        until_signal() as signals,
+        database.connect(settings.database_dsn(dsn)) as connection,
+        screen.bar("files", len(files)) as shown,
+    ):
+        for path in files:
+            if signals.stop.is_set():
+                break
             report.tally += retry_file(connection, path)
             report.files += 1
-    _finish(report)
+            shown(report.files)
+    _finish(report, signals, as_json)
 
 
 @cli.command()
 @click.option("--dsn", metavar="DSN", help="A database to use; else an embedded one that is thrown away.")
 def demo(dsn: str | None) -> None:
-    """Show it all: a throw-away Postgres, an application's traffic, a SIGKILL, the loader, what arrived."""
+    """Show it all: a throw-away Postgres, an application's traffic, a SIGKILL, the loader, what arrived.
+
+    \b
+    Examples:
+      loader demo
+    """
     for needed in ("fastapi", "httpx", "uvicorn"):
         if find_spec(needed) is None:
             raise LoaderError(f"{needed} is not installed: pip install 'analytics-spool[embedded]'")
     from loader import demo as tour
 
-    if not tour.run(settings.database_dsn(dsn) if dsn else None, out):
+    if not tour.run(settings.database_dsn(dsn) if dsn else None, screen.out):
         raise LoaderError("the demo's sums do not hold: see above")
 
 
-def _patient(dsn: str, spool: Path, count: int, stop: threading.Event) -> Workers:
+def _dsn_of(given: str | None) -> Callable[[], str]:
+    """What gives the DSN now, and later, when it may have changed. Raises UsageError where there is none."""
+    settings.database_dsn(given)
+    return partial(settings.database_dsn, given)
+
+
+def _patient(
+    dsn: Callable[[], str], spool: Path, count: int, signals: Signals, health: Health | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> Workers:  # fmt: skip
     """Workers for a command that ends by itself: a database that is not there at all is told at once."""
-    database.connect(dsn).close()
-    return Workers(dsn, spool, count, stop, PATIENCE)
-
-
-@contextlib.contextmanager
-def _until_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM and the first Ctrl-C set; the second Ctrl-C ends at once."""
-    stop = threading.Event()
-
-    def handler(number: int, _: object) -> None:
-        stop.set()
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-@contextlib.contextmanager
-def _progress(files: list[given_files.GivenFile]) -> Iterator[None]:
-    """A bar over the bytes of the files, on a terminal alone."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
-        task = progress.add_task("reading", total=sum(file.size() for file in files))
-        for file in files:
-            file.wrap = lambda stream: progress.wrap_file(stream, task_id=task)
-        yield
+    database.connect(dsn()).close()
+    return Workers(dsn, spool, count, signals, PATIENCE, health, tick)
 
 
 def _reject_files(spool: Path, names: tuple[str, ...]) -> list[Path]:
@@ -299,37 +497,23 @@ def _reject_files(spool: Path, names: tuple[str, ...]) -> list[Path]:
     return [path for path in files if not names or path.name in wanted]
 
 
-def _finish(report: Report, stop: threading.Event | None = None) -> None:
+def _finish(report: Report, signals: Signals | None, as_json: bool, **more: object) -> None:
     """Print what was done and end with the exit code that says it."""
-    tally: Tally = report.tally
-    out.print(
-        f"files {report.files}, lines {tally.lines + tally.known}: "
-        f"events {tally.events}, metrics {tally.metrics}, duplicates {tally.duplicates}, "
-        f"rejected {tally.rejected}, known {tally.known}"
-    )
-    for name, why in report.failures.items():
-        err.print(_plain(f"{name} {why}"))
-    if stop is not None and stop.is_set():
-        raise LoaderError("interrupted: what is counted above is loaded; run it again to go on")
+    tally = report.tally
+    counts = {
+        "files": report.files, "lines": tally.lines + tally.known, "events": tally.events,
+        "metrics": tally.metrics, "duplicates": tally.duplicates, "rejected": tally.rejected,
+        "known": tally.known,
+    }  # fmt: skip
+    if as_json:
+        screen.as_json({**counts, **more, "failures": report.failures})
+    else:
+        screen.say(screen.counts(counts))
+        for name, why in report.failures.items():
+            screen.warn(f"{name} {why}")
+    if signals is not None and signals.stop.is_set():
+        raise LoaderError(INTERRUPTED)
     if report.failures:
         raise LoaderError(f"{len(report.failures)} files were not loaded whole")
     if tally.rejected:
         sys.exit(SOME_REJECTED)
-
-
-def _print_facts(title: str, facts: Mapping[str, object]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left")
-    for name, value in facts.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
-        table.add_row(name.replace("_", " "), _plain("-" if shown in (None, "") else str(shown)))
-    out.print(table)
-
-
-def _print_counts(title: str, counts: Mapping[str, int]) -> None:
-    for code, count in sorted(counts.items()):
-        out.print(f"{title}: {count} {code}")
-
-
-def _plain(text: str) -> str:
-    """Text from outside, in one line and without anything a terminal would obey."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -1,173 +1,178 @@
 """The daemon: look, load what is sealed, wait for more.
 
-Holds `.loader.lock` in the spool, so that there is one loader per directory; other hosts and backfills may
-load into the same tables beside it. Hints come from inotify; because its queue can overflow without a word
-(watchfiles issue 348), the whole directory is looked at every RESCAN_SECONDS as well.
+Hints come from inotify; because its queue can overflow without a word (watchfiles issue 348), the whole
+directory is looked at every RESCAN_SECONDS as well.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import logging
-import os
-import socket
-import stat
-import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
-import tenacity
 import watchfiles
 
-from loader import directory, rejects
-from loader.errors import LoaderError
-from loader.retire import Version, retire
-from loader.watch import Scan, scan
-from loader.workers import Report, Workers
-from spool.segment import MODE, SEALED
+from loader.batches import Report
+from loader.errors import one_line
+from loader.health import Health
+from loader.lock import exclusive
+from loader.notify import Notifier
+from loader.retire import SpoolFile
+from loader.signals import Signals
+from loader.watch import Backlog, Scan, backlog, scan
+from loader.workers import Workers
+from spool.segment import SEALED
 
 log = logging.getLogger("loader")
 
-LOCK: Final = ".loader.lock"
 RESCAN_SECONDS: Final = 5.0
 _DEBOUNCE_MS: Final = 50
 """Milliseconds that seals are gathered for; watchfiles' own 1,600 would be most of the lag."""
 
-_LOCKING: Final = tenacity.Retrying(
-    retry=tenacity.retry_if_exception_type(BlockingIOError),
-    wait=tenacity.wait_fixed(0.05),
-    stop=tenacity.stop_after_delay(0.5),
-    reraise=True,
-)
-"""`holder` takes the lock for an instant, too."""
+
+class Daemon:
+    """Loads what is sealed in a spool until it is asked to stop, and says how it stands."""
+
+    def __init__(
+        self, dsn: Callable[[], str], spool: Path, count: int, signals: Signals, archive: Path | None,
+        notifier: Notifier,
+    ) -> None:  # fmt: skip
+        self.health = Health(notifier.alive)
+        self._spool = spool
+        self._signals = signals
+        self._archive = archive
+        self._notifier = notifier
+        self._workers = Workers(dsn, spool, count, signals, None, self.health, self._tell_standing)
+        self._rescan = min(RESCAN_SECONDS, notifier.watchdog_seconds / 4 or RESCAN_SECONDS)
+        self._reloads = 0
+        self._told: dict[str, str] = {}
+        self._standing: tuple[bool, str | None] | None = None
+        self._look_at = 0.0
+
+    def run(self) -> None:
+        """Return when asked to stop. Raises LoaderError where another loader has the spool, OSError."""
+        with exclusive(self._spool), contextlib.closing(self._workers):
+            log.info("watching %s", self._spool)
+            watched = True
+            while not self._signals.stop.is_set():
+                self._pass()
+                watched = self._wait(watched)
+            self._notifier.stopping()
+        log.info("stopped")
+
+    def _pass(self) -> None:
+        self._reload()
+        self.health.progressed()
+        try:
+            found = scan(self._spool)
+            self._workers.connect()
+            report = self._workers.load(SpoolFile(path, self._archive) for path in found.sealed)
+        except OSError as error:
+            self._tell_problems({str(self._spool): f"can't be looked at: {error}"})
+            return
+        self._tell(found, report)
+        self._tell_standing()
+
+    def _reload(self) -> None:
+        """Connect anew, with the settings as they are now."""
+        if self._reloads != self._signals.reloads:
+            self._reloads = self._signals.reloads
+            log.info("reloading: connecting anew")
+            self._notifier.reloading()
+            self._workers.close()
+
+    def _tell(self, found: Scan, report: Report) -> None:
+        """Log what a pass did."""
+        untouched = {name: f"is not touched: {why}" for name, why in found.skipped.items()}
+        self._tell_problems({**untouched, **report.failures})
+        for path in found.adopted:
+            log.info("sealed %s, whose writer is gone", path.name)
+        if found.torn_bytes:
+            log.warning("%d bytes of lines that their writers did not finish were cut off", found.torn_bytes)
+        if report.files:
+            self.health.files_done(report.files)
+            tally = report.tally
+            log.info(
+                "%d files: %d events, %d metrics, %d duplicates, %d rejected, %d known",
+                report.files, tally.events, tally.metrics, tally.duplicates, tally.rejected, tally.known,
+                extra={"files": report.files, **asdict(tally)},
+            )  # fmt: skip
+
+    def _tell_problems(self, problems: dict[str, str]) -> None:
+        """Log what keeps a name from being loaded, once."""
+        for name, why in problems.items():
+            if self._told.get(name) != why:
+                log.warning("%s %s", one_line(name), why)
+                self.health.failed(f"{name} {why}")
+        self._told = problems
+
+    def _tell_standing(self) -> None:
+        """Tell systemd how it stands: at once where that changes, else as often as the look is cheap."""
+        standing, begun = (self.health.connected, self.health.waits_for), time.monotonic()
+        if standing == self._standing and begun < self._look_at:
+            return
+        self._standing = standing
+        try:
+            self._notifier.status(describe(backlog(self._spool), self.health))
+        except OSError as error:
+            self._notifier.status(f"can't look at {self._spool}: {error}")
+        if any(standing):
+            self._notifier.ready()
+        self._look_at = time.monotonic() + max(1.0, 20 * (time.monotonic() - begun))
+
+    def _wait(self, watched: bool) -> bool:
+        """Return when a segment was sealed, after a while, or when a signal came.
+
+        The value is whether the directory could be watched; `watched` is what it was the last time.
+        """
+        try:
+            for _ in watchfiles.watch(
+                self._spool, watch_filter=_is_sealed, debounce=_DEBOUNCE_MS, step=_DEBOUNCE_MS // 2,
+                stop_event=_Asked(self._signals), rust_timeout=int(self._rescan * 1000),
+                yield_on_timeout=True, recursive=False,
+            ):  # fmt: skip
+                break
+            return True
+        except OSError as error:  # the directory went away, or there are no inotify watches left
+            if watched:
+                log.warning("can't watch %s: %s; looking every %g s", self._spool, error, self._rescan)
+            self._signals.stop.wait(self._rescan)
+            return False
 
 
-class SpoolFile:
-    """A sealed segment of the spool, removed when it is loaded; its ledger name is its file name."""
-
-    def __init__(self, path: Path) -> None:
-        self.name = path.name
-        self._path = path
-        self._version: Version | None = None
-
-    def open(self) -> BinaryIO:
-        stream = directory.open_file(self._path)
-        self._version = Version.of(os.fstat(stream.fileno()))
-        return stream
-
-    def done(self, *, oversize: bool) -> None:
-        keep = self._path.parent / rejects.DIRECTORY / (self._path.stem + rejects.WHOLE)
-        assert self._version is not None  # a file that is done was open
-        if not retire(self._path, self._version, keep if oversize else None):
-            raise OSError("it has changed since")
-
-
-def run(spool: Path, workers: Workers, stop: threading.Event) -> None:
-    """Load what is sealed until `stop` is set. Raises LoaderError where another loader has the spool."""
-    with exclusive(spool):
-        log.info("watching %s", spool)
-        told: set[str] = set()
-        watched = True
-        while not stop.is_set():
-            try:
-                _tell(once(spool, workers), told)
-            except OSError as error:
-                log.error("can't look at %s: %s", spool, error)
-            watched = _wait(spool, stop, watched)
-
-
-def once(spool: Path, workers: Workers) -> tuple[Scan, Report]:
+def once(spool: Path, workers: Workers, archive: Path | None) -> tuple[Scan, Report]:
     """Load what is sealed now, the segments of dead writers too. Raises LoaderError, OSError."""
     found = scan(spool)
-    return found, workers.load(SpoolFile(path) for path in found.sealed)
+    return found, workers.load(SpoolFile(path, archive) for path in found.sealed)
 
 
-@contextlib.contextmanager
-def exclusive(spool: Path) -> Iterator[None]:
-    """Hold the spool's lock, which the kernel frees with the process. Raises LoaderError, OSError."""
-    with _lock_file(spool, os.O_RDWR | os.O_CREAT) as file:
-        try:
-            _LOCKING(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LoaderError(f"{spool} has a loader already: {_written(file)}") from None
-        file.truncate()
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
-        file.flush()
-        yield
+def describe(waiting: Backlog, health: Health) -> str:
+    """Return in one line how a loader stands."""
+    parts = ["nothing waits"]
+    if waiting.sealed_files:
+        size, age = waiting.sealed_bytes / 1e6, waiting.lag_seconds
+        parts = [f"{waiting.sealed_files} files ({size:.1f} MB) wait, the oldest for {age:.0f} s"]
+    parts.append(f"{health.rows_per_second():.0f} rows/s")
+    if health.waits_for is not None:
+        parts.insert(0, f"waiting: {health.waits_for}")
+    elif health.last_error is not None:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(health.last_error_at))
+        parts.append(f"last error {moment}: {health.last_error}")
+    return "; ".join(parts)
 
 
-def holder(spool: Path) -> str | None:
-    """Return who loads this spool, or None. Raises LoaderError, OSError."""
-    try:
-        with _lock_file(spool, os.O_RDONLY) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return _written(file)
-    except FileNotFoundError:
-        pass
-    return None
+class _Asked:
+    """Set once a signal comes that the daemon has to answer."""
 
+    def __init__(self, signals: Signals) -> None:
+        self._signals, self._reloads = signals, signals.reloads
 
-def _lock_file(spool: Path, flags: int) -> BinaryIO:
-    """Open the lock, unless what is written to it would go elsewhere."""
-    try:
-        fd = os.open(spool / LOCK, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, MODE)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise
-    else:
-        status = os.fstat(fd)
-        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
-            return open(fd, "rb" if flags == os.O_RDONLY else "r+b")
-        os.close(fd)
-    raise LoaderError(f"{spool / LOCK} is a link, or no file: remove it")
-
-
-def _written(file: BinaryIO) -> str:
-    return file.read(200).decode(errors="replace").strip()
-
-
-def _tell(seen: tuple[Scan, Report], told: set[str]) -> None:
-    """Log what a pass did, and once for each name what was not touched."""
-    found, report = seen
-    for name, why in found.skipped.items():
-        if name not in told:
-            log.warning("not touched: %r: %s", name, why)
-    told.clear()
-    told.update(found.skipped)
-    for path in found.adopted:
-        log.info("sealed %s, whose writer is gone", path.name)
-    if found.torn_bytes:
-        log.warning("%d bytes of lines that their writers did not finish were cut off", found.torn_bytes)
-    if report.files:
-        tally = report.tally
-        log.info(
-            "%d files: %d events, %d metrics, %d duplicates, %d rejected, %d known",
-            report.files, tally.events, tally.metrics, tally.duplicates, tally.rejected, tally.known,
-        )  # fmt: skip
-
-
-def _wait(spool: Path, stop: threading.Event, watched: bool) -> bool:
-    """Return when a segment was sealed, after RESCAN_SECONDS, or when `stop` is set.
-
-    The value is whether the directory could be watched; `watched` is what it was the last time.
-    """
-    try:
-        for _ in watchfiles.watch(
-            spool, watch_filter=_is_sealed, debounce=_DEBOUNCE_MS, step=_DEBOUNCE_MS // 2, stop_event=stop,
-            rust_timeout=int(RESCAN_SECONDS * 1000), yield_on_timeout=True, recursive=False,
-        ):  # fmt: skip
-            break
-        return True
-    except OSError as error:  # the directory went away, or there are no inotify watches left
-        if watched:
-            log.warning("can't watch %s: %s; looking every %g s", spool, error, RESCAN_SECONDS)
-        stop.wait(RESCAN_SECONDS)
-        return False
+    def is_set(self) -> bool:
+        return self._signals.stop.is_set() or self._signals.reloads != self._reloads
 
 
 def _is_sealed(change: watchfiles.Change, path: str) -> bool:

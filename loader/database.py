@@ -1,4 +1,4 @@
-"""Every SQL statement of the loader. Nothing here looks inside a line.
+"""Every SQL statement of a load. Nothing here looks inside a line.
 
 Rows go straight into the table under a savepoint. Only a unique violation takes the staging path: COPY into a
 temporary table, then insert what is new in the order of its key, so that two loaders can't deadlock. Counts
@@ -24,19 +24,20 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Table:
-    """A table that is loaded: its columns in COPY's order and the key that makes a row unique."""
+    """A table that is loaded: columns in COPY's order, the key that makes a row unique, a row's kind."""
 
     name: str
     columns: tuple[str, ...]
     key: str
+    kind: str
 
 
 SCHEMA_VERSION: Final = 2
 """What schema.sql makes. Rows of this version load into the tables of any version there was."""
 _BLOCK_ROWS: Final = 256
 """Rows that are sent at once, some 64 KiB: a write per row costs a microsecond for each."""
-EVENTS: Final = Table("analytics_events", EVENT_COLUMNS, "event_id")
-METRICS: Final = Table("analytics_metrics", METRIC_COLUMNS, "id")
+EVENTS: Final = Table("analytics_events", EVENT_COLUMNS, "event_id", "event_type")
+METRICS: Final = Table("analytics_metrics", METRIC_COLUMNS, "id", "metric_name")
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,10 @@ def prepare(connection: Connection) -> None:
     """Set what holds for a load's transaction.
 
     Deferrable constraints are checked by each statement: at COMMIT, one row would fail all others. A plan is
-    not compiled: that takes longer than looking up the rows of a batch.
+    not compiled: that takes longer than looking up the rows of a batch. A lock that somebody holds for long is
+    given up and asked for again, so that it is told what is waited for.
     """
-    connection.execute("SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL jit = off")
+    connection.execute("SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL jit = off; SET LOCAL lock_timeout = '60s'")
 
 
 def copy(connection: Connection, table: Table, copies: Iterable[str]) -> None:

@@ -20,13 +20,14 @@ MODE: Final = 0o2770
 
 
 @contextlib.contextmanager
-def opened(path: Path, *, create: bool = False) -> Iterator[int]:
+def opened(path: Path | str, directory: int | None = None, *, create: bool = False) -> Iterator[int]:
     """Give a descriptor of the directory. Raises OSError, also for a link to one."""
     if create:
         with contextlib.suppress(FileExistsError):
-            os.mkdir(path, MODE)
+            os.mkdir(path, MODE, dir_fd=directory)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, flags, dir_fd=directory)
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP):
             raise NotADirectoryError(

@@ -23,3 +23,8 @@ class OutOfReachError(LoaderError):
 
 SOME_REJECTED = 3
 """Exit code of a command that did its work but rejected some lines."""
+
+
+def one_line(text: str) -> str:
+    """Text from outside, in one line and without anything that a terminal would obey."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

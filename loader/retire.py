@@ -1,12 +1,26 @@
-"""The only deletion of sealed data: a file goes once all of it is committed, if it is still that file."""
+"""The only deletion of sealed data: a file goes once all of it is committed, if it is still that file.
+
+removed        what was loaded
+archived       the same, where an archive is wanted: <archive>/<day>/<name>.zst, for a backfill to read
+kept whole     a file with a line that is too long for a reject: rejected/<stem>.whole
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Final
 
-from loader import directory
+import zstandard
+
+from loader import directory, rejects
+from spool.segment import MODE
+
+SUFFIX: Final = ".zst"
+_DAY: Final = len("20261123")
+"""Characters of a segment's name that are the day it was begun."""
 
 
 @dataclass(frozen=True)
@@ -23,19 +37,62 @@ class Version:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def retire(path: Path, loaded: Version, keep: Path | None = None) -> bool:
-    """Remove a loaded file, or move it to `keep`; False where `path` now names another or a changed file.
+class SpoolFile:
+    """A sealed segment of the spool, retired when it is loaded; its ledger name is its file name."""
 
-    A file that is gone already is retired. Raises OSError, as for a directory that is read-only.
+    def __init__(self, path: Path, archive: Path | None = None) -> None:
+        self.name = path.name
+        self._path = path
+        self._archive = archive
+        self._version: Version | None = None
+
+    def open(self) -> BinaryIO:
+        stream = directory.open_file(self._path)
+        self._version = Version.of(os.fstat(stream.fileno()))
+        return stream
+
+    def done(self, *, oversize: bool) -> None:
+        assert self._version is not None  # a file that is done was open
+        if not retire(self._path, self._version, self._archive, whole=oversize):
+            raise OSError("it has changed since")
+
+
+def retire(path: Path, loaded: Version, archive: Path | None = None, *, whole: bool = False) -> bool:
+    """Remove a loaded file, archive it or keep it whole.
+
+    False where `path` names another or a changed file now; one that is gone already is retired. Raises
+    OSError, as for a directory that is read-only.
     """
     try:
         if Version.of(os.lstat(path)) != loaded:
             return False
-        if keep is None:
-            os.unlink(path)
-        else:
-            with directory.opened(keep.parent, create=True) as fd:
-                os.rename(path, keep.name, dst_dir_fd=fd)
+        if whole:
+            with directory.opened(path.parent / rejects.DIRECTORY, create=True) as kept:
+                os.rename(path, path.stem + rejects.WHOLE, dst_dir_fd=kept)
+            return True
+        if archive is not None:
+            with directory.open_file(path) as stream:
+                if Version.of(os.fstat(stream.fileno())) != loaded:
+                    return False
+                _store(stream, archive, path.name)
+        os.unlink(path)
     except FileNotFoundError:
         pass
     return True
+
+
+def _store(stream: BinaryIO, archive: Path, name: str) -> None:
+    """Write a compressed copy, durable on return; a crash leaves none, or one that is written again."""
+    with directory.opened(archive, create=True) as base:
+        with directory.opened(name[:_DAY], base, create=True) as day:
+            passing = f"{name}.part"
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(passing, dir_fd=day)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(passing, flags, MODE, dir_fd=day), "wb") as copy:
+                zstandard.ZstdCompressor(write_checksum=True).copy_stream(stream, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
+            os.rename(passing, name + SUFFIX, src_dir_fd=day, dst_dir_fd=day)
+            os.fsync(day)
+        os.fsync(base)

@@ -18,16 +18,23 @@ from loader.errors import UsageError
 DEFAULT_SPOOL: Final = Path("/var/spool/analytics")
 """Where the emitter writes, too, when SPOOL_DIR is not set."""
 _PG_VARIABLES: Final = ("PGHOST", "PGHOSTADDR", "PGDATABASE", "PGSERVICE", "PGUSER", "PGPORT")
+_LONGEST_DSN: Final = 16 << 10
 _DRIVER: Final = re.compile(r"^(postgres(?:ql)?)\+\w+://")
 
 _CONNECTION: Final = {
     "application_name": "analytics-loader",
     "client_encoding": "UTF8",
-    "connect_timeout": "10",
+    "connect_timeout": "5",
     "tcp_user_timeout": "30000",
 }
 """Defaults of a connection: who it is, the encoding of the rows, and seconds and milliseconds after which a
 host that does not answer is given up (https://www.postgresql.org/docs/current/libpq-connect.html)."""
+
+
+_NO_DSN: Final = (
+    "the DSN can't be read (it may hold a password and is not shown): write postgresql://user@host/database "
+    "or host=... dbname=..., with special characters of a password as in a URL (%40 for @)"
+)
 
 
 def spool_directory(given: Path | None, environment: Mapping[str, str] = os.environ) -> Path:
@@ -61,18 +68,38 @@ def owner(uid: int) -> str:
 
 
 def database_dsn(given: str | None, environment: Mapping[str, str] = os.environ) -> str:
-    """Return where the database is: what was given, else LOADER_DSN, else DATABASE_URL, else libpq's PG*.
+    """Return where the database is: what was given, else LOADER_DSN, else what the file LOADER_DSN_FILE has,
+    else DATABASE_URL, else libpq's PG*.
 
-    A URL may name a driver, as SQLAlchemy's do (`postgresql+asyncpg://`). Raises UsageError.
+    A URL may name a driver, as SQLAlchemy's do (`postgresql+asyncpg://`). Raises UsageError, which shows
+    nothing of the DSN: a part that stands in the wrong place may be the password.
     """
-    dsn = given or environment.get("LOADER_DSN") or environment.get("DATABASE_URL")
+    named = (environment.get(name, "") for name in ("LOADER_DSN", "LOADER_DSN_FILE", "DATABASE_URL"))
+    direct, file, other = named
+    dsn = given or direct or (_written_in(Path(file)) if file else "") or other
     if not dsn and not any(environment.get(name) for name in _PG_VARIABLES):
         raise UsageError(
             "no database is set: set LOADER_DSN (or DATABASE_URL, or libpq's PGHOST and PGDATABASE), "
             "or give --dsn, for example postgresql://user@host/database"
         )
     try:
-        given_values = conninfo_to_dict(_DRIVER.sub(r"\1://", dsn or ""))
-    except psycopg.ProgrammingError as error:
-        raise UsageError(f"the DSN can't be read: {str(error).strip()}") from None
-    return make_conninfo("", **{**_CONNECTION, **{name: str(value) for name, value in given_values.items()}})
+        given_values = conninfo_to_dict(_DRIVER.sub(r"\1://", dsn))
+    except psycopg.ProgrammingError:
+        raise UsageError(_NO_DSN) from None
+    values = {name: str(value) for name, value in given_values.items()}
+    if not re.fullmatch(r"(\d+(,|$))*", values.get("port", "")):
+        raise UsageError(_NO_DSN)
+    return make_conninfo("", **{**_CONNECTION, **values})
+
+
+def has_password(dsn: str) -> bool:
+    """Whether a DSN, as it was given, holds a password."""
+    return bool(conninfo_to_dict(database_dsn(dsn)).get("password"))
+
+
+def _written_in(file: Path) -> str:
+    try:
+        with file.open() as stream:
+            return stream.read(_LONGEST_DSN).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the DSN can't be read from LOADER_DSN_FILE: {error}") from None

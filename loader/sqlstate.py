@@ -12,6 +12,10 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
+import psycopg
+
+from loader.errors import LoaderError, OutOfReachError
+
 
 class Action(Enum):
     REJECT = "reject"
@@ -51,3 +55,17 @@ _ADVICE: Final = {
 def advice(sqlstate: str | None) -> str:
     """Return what a person should do about an error, or an empty string."""
     return _ADVICE.get(sqlstate or "", "")
+
+
+def explain(error: psycopg.Error | OSError | LoaderError) -> LoaderError:
+    """Return what ends a command, or what a loader waits for, because of this error."""
+    if isinstance(error, LoaderError):
+        return error
+    if isinstance(error, OSError):
+        return LoaderError(f"can't write rejects: {error}")
+    message = error.diag.message_primary or "; ".join(filter(None, map(str.strip, str(error).splitlines())))
+    if error.sqlstate is None or error.sqlstate[:2] in ("08", "57"):
+        return OutOfReachError(f"the database is out of reach: {message}")
+    if action(error.sqlstate) is Action.RETRY:
+        return OutOfReachError(f"the database can't load now: {message}")
+    return LoaderError(": ".join(filter(None, (message, advice(error.sqlstate)))))

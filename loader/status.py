@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from loader import daemon, rejects
+from loader import rejects
 from loader.database import Connection
-from spool.segment import OPEN, SEALED, STEM
+from loader.lock import holder
+from loader.watch import Backlog, backlog
 
 
 @dataclass(frozen=True)
-class Backlog:
-    """What waits in a spool. `lag_seconds` is the age of the oldest sealed segment, 0 where there is none."""
+class Spool(Backlog):
+    """A spool: what waits there, who loads it, what was rejected."""
 
     directory: str
     loader: str | None
-    open_segments: int
-    sealed_files: int
-    sealed_bytes: int
-    lag_seconds: float
     reject_files: int
     rejected: Mapping[str, int]
 
@@ -41,28 +37,13 @@ class Ledger:
     rows_per_second: float
 
 
-def backlog(spool: Path) -> Backlog:
-    """Look at a spool, touching nothing. Raises OSError, ValueError (a damaged reject file)."""
-    open_segments, sizes, oldest = 0, [], time.time()
-    for path in spool.iterdir():
-        if not STEM.fullmatch(path.stem):
-            continue
-        open_segments += path.suffix == OPEN
-        if path.suffix == SEALED:
-            try:
-                status = path.lstat()
-            except FileNotFoundError:
-                continue  # loaded meanwhile
-            sizes.append(status.st_size)
-            oldest = min(oldest, status.st_mtime)
-    files = rejects.files(spool)
-    return Backlog(
-        directory=str(spool),
-        loader=daemon.holder(spool),
-        open_segments=open_segments,
-        sealed_files=len(sizes),
-        sealed_bytes=sum(sizes),
-        lag_seconds=round(time.time() - oldest, 3) if sizes else 0.0,
+def spool(directory: Path) -> Spool:
+    """Look at a spool, touching nothing. Raises LoaderError, OSError, ValueError (a damaged reject file)."""
+    files = rejects.files(directory)
+    return Spool(
+        **asdict(backlog(directory)),
+        directory=str(directory),
+        loader=holder(directory),
         reject_files=len(files),
         rejected=dict(rejects.count(files).most_common()),
     )

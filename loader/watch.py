@@ -6,8 +6,10 @@ links are not followed, and everything else is reported, never opened.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +44,39 @@ def scan(directory: Path) -> Scan:
                 _adopt(directory / name, found)
     found.sealed.sort()
     return found
+
+
+def segment_names(directory: Path) -> list[str]:
+    """Return the names of the segments, open and sealed. Raises OSError."""
+    return [
+        name
+        for name in os.listdir(directory)
+        if name.endswith((OPEN, SEALED)) and STEM.fullmatch(os.path.splitext(name)[0])
+    ]
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What waits in a spool. `lag_seconds` is the age of the oldest sealed segment, 0 where there is none."""
+
+    open_segments: int
+    sealed_files: int
+    sealed_bytes: int
+    lag_seconds: float
+
+
+def backlog(directory: Path) -> Backlog:
+    """Look at a spool, touching nothing. Raises OSError."""
+    open_segments, sizes, oldest = 0, [], time.time()
+    for name in segment_names(directory):
+        open_segments += name.endswith(OPEN)
+        if name.endswith(SEALED):
+            with contextlib.suppress(FileNotFoundError):  # loaded meanwhile
+                status = os.lstat(directory / name)
+                sizes.append(status.st_size)
+                oldest = min(oldest, status.st_mtime)
+    lag = max(0.0, time.time() - oldest) if sizes else 0.0
+    return Backlog(open_segments, len(sizes), sum(sizes), round(lag, 3))
 
 
 def _regular(entry: os.DirEntry[str]) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from loader.database import EVENTS, METRICS, Connection, Inserted, apply_schema, insert
+import psycopg
+
+from loader.database import EVENTS, METRICS, Connection, Inserted, apply_schema, insert, prepare
 from loader.decode import Row, decode
+from loader.sqlstate import explain
 from tests.load import lines
 
 
@@ -16,6 +19,17 @@ def event(number: int, title: str = "same") -> Row:
 def test_the_schema_is_safe_to_apply_again(connection: Connection) -> None:
     connection.execute("RESET ROLE")
     apply_schema(connection)
+
+
+def test_a_lock_that_is_held_for_long_is_told_and_not_waited_for_in_silence(connection: Connection) -> None:
+    with connection.transaction():
+        prepare(connection)
+        assert connection.execute("SHOW lock_timeout").fetchone() == ("1min",)
+    reason = explain(psycopg.errors.LockNotAvailable("canceling statement due to lock timeout"))
+    assert (reason.exit_code, str(reason)) == (
+        4,
+        "the database can't load now: canceling statement due to lock timeout",
+    )
 
 
 def test_rows_that_are_loaded_twice_are_there_once(connection: Connection) -> None:

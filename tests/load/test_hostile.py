@@ -16,8 +16,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from loader.daemon import SpoolFile
 from loader.database import Connection, apply_schema
+from loader.retire import SpoolFile
 from tests.load.lines import STEM, event, joined, number, rejected, segment
 from tests.processes import LOADER, Cli, eventually
 

@@ -1,0 +1,83 @@
+"""How a loader is doing: what it did since it started, and what it waits for.
+
+The workers tell it, from their threads; the notifications to systemd and the metrics are made from it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from loader.load import Tally
+
+BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds in seconds of how long a batch takes; the last bucket has none."""
+_RATE_SECONDS: Final = 60.0
+
+
+class Health:
+    """Counts and states. `progressed` is called whenever something moved on, from any thread."""
+
+    def __init__(self, progressed: Callable[[], None] = lambda: None) -> None:
+        self.progressed = progressed
+        self.tally = Tally()
+        self.files = 0
+        self.retries = 0
+        self.connected = False
+        self.waits_for: str | None = None
+        """Why nothing is loaded at the moment."""
+        self.last_error: str | None = None
+        self.last_error_at = 0.0
+        """Seconds since 1970."""
+        self.buckets = [0] * (len(BUCKETS) + 1)
+        self.seconds = 0.0
+        """All batches' time together."""
+        self._cause = ""
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+        self._lately: deque[tuple[float, int]] = deque()
+
+    def connection_made(self) -> None:
+        self.connected = True
+        self.progressed()
+
+    def loaded(self, tally: Tally, seconds: float) -> bool:
+        """A batch is committed, after so many seconds. Returns whether that ended a wait."""
+        with self._lock:
+            self.tally += tally
+            self.buckets[bisect_left(BUCKETS, seconds)] += 1
+            self.seconds += seconds
+            self._lately.append((time.monotonic(), tally.events + tally.metrics))
+            waited, self.waits_for = self.waits_for, None
+        self.progressed()
+        return waited is not None
+
+    def files_done(self, files: int) -> None:
+        self.files += files
+
+    def failed(self, reason: str) -> None:
+        """Something went wrong that does not stop the others."""
+        self.last_error, self.last_error_at = reason, time.time()
+
+    def retrying(self, reason: str, cause: str) -> bool:
+        """A batch will be tried again. Returns whether that begins a wait, or one for another cause."""
+        with self._lock:
+            self.retries += 1
+            begins, self._cause = self.waits_for is None or cause != self._cause, cause
+            self.waits_for = reason
+            self.failed(reason)
+        self.progressed()
+        return begins
+
+    def rows_per_second(self) -> float:
+        """Return the rate of the last minute, or since the start."""
+        now = time.monotonic()
+        with self._lock:
+            while self._lately and self._lately[0][0] < now - _RATE_SECONDS:
+                self._lately.popleft()
+            rows = sum(rows for _, rows in self._lately)
+        return rows / max(1.0, min(_RATE_SECONDS, now - self._started))

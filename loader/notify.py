@@ -1,0 +1,76 @@
+"""What systemd is told, over the socket it names: sd_notify(3). Without one, nobody is told anything.
+
+READY=1                 after the first look at the spool, once the database answered, or once STATUS says
+                        that it is waited for: a loader that waits is at work
+STATUS=                 backlog, rate, what is waited for
+WATCHDOG=1              only where something moved on: a batch committed, a try that failed and will be
+                        repeated, a look at the spool; a loader that hangs is silent, and is restarted
+RELOADING=1, STOPPING=1
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from loader.errors import one_line
+
+_LONGEST_STATUS: Final = 400
+
+
+class Notifier:
+    """A line to systemd. Any thread may use it; it never raises and never waits."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        address = environment.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._lock = threading.Lock()
+        self._ready = False
+        self._status = ""
+        self._alive_at = 0.0
+        watched = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watchdog_seconds = int(environment.get("WATCHDOG_USEC", "0")) / 1e6 if watched else 0.0
+        """How long systemd waits for a sign of life; 0 where it does not."""
+
+    def ready(self) -> None:
+        """The loader is at work. Told once, and after a reload."""
+        if not self._ready:
+            self._ready = True
+            self._send("READY=1")
+
+    def reloading(self) -> None:
+        self._ready = False
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def stopping(self) -> None:
+        self._send("STOPPING=1")
+
+    def status(self, text: str) -> None:
+        """Say in one line how it stands; told where it has changed."""
+        text = one_line(text)[:_LONGEST_STATUS]
+        if text != self._status:
+            self._status = text
+            self._send(f"STATUS={text}")
+
+    def alive(self) -> None:
+        """Something moved on. Told a few times per interval, however often it is called."""
+        now = time.monotonic()
+        with self._lock:
+            if not self.watchdog_seconds or now - self._alive_at < self.watchdog_seconds / 8:
+                return
+            self._alive_at = now
+        self._send("WATCHDOG=1")
+
+    def _send(self, message: str) -> None:
+        if not self._address:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as line:
+                line.setblocking(False)
+                line.sendto(message.encode(), self._address)
+        except OSError:
+            pass  # systemd will ask no more, or restart what it does not hear

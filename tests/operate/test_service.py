@@ -1,0 +1,301 @@
+"""The daemon under systemd, of which a socket is enough: what it is told, and that it ends in time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from loader import embedded
+from loader.chunk import CHUNK_BYTES
+from loader.database import Connection
+from tests.load.lines import event, number, rejected, segment
+from tests.processes import LOADER, Cli, eventually
+
+EVENTS = "SELECT count(*) FROM analytics_events"
+WATCHDOG_SECONDS = 2.0
+STOP_SECONDS = 10.0
+
+
+class Systemd:
+    """The socket, what came on it, and the daemon that was told of it."""
+
+    def __init__(self, cli: Cli, line: socket.socket, *arguments: str) -> None:
+        interval = str(int(WATCHDOG_SECONDS * 1e6))
+        variables = {"NOTIFY_SOCKET": str(line.getsockname()), "WATCHDOG_USEC": interval}
+        self._line = line
+        self.log = cli.spool.parent / "log"
+        self.messages: list[str] = []
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*LOADER, "run", *arguments], env=cli.environment | variables, stderr=log
+            )
+
+    def read(self, seconds: float = 0.0) -> list[str]:
+        """Return the lines that came since the last time, waiting for the first."""
+        new: list[str] = []
+        self._line.settimeout(seconds or None)
+        try:
+            while True:
+                new += self._line.recv(4096).decode().splitlines()
+                self._line.settimeout(0.01)
+        except (TimeoutError, BlockingIOError):
+            self.messages += new
+            return new
+
+    def during(self, seconds: float) -> list[str]:
+        """Return what comes in that time."""
+        until, new = time.monotonic() + seconds, []
+        while (left := until - time.monotonic()) > 0:
+            new += self.read(left)
+        return new
+
+    def until(self, words: str, seconds: float = 30.0) -> None:
+        eventually(lambda: any(words in message for message in [*self.messages, *self.read(0.2)]), seconds)
+
+    def stop(self) -> float:
+        """End it as systemd does; return how long that took."""
+        begun = time.monotonic()
+        self.process.terminate()
+        assert self.process.wait(timeout=STOP_SECONDS) == 0
+        return time.monotonic() - begun
+
+
+@contextmanager
+def under_systemd(cli: Cli, *arguments: str) -> Iterator[Systemd]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
+        line.bind(str(cli.spool.parent / "notify"))
+        systemd = Systemd(cli, line, *arguments)
+        try:
+            yield systemd
+        finally:
+            systemd.process.kill()
+            systemd.process.wait()
+
+
+def backend(connection: Connection) -> int:
+    """The server's process for the loader that is busy in this database."""
+    busy = (
+        "SELECT max(pid) FROM pg_stat_activity WHERE datname = current_database() "
+        "AND application_name = 'analytics-loader' AND state = 'active'"
+    )
+    return eventually(lambda: number(connection, busy))
+
+
+def test_it_is_ready_after_the_first_look_with_a_connection(cli: Cli, one_connection: Connection) -> None:
+    segment(cli.spool, 1, event(1))
+    with under_systemd(cli) as systemd:
+        systemd.until("READY=1")
+        before = systemd.messages[: systemd.messages.index("READY=1")]
+        assert any(message.startswith("STATUS=") for message in before)
+        systemd.until("STATUS=nothing waits")
+        assert number(one_connection, EVENTS) == 1
+        systemd.stop()
+        systemd.until("STOPPING=1")
+        assert systemd.messages.count("READY=1") == 1
+
+
+def test_a_database_that_is_down_is_waited_for_and_the_status_says_so(cli: Cli, tmp_path: Path) -> None:
+    cli.environment["LOADER_DSN"] = f"host={tmp_path} dbname=x user=u password=sesame"
+    with under_systemd(cli) as systemd:
+        systemd.until("READY=1")
+        status = next(message for message in systemd.messages if message.startswith("STATUS="))
+        assert status.startswith("STATUS=waiting: the database is out of reach")
+        assert systemd.messages.index(status) < systemd.messages.index("READY=1")
+        systemd.messages.clear()
+        systemd.until("WATCHDOG=1")  # a loader that waits is alive
+        assert systemd.stop() < STOP_SECONDS / 2
+    assert "sesame" not in systemd.log.read_text() + "".join(systemd.messages)
+
+
+def test_status_tells_backlog_rate_and_what_is_waited_for(cli: Cli, one_connection: Connection) -> None:
+    with under_systemd(cli) as systemd:
+        systemd.until("READY=1")
+        with one_connection.transaction():
+            one_connection.execute("LOCK TABLE analytics_events IN ACCESS EXCLUSIVE MODE")
+            segment(cli.spool, 1, *[event(n) for n in range(1000)])
+            systemd.until("STATUS=1 files (0.3 MB) wait, the oldest for")
+        systemd.until("STATUS=nothing waits")
+        (cli.spool / "stray.ndjson").write_bytes(b"")
+        segment(cli.spool, 2, event(1))
+        systemd.until("last error")
+        assert "stray.ndjson is not touched" in systemd.messages[-1]
+
+
+def test_the_watchdog_hears_nothing_while_a_load_hangs(cli: Cli, one_connection: Connection) -> None:
+    with under_systemd(cli, "--workers", "1") as systemd:
+        systemd.until("WATCHDOG=1")
+        with one_connection.transaction():
+            one_connection.execute("LOCK TABLE analytics_events IN ACCESS EXCLUSIVE MODE")
+            segment(cli.spool, 1, event(1))
+            waiting = (
+                "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'analytics_events'::regclass"
+            )
+            eventually(lambda: number(one_connection, waiting))
+            systemd.during(WATCHDOG_SECONDS / 2)
+            assert "WATCHDOG=1" not in systemd.during(2 * WATCHDOG_SECONDS)
+        systemd.messages.clear()
+        systemd.until("WATCHDOG=1")
+        eventually(lambda: number(one_connection, EVENTS) == 1)
+
+
+def test_sigterm_in_the_middle_of_a_large_chunk_ends_in_time_and_loses_nothing(
+    cli: Cli, one_connection: Connection
+) -> None:
+    lines = [event(n, metadata={"text": "x" * 200}) for n in range(3 * CHUNK_BYTES // 500)]
+    segment(cli.spool, 1, *lines)
+    with under_systemd(cli, "--workers", "1") as systemd:
+        backend(one_connection)
+        assert systemd.stop() < STOP_SECONDS
+    assert number(one_connection, EVENTS) < len(lines)
+    cli("run", "--once")
+    assert number(one_connection, EVENTS) == len(lines)
+    assert number(one_connection, "SELECT sum(events) FROM analytics_loads") == len(lines)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can freeze the server")
+def test_sigterm_while_the_server_is_frozen_ends_in_time_and_loses_nothing(
+    cli: Cli, one_connection: Connection
+) -> None:
+    lines = [event(n, metadata={"text": "x" * 200}) for n in range(CHUNK_BYTES // 500)]
+    segment(cli.spool, 1, *lines)
+    with under_systemd(cli, "--workers", "1") as systemd:
+        frozen = backend(one_connection)
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            systemd.stop()
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+    cli("run", "--once")
+    assert number(one_connection, EVENTS) == len(lines)
+    assert number(one_connection, "SELECT count(*) FROM analytics_loads") == 1
+
+
+def test_sigterm_while_connecting_to_a_host_that_does_not_answer_ends_in_time(cli: Cli) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(1)
+        cli.environment["LOADER_DSN"] = f"host=127.0.0.1 port={silent.getsockname()[1]} connect_timeout=100"
+        segment(cli.spool, 1, event(1))
+        with under_systemd(cli) as systemd:
+            silent.accept()
+            systemd.stop()
+
+
+def test_sighup_connects_anew_with_the_dsn_as_it_is_now(
+    cli: Cli, one_connection: Connection, tmp_path: Path
+) -> None:
+    file = tmp_path / "dsn"
+    file.write_text("host=/nowhere dbname=x\n")
+    good = cli.environment.pop("LOADER_DSN")
+    cli.environment["LOADER_DSN_FILE"] = str(file)
+    segment(cli.spool, 1, event(1))
+    with under_systemd(cli) as systemd:
+        systemd.until("STATUS=waiting")
+        file.write_text(good)
+        systemd.process.send_signal(signal.SIGHUP)
+        eventually(lambda: number(one_connection, EVENTS) == 1)
+        systemd.messages.clear()
+        systemd.process.send_signal(signal.SIGHUP)
+        systemd.until("RELOADING=1")
+        systemd.until("READY=1")
+        assert any(message.startswith("MONOTONIC_USEC=") for message in systemd.messages)
+        segment(cli.spool, 2, event(2))
+        eventually(lambda: number(one_connection, EVENTS) == 2)
+
+
+def test_log_lines_are_json_where_nobody_reads_them(cli: Cli) -> None:
+    segment(cli.spool, 1, event(1), event(2))
+    with under_systemd(cli) as systemd:
+        systemd.until("STATUS=nothing waits")
+        systemd.stop()
+        log = [json.loads(line) for line in systemd.log.read_text().splitlines()]
+    assert all({"timestamp", "level", "logger", "message"} <= set(line) for line in log)
+    (loaded,) = [line for line in log if "events" in line]
+    assert (loaded["events"], loaded["files"], loaded["level"]) == (2, 1, "INFO")
+
+
+def test_no_password_is_told_anywhere(cli: Cli, tmp_path: Path) -> None:
+    for dsn in (
+        "postgresql://u:sesame@127.0.0.1:1/x", "postgresql://u:ses/sesame@host/x", "u:sesame@host",
+        "host=127.0.0.1 port=1 password=sesame", "password='sesame", "host=h port=sesame",
+    ):  # fmt: skip
+        variables = {"LOADER_DSN": dsn}
+        for command in (["status"], ["status", "--json"], ["doctor"], ["run", "--once"], ["init"]):
+            ended = subprocess.run(
+                [*LOADER, *command], env=cli.environment | variables, capture_output=True, text=True
+            )
+            assert ended.returncode in (1, 2, 4), ended.stderr
+            assert "sesame" not in ended.stdout + ended.stderr
+
+
+def test_a_reboot_leaves_nothing_that_keeps_it_from_starting(cli: Cli, tmp_path: Path) -> None:
+    """SIGKILL of emitter, loader and server at once; lock files and half-made files are left behind."""
+    emitter = (
+        "import sys, uuid\nfrom spool import Emitter\nemitter = Emitter(sys.argv[1], segment_bytes=65536)\n"
+        "user = uuid.uuid4()\nwhile True:\n"
+        " print(emitter.emit_event(event_type='tick', user_id=user, family_unit_id=user), flush=True)"
+    )
+    with embedded.cluster() as cluster:
+        owner = Cli(cli.spool, cluster.dsn)
+        owner("init", "--role", "analytics_loader")
+        loader = Cli(cli.spool, f"{cluster.dsn} user=analytics_loader")
+        with (tmp_path / "acknowledged").open("wb") as acknowledged:
+            application = subprocess.Popen(
+                [LOADER[0], "-c", emitter, cli.spool], env=loader.environment, stdout=acknowledged
+            )
+        with psycopg.connect(cluster.dsn) as connection, loader.daemon() as process:
+            eventually(lambda: number(connection, EVENTS) > 500)
+            for pid in (application.pid, process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+            application.wait()
+        cluster.stop(signal.SIGKILL)
+        (cli.spool / "rejected").mkdir(exist_ok=True)
+        (cli.spool / "rejected" / "x-0.part").write_bytes(b'{"cut')
+        assert (cli.spool / ".loader.lock").exists() and list(cli.spool.glob("*.open"))
+        cluster.start()
+        ids = (tmp_path / "acknowledged").read_text().splitlines()[:-1]  # the last may be cut
+        with loader.daemon(), psycopg.connect(cluster.dsn) as connection:
+            found = f"{EVENTS} WHERE event_id::text = ANY(ARRAY{ids}::text[])"
+            eventually(lambda: number(connection, found) == len(ids), 60)
+            assert not rejected(cli.spool)
+
+
+@pytest.mark.parametrize(
+    ("version", "words"), [(1, "older: run `loader init`"), (9, "newer: upgrade the loader")]
+)
+def test_tables_of_another_version_are_told_and_loaded_into(
+    cli: Cli, one_connection: Connection, version: int, words: str
+) -> None:
+    if version == 1:  # which wrote no version down
+        one_connection.execute("DROP TABLE analytics_schema; DROP INDEX analytics_loads_loaded_at")
+    else:
+        one_connection.execute("INSERT INTO analytics_schema (version) VALUES (9)")
+    one_connection.commit()
+    segment(cli.spool, 1, event(1))
+    printed = cli("run", "--once")
+    assert words in printed and "events 1" in printed
+    if version == 1:
+        assert "version 2, they were of version 1" in cli.owner()("init", "--role", "analytics_loader")
+        assert "of version" not in cli("run", "--once")
+    else:
+        assert "newer than version 2" in cli.owner()("init", code=1)
+    assert number(one_connection, EVENTS) == 1
+
+
+def test_two_that_apply_the_schema_at_once_do_not_disturb_each_other(one_server: str) -> None:
+    with psycopg.connect(one_server, autocommit=True) as admin:
+        admin.execute("CREATE DATABASE applied")
+    dsn = psycopg.conninfo.make_conninfo(one_server, dbname="applied")
+    applying = [subprocess.Popen([*LOADER, "init", "--dsn", dsn]) for _ in range(6)]
+    assert [process.wait() for process in applying] == [0] * 6

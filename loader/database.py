@@ -122,8 +122,8 @@ def prepare(connection: Connection) -> None:
     """Set what holds for a load's transaction.
 
     Deferrable constraints are checked by each statement: at COMMIT, one row would fail all others. A plan is
-    not compiled: that takes longer than looking up the rows of a batch. A lock that somebody holds for long is
-    given up and asked for again, so that it is told what is waited for.
+    not compiled: that takes longer than looking up the rows of a batch. A lock that somebody holds for long
+    is given up and asked for again, so that it is told what is waited for.
     """
     connection.execute("SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL jit = off; SET LOCAL lock_timeout = '60s'")
 

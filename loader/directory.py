@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
-MODE: Final = 0o2770
-"""At most; the umask takes away, and the set-group-id bit is inherited (mkdir(2))."""
+MODE: Final = 0o770
+"""At most: the umask takes away. The set-group-id bit is inherited; asking for it does nothing (mkdir(2)) and
+is forbidden where systemd restricts it (RestrictSUIDSGID, systemd.exec(5))."""
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from spool.segment import Sealed, Segment, Writer, segment_bytes
 from spool.settings import Settings
 from spool.turn import Turn
 
-DIRECTORY_MODE: Final = 0o2770
+DIRECTORY_MODE: Final = 0o770
 _SPARE_AGES: Final = 5
 """A spare that was not needed for this many `max_age` is removed."""
 _BACKOFF_AGES: Final = 0.25

@@ -16,7 +16,15 @@ def test_the_wheel_has_the_schema_the_types_and_the_script(tmp_path: Path) -> No
     (wheel,) = tmp_path.iterdir()
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        assert {"spool/py.typed", "loader/py.typed", "loader/schema.sql", "loader/example.py"} <= set(names)
+        assert {
+            "spool/py.typed",
+            "loader/py.typed",
+            "loader/schema.sql",
+            "loader/example.py",
+            "loader/role.sql",
+        } <= set(names)
+        units = {f"share/analytics-spool/systemd/{path.name}" for path in (ROOT / "systemd").iterdir()}
+        assert units <= {name.partition(".data/data/")[2] for name in names}
         assert archive.read("loader/schema.sql") == (ROOT / "schema.sql").read_bytes()
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("METADATA"))
         (scripts,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))

@@ -30,6 +30,8 @@ from spool.segment import SEALED
 log = logging.getLogger("loader")
 
 RESCAN_SECONDS: Final = 5.0
+UNWATCHABLE: Final = (OSError, RuntimeError)
+"""What watchfiles raises where the directory went away, or the kernel has no inotify watch left."""
 _DEBOUNCE_MS: Final = 50
 """Milliseconds that seals are gathered for; watchfiles' own 1,600 would be most of the lag."""
 
@@ -137,7 +139,7 @@ class Daemon:
             ):  # fmt: skip
                 break
             return True
-        except OSError as error:  # the directory went away, or there are no inotify watches left
+        except UNWATCHABLE as error:
             if watched:
                 log.warning("can't watch %s: %s; looking every %g s", self._spool, error, self._rescan)
             self._signals.stop.wait(self._rescan)

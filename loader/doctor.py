@@ -16,6 +16,7 @@ import psycopg
 import watchfiles
 
 from loader import database, directory, rejects, settings
+from loader.daemon import UNWATCHABLE
 from loader.database import Connection
 from loader.errors import LoaderError, OutOfReachError
 from loader.lock import holder
@@ -158,7 +159,7 @@ def _rejects(spool: Path) -> Iterator[Finding]:
 def _inotify(spool: Path) -> Iterator[Finding]:
     try:
         next(watchfiles.watch(spool, rust_timeout=1, yield_on_timeout=True, recursive=False))
-    except OSError as error:
+    except UNWATCHABLE as error:
         yield _warning(
             "inotify", f"{spool} can't be watched: {error}", "sysctl -w fs.inotify.max_user_instances=1024 "
             "fs.inotify.max_user_watches=524288; until then it is looked at every few seconds",

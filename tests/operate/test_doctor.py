@@ -1,0 +1,176 @@
+"""The doctor finds what is wrong, says what to type, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from loader.database import Connection
+from tests.load.lines import STEM, event, number, segment
+from tests.processes import Cli, eventually
+
+
+def examined(cli: Cli, *arguments: str, code: int = 0) -> dict[str, dict[str, str]]:
+    printed = cli("doctor", "--json", *arguments, code=code)
+    return {finding["check"]: finding for finding in json.loads(printed.splitlines()[0])}
+
+
+def test_all_is_well_while_a_loader_runs_as_its_own_role(cli: Cli) -> None:
+    cli.spool.chmod(0o2770)
+    with cli.daemon():
+        eventually(lambda: (cli.spool / ".loader.lock").exists())
+        eventually(lambda: "pid" in cli("doctor"))
+        findings = examined(cli)
+    assert {finding["verdict"] for finding in findings.values()} == {"ok"}, findings
+    assert set(findings) == {
+        "spool", "segments", "loader", "backlog", "rejects", "inotify", "disk",
+        "connection", "server", "clock", "schema", "privileges",
+    }  # fmt: skip
+
+
+def no_tables(_: Cli, connection: Connection) -> None:
+    connection.execute("DROP TABLE analytics_loads, analytics_schema CASCADE")
+
+
+def older_tables(_: Cli, connection: Connection) -> None:
+    connection.execute("DROP TABLE analytics_schema")
+
+
+def newer_tables(_: Cli, connection: Connection) -> None:
+    connection.execute("INSERT INTO analytics_schema (version) VALUES (9)")
+
+
+def no_privilege(_: Cli, connection: Connection) -> None:
+    connection.execute("REVOKE INSERT ON analytics_events FROM analytics_loader")
+
+
+def too_many_privileges(_: Cli, connection: Connection) -> None:
+    connection.execute("GRANT DELETE ON analytics_events TO analytics_loader")
+
+
+def read_only(_: Cli, connection: Connection) -> None:
+    name = connection.info.dbname
+    connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on".encode())
+
+
+def no_database(cli: Cli, _: Connection) -> None:
+    cli.environment["LOADER_DSN"] = "host=/nowhere"
+
+
+def no_dsn(cli: Cli, _: Connection) -> None:
+    del cli.environment["LOADER_DSN"]
+
+
+def no_spool(cli: Cli, _: Connection) -> None:
+    cli.environment["SPOOL_DIR"] += "/nowhere"
+
+
+def open_to_others(cli: Cli, _: Connection) -> None:
+    cli.spool.chmod(0o777)
+
+
+def own_groups(cli: Cli, _: Connection) -> None:
+    cli.spool.chmod(0o770)
+
+
+def rejected_lines(cli: Cli, _: Connection) -> None:
+    segment(cli.spool, 1, b"{broken")
+    cli("run", "--once", code=3)
+
+
+def old_backlog(cli: Cli, _: Connection) -> None:
+    os.utime(segment(cli.spool, 1, event(1)), (1, 1))
+
+
+def from_the_future(cli: Cli, _: Connection) -> None:
+    os.utime(segment(cli.spool, 1, event(1)), (1e10, 1e10))
+
+
+def linked_rejects(cli: Cli, _: Connection) -> None:
+    (cli.spool / "rejected").symlink_to(cli.spool.parent)
+
+
+def planted_lock(cli: Cli, _: Connection) -> None:
+    (cli.spool / ".loader.lock").symlink_to("/etc/passwd")
+
+
+@pytest.mark.parametrize(
+    ("harm", "check", "verdict", "says"),
+    [
+        (no_tables, "schema", "failed", "`loader init`"),
+        (older_tables, "schema", "warning", "`loader init`"),
+        (newer_tables, "schema", "warning", "upgrade the loader"),
+        (no_privilege, "privileges", "failed", "`loader init --role analytics_loader`"),
+        (too_many_privileges, "privileges", "warning", "DELETE on analytics_events"),
+        (read_only, "server", "failed", "target_session_attrs"),
+        (no_database, "connection", "failed", "is the server up"),
+        (no_dsn, "connection", "failed", "set LOADER_DSN"),
+        (no_spool, "spool", "failed", "create it"),
+        (open_to_others, "spool", "warning", "chmod o="),
+        (own_groups, "spool", "warning", "chmod g+s"),
+        (rejected_lines, "rejects", "warning", "`loader rejects show`"),
+        (old_backlog, "backlog", "warning", "journalctl"),
+        (from_the_future, "segments", "warning", "timedatectl"),
+        (linked_rejects, "rejects", "failed", "move it away"),
+        (planted_lock, "lock", "failed", "remove it"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_what_is_wrong_is_found_and_the_remedy_named(
+    cli: Cli, one_connection: Connection, harm: Callable[[Cli, Connection], None],
+    check: str, verdict: str, says: str,
+) -> None:  # fmt: skip
+    harm(cli, one_connection)
+    one_connection.commit()
+    code = 0 if verdict != "failed" else 4 if harm is no_database else 2 if harm is no_dsn else 1
+    finding = examined(cli, code=code)[check]
+    assert finding["verdict"] == verdict
+    assert says in finding["finding"] + finding["remedy"]
+    assert says in cli("doctor", code=code)
+
+
+def test_the_owner_of_the_tables_is_told_that_less_would_do(cli: Cli) -> None:
+    finding = examined(cli.owner())["privileges"]
+    assert finding["verdict"] == "warning" and "may do more than load" in finding["finding"]
+
+
+@pytest.fixture
+def no_inotify() -> Iterator[None]:
+    """The kernel gives nobody a watch."""
+    limit = Path("/proc/sys/fs/inotify/max_user_instances")
+    before = limit.read_text()
+    try:
+        limit.write_text("0")
+    except OSError:
+        pytest.skip("the kernel's limits can't be set here")
+    yield
+    limit.write_text(before)
+
+
+@pytest.mark.usefixtures("no_inotify")
+def test_a_directory_that_cant_be_watched_is_found(cli: Cli) -> None:
+    finding = examined(cli)["inotify"]
+    assert finding["verdict"] == "warning" and "sysctl" in finding["remedy"]
+
+
+@pytest.mark.usefixtures("no_inotify")
+def test_a_directory_that_cant_be_watched_is_looked_at_now_and_then(
+    cli: Cli, one_connection: Connection
+) -> None:
+    with cli.daemon() as process:
+        assert process.stderr is not None  # it is a pipe
+        assert any(b"looking every" in line for line in process.stderr)
+        segment(cli.spool, 1, event(1))
+        eventually(lambda: number(one_connection, "SELECT count(*) FROM analytics_events") == 1)
+
+
+def test_the_doctor_changes_nothing(cli: Cli) -> None:
+    (cli.spool / f"{STEM.format(1)}.open").write_bytes(b"\0" * 100)
+    segment(cli.spool, 2, event(1))
+    before = {path.name: path.stat().st_mtime_ns for path in cli.spool.iterdir()}
+    cli("doctor")
+    assert {path.name: path.stat().st_mtime_ns for path in cli.spool.iterdir()} == before

@@ -1,0 +1,91 @@
+"""What Prometheus reads, read as it does."""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from loader.database import Connection
+from tests.load.lines import event, metric, segment
+from tests.processes import Cli, eventually
+
+LISTEN = "0A"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def scrape(port: int) -> dict[str, float]:
+    """Every sample by its name and labels."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            text = answer.read().decode()
+    except OSError:
+        return {}
+    samples: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+            samples[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return samples
+
+
+@contextmanager
+def serving(cli: Cli) -> Iterator[int]:
+    port = free_port()
+    with cli.daemon("--metrics-port", str(port)):
+        eventually(lambda: scrape(port).get("analytics_loader_up") == 1)
+        yield port
+
+
+def test_what_was_loaded_and_what_waits_are_counted(cli: Cli, one_connection: Connection) -> None:
+    segment(cli.spool, 1, event(1), event(2), event(2), metric(1), b"{broken")
+    with serving(cli) as port:
+        eventually(lambda: scrape(port)["analytics_loader_files_total"] == 1)
+        samples = scrape(port)
+        with one_connection.transaction():
+            one_connection.execute("LOCK TABLE analytics_events IN ACCESS EXCLUSIVE MODE")
+            path = segment(cli.spool, 2, event(3))
+            eventually(lambda: scrape(port)["analytics_spool_backlog_files"] == 1)
+            assert scrape(port)["analytics_spool_backlog_bytes"] == path.stat().st_size
+            eventually(lambda: scrape(port)["analytics_spool_oldest_sealed_seconds"] > 0)
+        eventually(lambda: scrape(port)["analytics_spool_backlog_files"] == 0)
+    assert samples["analytics_loader_rows_total{table=analytics_events}"] == 2
+    assert samples["analytics_loader_rows_total{table=analytics_metrics}"] == 1
+    assert samples["analytics_loader_duplicates_total"] == 1
+    assert samples["analytics_loader_rejects_total"] == 1
+    assert samples["analytics_loader_batch_seconds_count"] == 1
+    assert samples["analytics_loader_batch_seconds_bucket{le=+Inf}"] == 1
+    assert samples["analytics_loader_batch_seconds_sum"] > 0
+
+
+def test_a_loader_that_waits_is_not_up(cli: Cli, one_connection: Connection) -> None:
+    with serving(cli) as port:
+        one_connection.execute("ALTER TABLE analytics_loads RENAME TO away")
+        one_connection.commit()
+        segment(cli.spool, 1, event(1))
+        eventually(lambda: scrape(port)["analytics_loader_up"] == 0)
+        assert scrape(port)["analytics_loader_retries_total"] >= 1
+        one_connection.execute("ALTER TABLE away RENAME TO analytics_loads")
+        one_connection.commit()
+        eventually(lambda: scrape(port)["analytics_loader_up"] == 1)
+
+
+def test_the_port_is_reached_from_this_machine_alone(cli: Cli) -> None:
+    with serving(cli) as port:
+        sockets = [
+            line.split()
+            for name in ("tcp", "tcp6")
+            for line in Path(f"/proc/net/{name}").read_text().splitlines()
+        ]
+        bound = [local for _, local, _, state, *_ in sockets if state == LISTEN]
+        listening = [local for local in bound if f":{port:04X}" in local]
+        assert listening == [f"0100007F:{port:04X}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -135,7 +135,8 @@ def init(dsn: str | None, no_foreign_keys: bool, role: str | None, as_json: bool
       loader init
       loader init --role analytics_loader
     """
-    with database.connect(settings.database_dsn(dsn)) as connection:
+    who = "the owner of the database, or who may make tables and roles in it"
+    with _only_for(who), database.connect(settings.database_dsn(dsn)) as connection:
         before = database.schema_version(connection)
         database.apply_schema(connection, foreign_keys=not no_foreign_keys, role=role)
         now = database.schema_version(connection)
@@ -339,7 +340,8 @@ def prune_command(
         pruned = rows.count()
         if not dry_run:
             done = 0
-            with screen.bar("rows", pruned.events + pruned.metrics + pruned.loads) as shown:
+            total = pruned.events + pruned.metrics + pruned.loads
+            with _only_for("the owner of the tables, or who may DELETE"), screen.bar("rows", total) as shown:
 
                 def deleted(count: int) -> None:
                     nonlocal done
@@ -470,6 +472,15 @@ def demo(dsn: str | None) -> None:
 
     if not tour.run(settings.database_dsn(dsn) if dsn else None, screen.out):
         raise LoaderError("the demo's sums do not hold: see above")
+
+
+@contextlib.contextmanager
+def _only_for(who: str) -> Iterator[None]:
+    """What the loader's own role may not do."""
+    try:
+        yield
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise LoaderError(f"{error.diag.message_primary}: run this as {who}") from error
 
 
 def _dsn_of(given: str | None) -> Callable[[], str]:

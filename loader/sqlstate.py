@@ -47,7 +47,7 @@ def action(sqlstate: str | None) -> Action:
 _ADVICE: Final = {
     "42P01": "run `loader init` first",
     "42703": "the tables are of another version: run `loader init`",
-    "42501": "grant the loader's role INSERT and SELECT on the tables",
+    "42501": "run `loader init --role` with the loader's role, as the owner of the tables",
     "25006": "the server is read-only: connect to the primary",
 }
 

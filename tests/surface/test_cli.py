@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import zstandard
 
 from loader.database import Connection
@@ -16,31 +15,6 @@ from tests.load.lines import event, joined, metric, number, segment
 from tests.processes import LOADER, Cli, environment
 
 EVENTS = "SELECT count(*) FROM analytics_events"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "says"),
-    [
-        (["run", "--bogus"], 2, "No such option"),
-        (["fly"], 2, "No such command"),
-        (["run"], 2, "set LOADER_DSN"),
-        (["run", "--dsn", "no dsn at all"], 2, "DSN can't be read"),
-        (["run", "--dsn", "host=/nowhere", "--spool-dir", "/nowhere"], 2, "/nowhere does not exist"),
-        (["run", "--once", "--dsn", "host=/nowhere", "--spool-dir", "/tmp"], 4, "out of reach"),
-        (["init", "--dsn", "postgresql+asyncpg://127.0.0.1:1/x"], 4, "out of reach"),
-        (["run", "--workers", "0"], 2, "--workers"),
-        (["backfill"], 2, "PATH"),
-        (["backfill", "/nowhere/x.ndjson"], 2, "/nowhere/x.ndjson does not exist"),
-        (["backfill", "/proc/self/fdinfo"], 2, "has no file"),
-        (["backfill", "x.open"], 2, "does not exist"),
-        (["status", "--spool-dir", "/etc/passwd"], 2, "is not a directory"),
-        (["rejects", "show", "x", "--spool-dir", "/tmp"], 2, "rejects list"),
-    ],
-)
-def test_a_mistake_is_one_line_with_its_exit_code(arguments: list[str], code: int, says: str) -> None:
-    ended = subprocess.run([*LOADER, *arguments], env=environment(), capture_output=True, text=True)
-    assert ended.returncode == code, ended.stderr
-    assert ended.stderr.count("\n") == 1 and says in ended.stderr and ended.stdout == ""
 
 
 def test_a_broken_line_is_rejected_with_its_place_and_the_rest_is_loaded(

@@ -293,7 +293,7 @@ def examine(dsn: str | None, spool_dir: Path | None, archive: Path | None, as_js
     """
     findings = list(doctor.examine(spool_dir, dsn, archive))
     if as_json:
-        screen.as_json([screen.counted(finding) for finding in findings])
+        screen.as_json([finding.facts() for finding in findings])
     for finding in () if as_json else findings:
         style = {doctor.Verdict.OK: "green", doctor.Verdict.WARNING: "yellow"}.get(finding.verdict, "red")
         screen.say(f"{finding.verdict:<8} {finding.check:<11} {finding.finding}", style)

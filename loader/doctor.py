@@ -53,6 +53,9 @@ class Finding:
     remedy: str = ""
     exit_code: int = LoaderError.exit_code
 
+    def facts(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in ("check", "verdict", "finding", "remedy")}
+
 
 def _ok(check: str, finding: str) -> Finding:
     return Finding(check, Verdict.OK, finding)
@@ -234,20 +237,24 @@ def _privileges(connection: Connection) -> Iterator[Finding]:
     if not database.schema_version(connection):
         return
     user = connection.info.user
-    missing: list[str] = []
-    needless: list[str] = []
+    missing: dict[str, list[str]] = {}
+    needless: dict[str, list[str]] = {}
     for table, privilege, has in connection.execute(_TABLE_PRIVILEGES, [list(_TABLES)]):
         needed = privilege in ("SELECT", "INSERT")
         if has != needed:
-            (missing if needed else needless).append(f"{privilege} on {table}")
+            (missing if needed else needless).setdefault(privilege, []).append(table)
     temporary = "SELECT has_database_privilege(current_database(), 'TEMPORARY')"
     if connection.execute(temporary).fetchone() != (True,):
-        missing.append("TEMPORARY on the database")
+        missing["TEMPORARY"] = ["the database"]
     grant = f"as the owner of the tables: `loader init --role {user}`"
     if missing:
-        yield _failed("privileges", f"{user} lacks {', '.join(missing)}", grant)
+        yield _failed("privileges", f"{user} lacks {_listed(missing)}", grant)
     elif needless:
         other = "as the owner of the tables: `loader init --role analytics_loader`, and load as that role"
-        yield _warning("privileges", f"{user} may do more than load: {', '.join(needless)}", other)
+        yield _warning("privileges", f"{user} may do more than load: {_listed(needless)}", other)
     else:
         yield _ok("privileges", f"{user} may load, and nothing else")
+
+
+def _listed(privileges: dict[str, list[str]]) -> str:
+    return ", ".join(f"{privilege} on {' and '.join(tables)}" for privilege, tables in privileges.items())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import (
@@ -23,7 +24,9 @@ from rich.text import Text
 from loader.backfill import GivenFile
 from loader.errors import one_line
 
-out = Console(highlight=False, soft_wrap=True)
+_NO_EDGE: Final = 1000
+"""Columns of what is no terminal: a name that is cut can't be given to the next command."""
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _NO_EDGE)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -44,7 +47,9 @@ def as_json(facts: Any) -> None:
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print rows under headings."""
-    shown = Table(*headings)
+    shown = Table()
+    for heading in headings:
+        shown.add_column(heading, overflow="fold")
     for row in rows:
         shown.add_row(*(Text(one_line(str(value))) for value in row))
     out.print(shown)
@@ -53,6 +58,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 def facts(title: str, values: Mapping[str, object]) -> None:
     """Print names and values."""
     shown = Table(title=title, show_header=False, title_justify="left")
+    shown.add_column(no_wrap=True)
+    shown.add_column(overflow="fold")
     for name, value in values.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
         shown.add_row(name.replace("_", " "), Text(one_line("-" if text in (None, "") else str(text))))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from loader.database import apply_schema
 from tests.load.lines import event, joined, segment
-from tests.processes import Cli
+from tests.processes import Cli, environment
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -43,6 +45,32 @@ def test_every_command_runs(cli: Cli, tmp_path: Path) -> None:
             ["bash", "-c", command], cwd=tmp_path, env=variables, capture_output=True, text=True
         )
         assert ended.returncode == 0, f"{command}: {ended.stderr}"
+
+
+@pytest.mark.skipif(shutil.which("systemd-sysusers") is None, reason="systemd is not installed")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root installs")
+def test_the_service_is_installed_as_far_as_it_goes_without_systemd(tmp_path: Path) -> None:
+    (steps,) = snippets("bash")
+    for name in ("passwd", "group"):
+        (tmp_path / "etc").mkdir(exist_ok=True)
+        shutil.copy(f"/etc/{name}", tmp_path / "etc")
+    for given, here in (
+        (r"(?<!\w)/(opt|etc)/", rf"{tmp_path}/\1/"),
+        (r"pip install '.\[loader\]'", "pip install --quiet --no-deps ."),
+        (r"(systemd-\w+|systemctl) ?", rf"\1 --root={tmp_path} "),
+        (r"enable --now", "enable"),
+    ):
+        steps = re.sub(given, here, steps)
+    ended = subprocess.run(
+        ["bash", "-euc", steps], cwd=README.parent, capture_output=True, text=True, env=environment()
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "opt/analytics-spool/bin/loader").exists()
+    assert (tmp_path / "etc/analytics-loader/dsn").stat().st_mode & 0o777 == 0o600
+    assert "analytics" in (tmp_path / "etc/passwd").read_text()
+    assert (tmp_path / "var/spool/analytics").is_dir()
+    enabled = tmp_path / "etc/systemd/system/multi-user.target.wants/analytics-loader.service"
+    assert enabled.is_symlink()
 
 
 def test_the_application_emits_and_what_it_emits_is_loaded(cli: Cli, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import BinaryIO, Final, Protocol
 
 import zstandard
 
-from loader.chunk import CHUNK_BYTES, Chunk, chunks
+from loader.chunk import CHUNK_BYTES, CHUNK_LINES, Chunk, chunks
 from loader.load import Tally
 
 BATCH_CHUNKS: Final = 256
@@ -81,13 +81,14 @@ class Pass:
 
     def _read(self, sources: Iterable[Source]) -> Iterator[Batch]:
         batch: Batch = []
-        room = CHUNK_BYTES
+        room, lines = CHUNK_BYTES, CHUNK_LINES
         for chunk, reading in self._chunks(sources):
-            if batch and (chunk.size > room or len(batch) == BATCH_CHUNKS):
+            if batch and (chunk.size > room or chunk.line_count > lines or len(batch) == BATCH_CHUNKS):
                 yield batch
-                batch, room = [], CHUNK_BYTES
+                batch, room, lines = [], CHUNK_BYTES, CHUNK_LINES
             batch.append((chunk, reading))
             room -= chunk.size
+            lines -= chunk.line_count
         if batch:
             yield batch
 

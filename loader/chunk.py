@@ -17,6 +17,8 @@ from typing import BinaryIO, Final, cast
 CHUNK_BYTES: Final = 4 << 20
 """Some 10,000 events, a quarter of a second of a server's work: a transaction's fixed cost is nothing beside
 that. A worker needs a few times this in memory."""
+CHUNK_LINES: Final = 1 << 16
+"""Twice what a chunk of events has: each line of a chunk may become a reject, some 600 bytes of memory."""
 _FIRST_BYTES: Final = 64 << 10
 """What the first read of a file makes room for: most segments are small."""
 HEAD_BYTES: Final = 1024
@@ -46,7 +48,7 @@ class Chunk:
         return (line.removesuffix(b"\n") for line in io.BytesIO(self.data))
 
 
-def chunks(stream: BinaryIO, file: str, limit: int = CHUNK_BYTES) -> Iterator[Chunk]:
+def chunks(stream: BinaryIO, file: str, limit: int = CHUNK_BYTES, most: int = CHUNK_LINES) -> Iterator[Chunk]:
     """Yield the chunks of a binary stream from its current place. Raises OSError."""
     offset, line, rest, expected = 0, 1, b"", _FIRST_BYTES
     while data := _read(stream, rest, expected, limit):
@@ -54,7 +56,7 @@ def chunks(stream: BinaryIO, file: str, limit: int = CHUNK_BYTES) -> Iterator[Ch
         if not whole and len(data) >= limit:
             chunk, rest = _oversize(stream, file, offset, line, bytes(data), limit)
         else:
-            whole = whole or len(data)  # the last line of a file may lack its newline
+            whole = _after_lines(data, most) or whole or len(data)  # the last line may lack its newline
             rest = bytes(data[whole:])
             del data[whole:]
             count = data.count(b"\n") + (not data.endswith(b"\n"))
@@ -63,6 +65,16 @@ def chunks(stream: BinaryIO, file: str, limit: int = CHUNK_BYTES) -> Iterator[Ch
         yield chunk
         offset += chunk.size
         expected = limit
+
+
+def _after_lines(data: bytearray, most: int) -> int:
+    """Return the offset after the `most`-th line, 0 where there are no more."""
+    if data.count(b"\n") <= most:
+        return 0
+    end = 0
+    for _ in range(most):
+        end = data.find(b"\n", end) + 1
+    return end
 
 
 def _read(stream: BinaryIO, begin: bytes, expected: int, limit: int) -> bytearray:

@@ -32,6 +32,7 @@ DIRECTORY: Final = "rejected"
 WHOLE: Final = ".whole"
 _LONGEST_LINE: Final = 16 * CHUNK_BYTES
 """A line of a chunk, each byte of it escaped (six bytes for a control character), and room for its reason."""
+_LARGEST_FILE: Final = 1 << 30
 _SUFFIXES: Final = (".gz", ".zst", ".ndjson", ".jsonl")
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
 
@@ -80,6 +81,9 @@ def decode(line: bytes) -> Rejected:
 def read(path: Path) -> Iterator[Rejected]:
     """Yield the rejects of a file. Raises OSError, and ValueError that names the file and the line."""
     with directory.opened(path.parent) as fd, directory.open_file(path.name, fd) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > _LARGEST_FILE:
+            raise ValueError(f"{path} has {size} bytes, more than the loader writes: move it away")
         for number in itertools.count(1):
             if not (line := stream.readline(_LONGEST_LINE)):
                 return

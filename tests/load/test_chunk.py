@@ -13,13 +13,13 @@ from loader.chunk import HEAD_BYTES, chunks
 lines = st.lists(st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"")))
 
 
-@given(lines, st.booleans(), st.integers(1, 64))
+@given(lines, st.booleans(), st.integers(1, 64), st.integers(1, 8))
 def test_chunks_cover_every_byte_and_number_every_line(
-    content: list[bytes], newline_at_end: bool, limit: int
+    content: list[bytes], newline_at_end: bool, limit: int, most: int
 ) -> None:
     data = b"\n".join(content) + (b"\n" if newline_at_end else b"")
     offset = 0
-    for chunk in chunks(io.BytesIO(data), "f", limit):
+    for chunk in chunks(io.BytesIO(data), "f", limit, most):
         there = data[offset : offset + chunk.size]
         assert chunk.offset == offset and chunk.size > 0
         assert chunk.digest == hashlib.sha256(there).digest()
@@ -29,7 +29,8 @@ def test_chunks_cover_every_byte_and_number_every_line(
             assert len(list(chunk.lines())) == 1 and len(chunk.data) <= HEAD_BYTES
         else:
             assert len(there) <= limit and chunk.data == there
-            assert len(list(chunk.lines())) == there.count(b"\n") + (not there.endswith(b"\n"))
+            count = there.count(b"\n") + (not there.endswith(b"\n"))
+            assert len(list(chunk.lines())) == chunk.line_count == count <= most + (count == most + 1)
         offset += chunk.size
     assert offset == len(data)
 

@@ -21,6 +21,7 @@ from loader.retire import SpoolFile
 from tests.load.lines import STEM, event, joined, number, rejected, segment
 from tests.processes import LOADER, Cli, eventually
 
+MEMORY_KIB = 180 << 10
 EVENTS = "SELECT count(*) FROM analytics_events"
 
 
@@ -71,6 +72,15 @@ def test_a_file_that_changes_while_it_is_read_stays_and_loads_the_next_time(
     with pytest.raises(OSError, match="changed"):
         source.done(oversize=False)
     assert path.exists()
+
+
+def test_memory_is_bounded_for_a_file_of_nothing_but_tiny_rejects(cli: Cli) -> None:
+    segment(cli.spool, 1, *[b"%x" % n for n in range(600_000)])
+    process = subprocess.Popen([*LOADER, "run", "--once"], env=cli.environment, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 3 and used.ru_maxrss < MEMORY_KIB
+    assert sum(1 for _ in rejected(cli.spool)) == 600_000
 
 
 def failing(call: str, error: str, *options: str | Path) -> list[str | Path]:

@@ -45,16 +45,20 @@ class Health:
         self.connected = True
         self.progressed()
 
-    def loaded(self, tally: Tally, seconds: float) -> bool:
-        """A batch is committed, after so many seconds. Returns whether that ended a wait."""
+    def goes_on(self) -> bool:
+        """Nothing is waited for any more. Returns whether that ended a wait."""
+        with self._lock:
+            waited, self.waits_for = self.waits_for, None
+        return waited is not None
+
+    def loaded(self, tally: Tally, seconds: float) -> None:
+        """A batch is committed, after so many seconds."""
         with self._lock:
             self.tally += tally
             self.buckets[bisect_left(BUCKETS, seconds)] += 1
             self.seconds += seconds
             self._lately.append((time.monotonic(), tally.events + tally.metrics))
-            waited, self.waits_for = self.waits_for, None
         self.progressed()
-        return waited is not None
 
     def files_done(self, files: int) -> None:
         self.files += files

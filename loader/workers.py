@@ -84,6 +84,8 @@ class Workers:
     def connect(self) -> None:
         """Return once the database answers, or `stop` is set. Raises LoaderError if waiting did not help."""
         self._together(lambda link: self._retrying(link.connect), self._links[:1])
+        if not self._signals.stop.is_set():
+            self._goes_on()
 
     def load(self, sources: Iterable[Source]) -> Report:
         """Load files in their order and return once all are done, or `stop` is set.
@@ -145,9 +147,13 @@ class Workers:
         link.connect()
         begun = time.monotonic()
         tally = link.load(batch, self._spool)
-        if self._health.loaded(tally, time.monotonic() - begun):
-            log.info("loading goes on")
+        self._health.loaded(tally, time.monotonic() - begun)
+        self._goes_on()
         return tally
+
+    def _goes_on(self) -> None:
+        if self._health.goes_on():
+            log.info("loading goes on")
 
     def _connected(self, connection: database.Connection) -> None:
         """Look at whose tables these are. Raises psycopg.Error where there are none."""

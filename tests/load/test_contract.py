@@ -75,6 +75,7 @@ def test_every_line_ends_in_exactly_one_place(
     duplicates: float,
 ) -> None:
     spool = tmp_path_factory.mktemp("spool")
+    one_connection.execute("SET ROLE analytics_loader")
     before = counted(one_connection)
     tally = load(one_connection, [chunk(*given_lines)], spool, duplicates)
     after = counted(one_connection)

@@ -114,7 +114,21 @@ def test_a_database_that_is_down_is_waited_for_and_the_status_says_so(cli: Cli, 
         systemd.messages.clear()
         systemd.until("WATCHDOG=1")  # a loader that waits is alive
         assert systemd.stop() < STOP_SECONDS / 2
-    assert "sesame" not in systemd.log.read_text() + "".join(systemd.messages)
+    log = systemd.log.read_text()
+    assert "sesame" not in log + "".join(systemd.messages) and "goes on" not in log
+
+
+def test_an_outage_at_the_start_is_over_once_the_database_answers(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "dsn"
+    file.write_text("host=/nowhere dbname=x")
+    good = cli.environment.pop("LOADER_DSN")
+    cli.environment["LOADER_DSN_FILE"] = str(file)
+    with under_systemd(cli) as systemd:
+        systemd.until("STATUS=waiting")
+        file.write_text(good)
+        systemd.until("STATUS=nothing waits")
+        systemd.stop()
+        assert "goes on" in systemd.log.read_text()
 
 
 def test_status_tells_backlog_rate_and_what_is_waited_for(cli: Cli, one_connection: Connection) -> None:

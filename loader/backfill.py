@@ -14,7 +14,7 @@ from typing import BinaryIO, Final, cast
 
 import zstandard
 
-from loader import rejects
+from loader import directory, rejects
 from loader.batches import UNREADABLE
 from loader.chunk import chunks
 from loader.errors import UsageError
@@ -29,26 +29,32 @@ Wrap = Callable[[BinaryIO], BinaryIO]
 
 
 class GivenFile:
-    """A file someone named, or standard input."""
+    """A file someone named, or standard input; one that was `found` in a directory may be no link."""
 
-    def __init__(self, path: str, wrap: Wrap = lambda stream: stream) -> None:
+    def __init__(self, path: str, *, found: bool = False) -> None:
         self._path = None if path == STDIN else Path(path)
+        self._found = found
         # A path may hold any bytes.
         self.name = path.encode("utf-8", "backslashreplace").decode() if self._path else "stdin"
-        self.wrap = wrap
+        self.wrap: Wrap = lambda stream: stream
 
     def size(self) -> int:
         """Return its bytes as they are on disk; 0 for standard input. Raises OSError."""
-        return self._path.stat().st_size if self._path else 0
+        return os.stat(self._path, follow_symlinks=not self._found).st_size if self._path else 0
 
     def open(self) -> BinaryIO:
-        stream = self.wrap(self._path.open("rb") if self._path else sys.stdin.buffer)
+        stream = self.wrap(self._open())
         if self.name.endswith(".gz"):
             return cast(BinaryIO, gzip.open(stream))
         if self.name.endswith(".zst"):
             reader = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
             return io.BufferedReader(cast(io.RawIOBase, reader))
         return stream
+
+    def _open(self) -> BinaryIO:
+        if self._path is None:
+            return sys.stdin.buffer
+        return directory.open_file(self._path) if self._found else self._path.open("rb")
 
     def done(self, *, oversize: bool) -> None:
         """It stays as it is."""
@@ -68,18 +74,18 @@ def find(names: Iterable[str]) -> list[GivenFile]:
 
     Raises UsageError for what is not there and for what can't be loaded.
     """
-    return [GivenFile(name) for given in names for name in _expand(given)]
+    return [file for given in names for file in _expand(given)]
 
 
-def _expand(given: str) -> Iterator[str]:
+def _expand(given: str) -> Iterator[GivenFile]:
     path = Path(given)
     if given == STDIN:
-        yield given
+        yield GivenFile(given)
     elif path.is_dir():
         found = sorted(_files_in(path))
         if not found:
             raise UsageError(f"{given} has no file that ends in {', '.join(_SUFFIXES)}")
-        yield from found
+        yield from (GivenFile(name, found=True) for name in found)
     elif not path.exists():
         raise UsageError(f"{given} does not exist")
     elif path.suffix == OPEN:
@@ -87,7 +93,7 @@ def _expand(given: str) -> Iterator[str]:
             f"{given} is an open segment: put it into a spool, where `loader run --once` seals it"
         )
     else:
-        yield given
+        yield GivenFile(given)
 
 
 def _files_in(directory: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn
 
 import click
 import orjson
@@ -34,8 +34,6 @@ from loader.workers import Workers
 PATIENCE: Final = 60.0
 """Seconds that a command which ends by itself waits for a database that went away under it."""
 INTERRUPTED: Final = "interrupted: what is counted above is done; run it again to go on"
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class _Commands(click.Group):
@@ -172,6 +170,8 @@ def run(
       loader run --metrics-port 9187 --archive /var/lib/analytics-archive
       loader run --once
     """
+    if as_json and not once:
+        raise UsageError("--json goes with --once: what the daemon says is in its log, as JSON")
     where = _dsn_of(dsn)
     spool = settings.spool_directory(spool_dir)
     if dsn and settings.has_password(dsn):

@@ -15,10 +15,6 @@ class Signals:
         self.stop = threading.Event()
         self.reloads = 0
 
-    def is_set(self) -> bool:
-        """Whether to stop; what watchfiles asks for."""
-        return self.stop.is_set()
-
 
 @contextlib.contextmanager
 def until_signal() -> Iterator[Signals]:

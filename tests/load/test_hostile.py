@@ -146,7 +146,7 @@ def test_an_outage_is_told_once_and_its_end_too(cli: Cli, one_connection: Connec
         (
             "REVOKE INSERT ON analytics_events FROM {role}",
             "GRANT INSERT ON analytics_events TO {role}",
-            "grant",
+            "loader init --role",
         ),
         (
             "ALTER TABLE analytics_events RENAME TO gone",

@@ -69,6 +69,20 @@ def test_an_open_segment_that_is_a_hard_link_is_not_cut(
     assert "events 1" in cli("run", "--once")
 
 
+def test_backfill_of_a_directory_does_not_follow_a_link_in_it(
+    cli: Cli, one_connection: Connection, outside: Path, tmp_path: Path
+) -> None:
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    (archive / "a.ndjson").symlink_to(outside / "precious")
+    os.mkfifo(archive / "b.ndjson")
+    (archive / "c.ndjson").write_bytes(joined(event(2)))
+    printed = cli("backfill", archive, code=1)
+    assert "a.ndjson can't be read" in printed and "b.ndjson can't be read" in printed
+    assert number(one_connection, EVENTS) == 1
+    assert "events 1" in cli("backfill", archive / "a.ndjson", code=3)  # a link that a person names
+
+
 @pytest.mark.parametrize("plant", ["symlink", "hard link", "pipe"])
 def test_a_lock_file_that_is_planted_writes_nowhere(cli: Cli, outside: Path, plant: str) -> None:
     before = state(outside)
@@ -129,11 +143,14 @@ def test_a_reject_line_with_terminal_codes_is_shown_plain(cli: Cli) -> None:
     assert "[red]" in printed
 
 
-def test_a_reject_file_with_a_line_without_end_is_refused(cli: Cli) -> None:
+@pytest.mark.parametrize(
+    ("size", "says"), [(1 << 29, "line 1: not a reject line"), (1 << 40, "move it away")]
+)
+def test_a_reject_file_with_a_line_without_end_is_refused(cli: Cli, size: int, says: str) -> None:
     (cli.spool / "rejected").mkdir()
     with (cli.spool / "rejected" / "a-0.ndjson").open("wb") as planted:
-        planted.truncate(1 << 40)
-    assert "line 1: not a reject line" in cli("rejects", "list", code=1)
+        planted.truncate(size)
+    assert says in cli("rejects", "list", code=1)
 
 
 @as_root

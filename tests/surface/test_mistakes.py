@@ -124,6 +124,7 @@ MISTAKES: dict[str, tuple[Prepare, str, int, str]] = {
     ),
     "too few workers": (nothing, "run --workers 0", 2, "--workers"),
     "workers that are no number": (setting("LOADER_WORKERS", "many"), "run", 2, "--workers"),
+    "JSON of a daemon": (nothing, "run --json", 2, "--json goes with --once"),
     "nothing to backfill": (nothing, "backfill", 2, "PATH"),
     "a file that is not there": (
         nothing,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -59,10 +59,10 @@ class Daemon:
         """Return when asked to stop. Raises LoaderError where another loader has the spool, OSError."""
         with exclusive(self._spool), contextlib.closing(self._workers):
             log.info("watching %s", self._spool)
-            watched = True
-            while not self._signals.stop.is_set():
-                self._pass()
-                watched = self._wait(watched)
+            self._pass()
+            for _ in self._hints():
+                if not self._signals.stop.is_set():
+                    self._pass()
             self._notifier.stopping()
         log.info("stopped")
 
@@ -75,8 +75,8 @@ class Daemon:
             report = self._workers.load(SpoolFile(path, self._archive) for path in found.sealed)
         except OSError as error:
             self._tell_problems({str(self._spool): f"can't be looked at: {error}"})
-            return
-        self._tell(found, report)
+        else:
+            self._tell(found, report)
         self._tell_standing()
 
     def _reload(self) -> None:
@@ -126,24 +126,27 @@ class Daemon:
             self._notifier.ready()
         self._look_at = time.monotonic() + max(1.0, 20 * (time.monotonic() - begun))
 
-    def _wait(self, watched: bool) -> bool:
-        """Return when a segment was sealed, after a while, or when a signal came.
-
-        The value is whether the directory could be watched; `watched` is what it was the last time.
-        """
-        try:
-            for _ in watchfiles.watch(
-                self._spool, watch_filter=_is_sealed, debounce=_DEBOUNCE_MS, step=_DEBOUNCE_MS // 2,
-                stop_event=_Asked(self._signals), rust_timeout=int(self._rescan * 1000),
-                yield_on_timeout=True, recursive=False,
-            ):  # fmt: skip
-                break
-            return True
-        except UNWATCHABLE as error:
-            if watched:
-                log.warning("can't watch %s: %s; looking every %g s", self._spool, error, self._rescan)
-            self._signals.stop.wait(self._rescan)
-            return False
+    def _hints(self) -> Iterator[None]:
+        """Yield when a segment was sealed, in the last pass too, after a while, or when a signal came."""
+        watched = True
+        while not self._signals.stop.is_set():
+            try:
+                this = _identity(self._spool)
+                for _ in watchfiles.watch(
+                    self._spool, watch_filter=_is_sealed, debounce=_DEBOUNCE_MS, step=_DEBOUNCE_MS // 2,
+                    stop_event=_Asked(self._signals), rust_timeout=int(self._rescan * 1000),
+                    yield_on_timeout=True, recursive=False,
+                ):  # fmt: skip
+                    watched = True
+                    yield
+                    if _identity(self._spool) != this:  # another directory has its name now
+                        break
+            except UNWATCHABLE as error:
+                if watched:
+                    log.warning("can't watch %s: %s; looking every %g s", self._spool, error, self._rescan)
+                watched = False
+                self._signals.stop.wait(self._rescan)
+            yield
 
 
 def once(spool: Path, workers: Workers, archive: Path | None) -> tuple[Scan, Report]:
@@ -165,6 +168,12 @@ def describe(waiting: Backlog, health: Health) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(health.last_error_at))
         parts.append(f"last error {moment}: {health.last_error}")
     return "; ".join(parts)
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    """Raises OSError."""
+    status = directory.stat()
+    return status.st_dev, status.st_ino
 
 
 class _Asked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from loader import rejects
 from loader.chunk import CHUNK_BYTES
+from loader.daemon import RESCAN_SECONDS
 from loader.database import Connection
 from tests.load.lines import STEM, event, joined, metric, number, rejected, rows, segment
 from tests.processes import LOADER, Cli, eventually
@@ -33,6 +35,35 @@ def test_what_is_sealed_is_loaded_and_removed(cli: Cli, one_connection: Connecti
         eventually(lambda: number(one_connection, EVENTS) == 30)
         eventually(lambda: not sealed(cli.spool))
     assert number(one_connection, WRONG) == 0
+
+
+def test_what_is_sealed_during_a_load_is_loaded_right_after_it(cli: Cli, one_connection: Connection) -> None:
+    with cli.daemon():
+        segment(cli.spool, 1, event(1))
+        eventually(lambda: number(one_connection, EVENTS) == 1)
+        with one_connection.transaction():
+            one_connection.execute("LOCK TABLE analytics_events IN ACCESS EXCLUSIVE MODE")
+            waiting = (
+                "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'analytics_events'::regclass"
+            )
+            segment(cli.spool, 2, event(2))
+            eventually(lambda: number(one_connection, waiting))
+            segment(cli.spool, 3, event(3))
+        eventually(lambda: number(one_connection, EVENTS) == 3, RESCAN_SECONDS / 2)
+
+
+def test_a_spool_that_is_made_anew_is_watched_as_the_old_one_was(
+    cli: Cli, one_connection: Connection
+) -> None:
+    with cli.daemon():
+        segment(cli.spool, 1, event(1))
+        eventually(lambda: number(one_connection, EVENTS) == 1)
+        shutil.rmtree(cli.spool)
+        cli.spool.mkdir()
+        segment(cli.spool, 2, event(2))
+        eventually(lambda: number(one_connection, EVENTS) == 2)
+        segment(cli.spool, 3, event(3))
+        eventually(lambda: number(one_connection, EVENTS) == 3, RESCAN_SECONDS / 2)
 
 
 def test_an_emitting_application_is_loaded_while_it_runs(cli: Cli, one_connection: Connection) -> None:

@@ -8,7 +8,7 @@ are what RETURNING gives, never a command tag (Citus reports rows that were not 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from itertools import islice
@@ -83,9 +83,26 @@ _RECORD: Final = sql.SQL(
 )
 
 
-def connect(dsn: str) -> Connection:
-    """Connect. Raises psycopg.OperationalError."""
-    return psycopg.connect(dsn, prepare_threshold=None)  # a pooler between may not keep prepared statements
+class _Told(psycopg.Connection[tuple[Any, ...]]):
+    """A connection that tells when the server has answered, or taken rows: each wait of psycopg's ends here.
+
+    A COPY waits for every MiB at least (psycopg 3.3).
+    """
+
+    progressed: Callable[[], None] = staticmethod(lambda: None)
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        answer = super().wait(*args, **kwargs)
+        self.progressed()
+        return answer
+
+
+def connect(dsn: str, progressed: Callable[[], None] = lambda: None) -> Connection:
+    """Connect; `progressed` is called whenever the server moves on. Raises psycopg.OperationalError."""
+    # A pooler in between may not keep prepared statements.
+    connection = _Told.connect(dsn, prepare_threshold=None)
+    connection.progressed = progressed
+    return connection
 
 
 def apply_schema(connection: Connection, *, foreign_keys: bool = True, role: str | None = None) -> None:

@@ -67,7 +67,8 @@ class Workers:
         self._for_ever = patience is None
         self._health = health or Health()
         self._tick = tick
-        self._links = [_Link(dsn, self._connected) for _ in range(count)]
+        connect = lambda: database.connect(dsn(), self._health.progressed)  # noqa: E731
+        self._links = [_Link(connect, self._connected) for _ in range(count)]
         self._version_told = database.SCHEMA_VERSION
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda error: self._is_passing(error)),
@@ -204,15 +205,17 @@ def _is_conflict(error: Exception, attempt: int) -> bool:
 class _Link:
     """A connection that is made when it is needed, and anew after it broke."""
 
-    def __init__(self, dsn: Callable[[], str], connected: Callable[[database.Connection], None]) -> None:
-        self._dsn = dsn
+    def __init__(
+        self, connect: Callable[[], database.Connection], connected: Callable[[database.Connection], None]
+    ) -> None:
+        self._connect = connect
         self._connected = connected
         self._connection: database.Connection | None = None
         self._duplicates = 0.0
 
     def connect(self) -> None:
         if self._connection is None:
-            self._connection = database.connect(self._dsn())
+            self._connection = self._connect()
             with self._closing_where_it_fails():
                 self._connected(self._connection)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from loader.database import Connection
+from loader.retire import SpoolFile
+from loader.watch import scan
 from spool import Emitter
 from spool.segment import MODE, recover
 from tests.emit.lines import emit
@@ -18,6 +20,7 @@ from tests.processes import Cli
 
 EVENTS = "SELECT count(*) FROM analytics_events"
 NOBODY = 65534
+GROUP = 2000
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
@@ -34,15 +37,15 @@ def state(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def as_another_user(work: Callable[[], object]) -> int:
-    """Do it in a child that has become nobody; return the exit code, 0 where it did not raise."""
+def as_another_user(work: Callable[[], object], user: int = NOBODY, *groups: int) -> int:
+    """Do it in a child that has become somebody else; return the exit code, 0 where it did not raise."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+        os.setgroups(groups)
+        os.setgid(user)
+        os.setuid(user)
         work()
         os._exit(0)
     finally:
@@ -206,6 +209,37 @@ def test_a_segment_that_the_loader_may_only_read_is_sealed_as_a_copy(tmp_path: P
     sealed = path.with_suffix(".ndjson")
     assert sealed.read_bytes() == joined(event(1), event(2)) and sealed.stat().st_uid == NOBODY
     assert [each.name for each in tmp_path.iterdir()] == [sealed.name]
+
+
+@as_root
+def test_application_and_loader_may_be_two_users_of_one_group(tmp_path: Path) -> None:
+    for above in tmp_path.parents[:2]:
+        above.chmod(0o755)
+    tmp_path.chmod(0o755)
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    os.chown(spool, 0, GROUP)
+    spool.chmod(0o2770)
+
+    def emit_and_die() -> None:
+        os.umask(0o077)
+        emitter = Emitter(spool)
+        emit(emitter)
+        emitter.seal()
+        emit(emitter)
+
+    def load() -> None:
+        found = scan(spool)
+        assert len(found.sealed) == 2 and len(found.adopted) == 1 and not found.skipped
+        for path in found.sealed:
+            source = SpoolFile(path, archive=spool / "archive")
+            with source.open() as stream:
+                assert len(stream.readlines()) == 1
+            source.done(oversize=False)
+
+    assert as_another_user(emit_and_die, 1001, GROUP) == 0
+    assert as_another_user(load, 1002, GROUP) == 0
+    assert [path.name for path in spool.iterdir()] == ["archive"]
 
 
 def test_an_open_copy_of_a_segment_that_waits_sealed_does_not_replace_it(

@@ -162,6 +162,25 @@ def test_the_watchdog_hears_nothing_while_a_load_hangs(cli: Cli, one_connection:
         eventually(lambda: number(one_connection, EVENTS) == 1)
 
 
+def test_the_watchdog_hears_of_a_load_that_is_slow(cli: Cli, one_connection: Connection) -> None:
+    """One batch that takes several times as long as the watchdog waits."""
+    one_connection.execute(
+        "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS "
+        "'BEGIN PERFORM pg_sleep(0.005); RETURN NEW; END';"
+        "CREATE TRIGGER slow BEFORE INSERT ON analytics_events FOR EACH ROW EXECUTE FUNCTION slowly()"
+    )
+    one_connection.commit()
+    lines = [event(n, metadata={"text": "x" * 4000}) for n in range(900)]
+    with under_systemd(cli, "--workers", "1") as systemd:
+        systemd.until("WATCHDOG=1")
+        segment(cli.spool, 1, *lines)
+        backend(one_connection)
+        for _ in range(2):
+            assert "WATCHDOG=1" in systemd.during(WATCHDOG_SECONDS)
+        assert number(one_connection, EVENTS) == 0
+        eventually(lambda: number(one_connection, EVENTS) == len(lines))
+
+
 def test_sigterm_in_the_middle_of_a_large_chunk_ends_in_time_and_loses_nothing(
     cli: Cli, one_connection: Connection
 ) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -265,7 +266,7 @@ def status(dsn: str | None, spool_dir: Path | None, as_json: bool) -> None:
             ledger = standing.ledger(connection)
     except (psycopg.Error, LoaderError) as error:
         failure = explain(error)
-    facts = {"spool": screen.counted(spool), "database": ledger and screen.counted(ledger)}
+    facts = {"spool": asdict(spool), "database": ledger and asdict(ledger)}
     if as_json:
         screen.as_json(facts | {"error": failure and str(failure)})
     else:
@@ -353,9 +354,9 @@ def prune_command(
         files = prune.files(spool, archive, before, dry_run=dry_run)
         pruned.rejected_files, pruned.archived_files = files.rejected_files, files.archived_files
     if as_json:
-        screen.as_json({"before": before, "dry_run": dry_run, **screen.counted(pruned)})
+        screen.as_json({"before": before, "dry_run": dry_run, **asdict(pruned)})
     else:
-        screen.say(f"{'older' if dry_run else 'removed'}: {screen.counts(screen.counted(pruned))}")
+        screen.say(f"{'older' if dry_run else 'removed'}: {screen.counts(asdict(pruned))}")
     if signals.stop.is_set():
         raise LoaderError(INTERRUPTED)
 

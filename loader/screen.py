@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -69,11 +68,6 @@ def facts(title: str, values: Mapping[str, object]) -> None:
 def counts(values: Mapping[str, object]) -> str:
     """Return names and values in one line."""
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
-
-
-def counted(value: Any) -> dict[str, Any]:
-    """Return the fields of a frozen value."""
-    return dataclasses.asdict(value)
 
 
 @contextlib.contextmanager

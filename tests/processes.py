@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +32,12 @@ def environment(**variables: str) -> dict[str, str]:
     """The environment without any setting of ours but these."""
     ours = ("SPOOL_", "LOADER_", "DATABASE_URL", "PG")
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | variables
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 class Cli:

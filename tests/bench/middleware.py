@@ -1,4 +1,4 @@
-"""What the middleware adds to a request of a bare Starlette application, beside what others add.
+"""What the middleware adds to a request of a bare Starlette or Flask application, beside what others add.
 
     python -m tests.bench.middleware [--rounds N]
 
@@ -16,7 +16,9 @@ import tempfile
 from collections.abc import Awaitable, Callable
 from time import perf_counter_ns
 from typing import Any
+from wsgiref.util import setup_testing_defaults
 
+from flask import Flask
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -24,6 +26,7 @@ from starlette.routing import Route
 
 from spool import Emitter
 from spool.asgi import AnalyticsMiddleware
+from spool.wsgi import AnalyticsMiddleware as WsgiMiddleware
 
 BLOCK = 200
 Application = Callable[[Any, Any, Any], Awaitable[None]]
@@ -87,6 +90,43 @@ async def block(app: Application) -> list[int]:
     return taken
 
 
+def flask() -> Any:
+    app = Flask(__name__)
+    app.get("/memories/<memory_id>")(lambda memory_id: "hello")
+    return app.wsgi_app
+
+
+def ours_around_flask() -> Any:
+    app = Flask(__name__)
+    app.get("/memories/<memory_id>")(lambda memory_id: "hello")
+    return WsgiMiddleware(app.wsgi_app, emitter=Emitter(tempfile.mkdtemp()))
+
+
+WSGI_APPLICATIONS = {"bare Flask": flask, "spool.wsgi.AnalyticsMiddleware": ours_around_flask}
+
+
+def wsgi_block(app: Any) -> list[int]:
+    taken = []
+    for _ in range(BLOCK):
+        environ: dict[str, Any] = {"PATH_INFO": "/memories/7"}
+        setup_testing_defaults(environ)
+        begin = perf_counter_ns()
+        answer = app(environ, lambda status, headers, error=None: lambda data: None)
+        b"".join(answer)
+        answer.close()
+        taken.append(perf_counter_ns() - begin)
+    return taken
+
+
+def measure_wsgi(rounds: int) -> dict[str, list[float]]:
+    apps = {name: make() for name, make in WSGI_APPLICATIONS.items()}
+    medians: dict[str, list[float]] = {name: [] for name in apps}
+    for _ in range(rounds + 1):  # the first warms up
+        for name, app in apps.items():
+            medians[name].append(statistics.median(wsgi_block(app)) / 1000)
+    return {name: each[1:] for name, each in medians.items()}
+
+
 async def measure(rounds: int) -> dict[str, list[float]]:
     apps: dict[str, Application] = {}
     for name, make in APPLICATIONS.items():
@@ -106,12 +146,13 @@ async def measure(rounds: int) -> dict[str, list[float]]:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments.add_argument("--rounds", type=int, default=60)
-    medians = asyncio.run(measure(arguments.parse_args().rounds))
+    rounds = arguments.parse_args().rounds
     print(f"Python {sys.version.split()[0]}, microseconds per request")
-    first = medians["bare Starlette"]
-    for name, each in medians.items():
-        added = statistics.median(mine - base for mine, base in zip(each, first, strict=True))
-        print(f"{name:36s} p50 {statistics.median(each):8.1f}   adds {added:8.1f}", flush=True)
+    for medians in (asyncio.run(measure(rounds)), measure_wsgi(rounds)):
+        first = next(iter(medians.values()))  # the bare one
+        for name, each in medians.items():
+            added = statistics.median(mine - base for mine, base in zip(each, first, strict=True))
+            print(f"{name:36s} p50 {statistics.median(each):8.1f}   adds {added:8.1f}", flush=True)
 
 
 if __name__ == "__main__":

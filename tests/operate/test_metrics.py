@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loader.database import Connection
 from tests.load.lines import event, metric, segment
-from tests.processes import Cli, eventually
+from tests.processes import Cli, eventually, free_port
 
 LISTEN = "0A"
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def scrape(port: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ import pytest
 
 from loader.database import Connection
 from tests.load.lines import STEM, event, joined, metric, number, segment
-from tests.processes import LOADER, Cli, eventually
+from tests.processes import LOADER, Cli, eventually, free_port
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "systemd"
@@ -98,7 +98,7 @@ def test_the_loader_makes_no_system_call_that_the_unit_forbids(
     trace = ["strace", "-f", "-c", "-o"]
     command = [*trace, once, *LOADER, "run", "--once", "--archive", tmp_path / "archive"]
     assert subprocess.run(command, env=cli.environment, capture_output=True).returncode == 3
-    with cli.daemon("--metrics-port", "19187") as process:
+    with cli.daemon("--metrics-port", str(free_port())) as process:
         eventually(
             lambda: (
                 (cli.spool / ".loader.lock").read_text() == f"pid {process.pid} on {os.uname().nodename}\n"

@@ -18,7 +18,9 @@ BEGIN
     EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', current_schema, loader);
     -- Rows that may be there already are compared in a temporary table. Everybody may connect and make one where
     -- nobody took that away.
-    IF NOT has_database_privilege(loader, current_database(), 'CONNECT, TEMPORARY') THEN
+    IF NOT has_database_privilege(loader, current_database(), 'CONNECT')
+        OR NOT has_database_privilege(loader, current_database(), 'TEMPORARY')
+    THEN
         EXECUTE format('GRANT CONNECT, TEMPORARY ON DATABASE %I TO %I', current_database(), loader);
     END IF;
 END

@@ -326,6 +326,21 @@ def test_tables_of_another_version_are_told_and_loaded_into(
     assert number(one_connection, EVENTS) == 1
 
 
+def test_the_role_gets_what_a_strict_database_took_from_everybody(
+    cli: Cli, one_connection: Connection
+) -> None:
+    name = one_connection.info.dbname
+    one_connection.execute(f"REVOKE ALL ON DATABASE {name} FROM PUBLIC".encode())
+    one_connection.execute("REVOKE ALL ON SCHEMA public FROM PUBLIC")
+    one_connection.execute(f"GRANT CONNECT ON DATABASE {name} TO analytics_loader".encode())
+    one_connection.commit()
+    cli.owner()("init", "--role", "analytics_loader")
+    segment(cli.spool, 1, *[event(n) for n in range(10)])
+    cli("run", "--once")
+    segment(cli.spool, 2, *[event(n) for n in range(12)])  # most are there, and are compared
+    assert "events 2, metrics 0, duplicates 10" in cli("run", "--once")
+
+
 def test_two_that_apply_the_schema_at_once_do_not_disturb_each_other(one_server: str) -> None:
     with psycopg.connect(one_server, autocommit=True) as admin:
         admin.execute("CREATE DATABASE applied")

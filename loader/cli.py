@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -183,6 +184,7 @@ def run(
         if once:
             _run_once(where, spool, workers, archive, signals, as_json)
             return
+        faulthandler.enable()  # where systemd's watchdog aborts it, the journal has what each thread was at
         watching = daemon.Daemon(where, spool, workers, signals, archive, Notifier())
         if metrics_port is not None:
             from loader import metrics  # which takes a while to import

@@ -162,6 +162,22 @@ def test_the_watchdog_hears_nothing_while_a_load_hangs(cli: Cli, one_connection:
         eventually(lambda: number(one_connection, EVENTS) == 1)
 
 
+def test_an_abort_by_the_watchdog_leaves_what_each_thread_was_at_in_the_log(
+    cli: Cli, one_connection: Connection
+) -> None:
+    with under_systemd(cli) as systemd, one_connection.transaction():
+        one_connection.execute("LOCK TABLE analytics_events IN ACCESS EXCLUSIVE MODE")
+        segment(cli.spool, 1, event(1))
+        systemd.until("READY=1")
+        waiting = (
+            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'analytics_events'::regclass"
+        )
+        eventually(lambda: number(one_connection, waiting))
+        systemd.process.send_signal(signal.SIGABRT)
+        systemd.process.wait()
+        assert "in insert" in systemd.log.read_text() or "in copy" in systemd.log.read_text()
+
+
 def test_the_watchdog_hears_of_a_load_that_is_slow(cli: Cli, one_connection: Connection) -> None:
     """One batch that takes several times as long as the watchdog waits."""
     one_connection.execute(

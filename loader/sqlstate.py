@@ -64,6 +64,7 @@ def explain(error: psycopg.Error | OSError | LoaderError) -> LoaderError:
     if isinstance(error, OSError):
         return LoaderError(f"can't write rejects: {error}")
     message = error.diag.message_primary or "; ".join(filter(None, map(str.strip, str(error).splitlines())))
+    message = message.removeprefix("connection failed: ").removeprefix("connection is bad: ")
     if error.sqlstate is None or error.sqlstate[:2] in ("08", "57"):
         return OutOfReachError(f"the database is out of reach: {message}")
     if action(error.sqlstate) is Action.RETRY:

@@ -58,6 +58,7 @@ class Health:
             self.buckets[bisect_left(BUCKETS, seconds)] += 1
             self.seconds += seconds
             self._lately.append((time.monotonic(), tally.events + tally.metrics))
+            self._forget()
         self.progressed()
 
     def files_done(self, files: int) -> None:
@@ -79,9 +80,12 @@ class Health:
 
     def rows_per_second(self) -> float:
         """Return the rate of the last minute, or since the start."""
-        now = time.monotonic()
         with self._lock:
-            while self._lately and self._lately[0][0] < now - _RATE_SECONDS:
-                self._lately.popleft()
+            self._forget()
             rows = sum(rows for _, rows in self._lately)
-        return rows / max(1.0, min(_RATE_SECONDS, now - self._started))
+        return rows / max(1.0, min(_RATE_SECONDS, time.monotonic() - self._started))
+
+    def _forget(self) -> None:
+        """Drop what is older than the rate goes back."""
+        while self._lately and self._lately[0][0] < time.monotonic() - _RATE_SECONDS:
+            self._lately.popleft()

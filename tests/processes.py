@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 from psycopg.conninfo import make_conninfo
 
 LOADER = (sys.executable, "-m", "loader")
@@ -38,6 +40,15 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+
+
+def failing(call: str, error: str, *options: str | Path) -> list[str | Path]:
+    """A command that runs another one in which a system call fails (strace(1)), as a child of its own."""
+    inject = ["-e", f"trace={call}", "-e", f"inject={call}:error={error}"]
+    return ["strace", "-D", "-f", "-qq", "-o", "/dev/null", *options, *inject]
 
 
 class Cli:

@@ -6,7 +6,6 @@ strace(1) fails them for real in a child process, from the moment it is attached
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.emit.lines import ids, recover_all
-from tests.processes import eventually
+from tests.processes import eventually, needs_strace
 
-STRACE = shutil.which("strace")
 CALLS = (
     "openat", "flock", "fallocate", "ftruncate", "rename", "unlink", "mkdir", "newfstatat", "pread64",
     "madvise", "getdents64", "fsync", "close",
@@ -41,7 +39,6 @@ print(*filter(None, kept))
 
 def fail(spool: Path, log: Path, call: str, error: str, nth: int) -> tuple[list[str], bool]:
     """Fail the nth `call` of each thread; return the acknowledged ids and whether any came that far."""
-    assert STRACE
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(spool)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -50,7 +47,7 @@ def fail(spool: Path, log: Path, call: str, error: str, nth: int) -> tuple[list[
     child.stdout.readline()
     inject = f"inject={call}:error={error}:when={nth}"
     tracer = subprocess.Popen(
-        [STRACE, "-f", "-q", "-o", log, "-e", f"trace={call}", "-e", inject, "-p", str(child.pid)]
+        ["strace", "-f", "-q", "-o", log, "-e", f"trace={call}", "-e", inject, "-p", str(child.pid)]
     )
     eventually(lambda: "TracerPid:\t0\n" not in Path(f"/proc/{child.pid}/status").read_text())
     printed, errors = child.communicate("\n", timeout=60)
@@ -72,9 +69,6 @@ def enumerate_failures(tmp_path: Path, call: str, error: str) -> int:
             assert len(kept) == 12
             return nth - 1
     raise AssertionError(f"there is no end of {call}")
-
-
-needs_strace = pytest.mark.skipif(STRACE is None, reason="strace is not installed")
 
 
 @needs_strace

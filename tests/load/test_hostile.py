@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +19,7 @@ import pytest
 from loader.database import Connection, apply_schema
 from loader.retire import SpoolFile
 from tests.load.lines import STEM, event, joined, number, rejected, segment
-from tests.processes import LOADER, Cli, eventually
+from tests.processes import LOADER, Cli, eventually, failing, needs_strace
 
 MEMORY_KIB = 180 << 10
 EVENTS = "SELECT count(*) FROM analytics_events"
@@ -88,15 +87,6 @@ def test_memory_is_bounded_for_a_file_of_nothing_but_tiny_rejects(cli: Cli) -> N
     assert sum(1 for _ in rejected(cli.spool)) == 600_000
 
 
-def failing(call: str, error: str, *options: str | Path) -> list[str | Path]:
-    """A command that runs another one in which a system call fails (strace(1)), as a child of its own."""
-    inject = ["-e", f"trace={call}", "-e", f"inject={call}:error={error}"]
-    return ["strace", "-D", "-f", "-qq", "-o", "/dev/null", *options, *inject]
-
-
-needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-
-
 @needs_strace
 def test_a_file_without_read_permission_is_reported_and_the_rest_loads(
     cli: Cli, one_connection: Connection
@@ -111,9 +101,12 @@ def test_a_file_without_read_permission_is_reported_and_the_rest_loads(
 
 
 @needs_strace
-def test_without_inotify_watches_the_daemon_looks_by_itself(cli: Cli, one_connection: Connection) -> None:
-    """What a limit of no watches does (inotify_add_watch(2): ENOSPC)."""
-    command = [*failing("inotify_add_watch", "ENOSPC"), *LOADER, "run"]
+@pytest.mark.parametrize(("call", "error"), [("inotify_add_watch", "ENOSPC"), ("inotify_init1", "EMFILE")])
+def test_without_inotify_the_daemon_looks_by_itself(
+    cli: Cli, one_connection: Connection, call: str, error: str
+) -> None:
+    """What a limit of no watches does, or one of no instances (inotify_add_watch(2), inotify_init(2))."""
+    command = [*failing(call, error), *LOADER, "run"]
     process = subprocess.Popen(command, env=cli.environment, stderr=subprocess.PIPE)
     try:
         for n in range(2):

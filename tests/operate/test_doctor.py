@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import subprocess
+from collections.abc import Callable
 
 import pytest
 
 from loader.database import Connection
-from tests.load.lines import STEM, event, number, segment
-from tests.processes import Cli, eventually
+from tests.load.lines import STEM, event, segment
+from tests.processes import LOADER, Cli, eventually, failing, needs_strace
 
 
 def examined(cli: Cli, *arguments: str, code: int = 0) -> dict[str, dict[str, str]]:
@@ -138,34 +138,12 @@ def test_the_owner_of_the_tables_is_told_that_less_would_do(cli: Cli) -> None:
     assert finding["verdict"] == "warning" and "may do more than load" in finding["finding"]
 
 
-@pytest.fixture
-def no_inotify() -> Iterator[None]:
-    """The kernel gives nobody a watch."""
-    limit = Path("/proc/sys/fs/inotify/max_user_instances")
-    before = limit.read_text()
-    try:
-        limit.write_text("0")
-    except OSError:
-        pytest.skip("the kernel's limits can't be set here")
-    yield
-    limit.write_text(before)
-
-
-@pytest.mark.usefixtures("no_inotify")
-def test_a_directory_that_cant_be_watched_is_found(cli: Cli) -> None:
-    finding = examined(cli)["inotify"]
-    assert finding["verdict"] == "warning" and "sysctl" in finding["remedy"]
-
-
-@pytest.mark.usefixtures("no_inotify")
-def test_a_directory_that_cant_be_watched_is_looked_at_now_and_then(
-    cli: Cli, one_connection: Connection
-) -> None:
-    with cli.daemon() as process:
-        assert process.stderr is not None  # it is a pipe
-        assert any(b"looking every" in line for line in process.stderr)
-        segment(cli.spool, 1, event(1))
-        eventually(lambda: number(one_connection, "SELECT count(*) FROM analytics_events") == 1)
+@needs_strace
+@pytest.mark.parametrize(("call", "error"), [("inotify_add_watch", "ENOSPC"), ("inotify_init1", "EMFILE")])
+def test_a_directory_that_cant_be_watched_is_found(cli: Cli, call: str, error: str) -> None:
+    command = [*failing(call, error), *LOADER, "doctor"]
+    printed = subprocess.run(command, env=cli.environment, capture_output=True, text=True).stdout
+    assert "warning  inotify" in printed and "do: sysctl -w fs.inotify" in printed
 
 
 def test_the_doctor_changes_nothing(cli: Cli) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from loader.database import Connection
 from tests.load.lines import STEM, event, joined, metric, number, segment
-from tests.processes import LOADER, Cli, eventually, free_port
+from tests.processes import LOADER, Cli, eventually, free_port, needs_strace
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "systemd"
@@ -89,7 +89,7 @@ def work_for(cli: Cli) -> None:
 
 
 @needs_systemd
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@needs_strace
 def test_the_loader_makes_no_system_call_that_the_unit_forbids(
     cli: Cli, one_connection: Connection, tmp_path: Path
 ) -> None:

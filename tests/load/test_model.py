@@ -1,0 +1,273 @@
+"""A model of the loader: whatever lies in the spool, is copied, torn, met again, refused or tried again, in
+any order, each line is in one place in the end, and the tables, the ledger and the rejects are what a
+dictionary and two counters say.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from psycopg.conninfo import make_conninfo
+
+from loader import backfill, daemon, rejects
+from loader.database import Connection
+from loader.errors import LoaderError
+from loader.load import retry
+from loader.signals import Signals
+from loader.workers import Workers
+from tests.conftest import ROLE
+from tests.load.lines import STEM, event, joined, metric, number, rows
+
+FORBIDDEN = "forbidden_type"
+CHECK = f"ADD CONSTRAINT allowed CHECK (event_type <> '{FORBIDDEN}') NOT VALID"
+NO_CHECK = "DROP CONSTRAINT IF EXISTS allowed"
+BROKEN = (b"{broken", b'{"event_id": 7}', b"", b"\xff")
+
+
+def line_of(what: str, number: int, payload: int) -> bytes:
+    if what == "event":
+        return event(number, metadata={"payload": payload})
+    if what == "metric":
+        return metric(number, value=payload)
+    if what == "forbidden":
+        return event(number, event_type=FORBIDDEN, metadata={"payload": payload})
+    return BROKEN[number % len(BROKEN)]
+
+
+a_line = st.builds(
+    line_of,
+    st.sampled_from(["event", "event", "metric", "forbidden", "broken"]),
+    st.integers(0, 7),
+    st.integers(0, 1),
+)
+some_lines = st.lists(a_line, max_size=8)
+
+
+class Expected:
+    """What the lines that were loaded so far have become."""
+
+    def __init__(self) -> None:
+        self.taken: dict[bytes, bytes] = {}
+        """The line that holds each key: the bytes up to the end of the id, and its table."""
+        self.known: set[bytes] = set()
+        self.rejected: Counter[bytes] = Counter()
+        self.duplicates = 0
+        self.forbids = True
+
+    def lines(self, lines: Sequence[bytes]) -> list[bytes]:
+        """Take lines in; return those that are rejected."""
+        refused = []
+        for line in lines:
+            if line in BROKEN or (self.forbids and FORBIDDEN.encode() in line):
+                refused.append(line)
+                continue
+            key = (b"m" if b"metric_name" in line else b"e") + line[:52]
+            if self.taken.setdefault(key, line) is line:
+                continue
+            if self.taken[key] == line:
+                self.duplicates += 1
+            else:
+                refused.append(line)
+        return refused
+
+    def files(self, files: Sequence[bytes]) -> None:
+        for data in files:
+            if data not in self.known and data:
+                self.known.add(data)
+                self.rejected.update(self.lines(split(data)))
+
+    def copy(self) -> Expected:
+        other = Expected()
+        other.__dict__ |= {
+            name: value.copy() if hasattr(value, "copy") else value for name, value in self.__dict__.items()
+        }
+        return other
+
+
+def split(data: bytes) -> list[bytes]:
+    return data.removesuffix(b"\n").split(b"\n")
+
+
+class LoaderModel(RuleBasedStateMachine):
+    connection: Connection
+    home: Path
+
+    contents = Bundle("contents")
+
+    @initialize()
+    def begin(self) -> None:
+        self.expected = Expected()
+        self.waiting: dict[str, bytes] = {}
+        self.files = 0
+        self.spool = self.home / f"spool{len(list(self.home.iterdir()))}"
+        self.spool.mkdir()
+        self.owner("TRUNCATE analytics_events, analytics_metrics, analytics_loads")
+        self.owner(f"ALTER TABLE analytics_events {NO_CHECK}; ALTER TABLE analytics_events {CHECK}")
+
+    def owner(self, statement: str) -> None:
+        self.connection.execute(statement.encode())
+        self.connection.commit()
+
+    def dsn(self) -> str:
+        return make_conninfo(self.connection.info.dsn, user=ROLE)
+
+    def name(self) -> str:
+        self.files += 1
+        return STEM.format(self.files)
+
+    # ---- what lies in the spool -----------------------------------------------------------------------
+
+    @rule(target=contents, lines=some_lines)
+    def seal(self, lines: list[bytes]) -> bytes:
+        data = joined(*lines)
+        self.put(f"{self.name()}.ndjson", data)
+        return data
+
+    @rule(data=contents)
+    def meet_again(self, data: bytes) -> None:
+        """A copy of a file that waits, or that was loaded and came back."""
+        self.put(f"{self.name()}.ndjson", data)
+
+    @rule(target=contents, first=contents, second=contents)
+    def join(self, first: bytes, second: bytes) -> bytes:
+        """The same lines in another file."""
+        self.put(f"{self.name()}.ndjson", first + second)
+        return first + second
+
+    @rule(lines=some_lines, tail=st.sampled_from([b"", b'{"cut', b"\0" * 50, b'{"c\0\0\0']))
+    def leave_behind(self, lines: list[bytes], tail: bytes) -> None:
+        """A segment whose writer died: its whole lines count."""
+        stem = self.name()
+        whole = joined(*[line for line in lines if line])  # an empty line is none a writer made
+        (self.spool / f"{stem}.open").write_bytes(whole + tail)
+        self.waiting[f"{stem}.ndjson"] = whole
+
+    def put(self, name: str, data: bytes) -> None:
+        (self.spool / name).write_bytes(data)
+        self.waiting[name] = data
+
+    # ---- what the loader is asked ---------------------------------------------------------------------
+
+    @rule()
+    def load(self) -> None:
+        self.expected.files([self.waiting[name] for name in sorted(self.waiting)])
+        self.waiting.clear()
+        with closing(self.workers()) as workers:
+            daemon.once(self.spool, workers, None)
+
+    @rule()
+    def load_while_rejects_cant_be_written(self) -> None:
+        """All of it is loaded, or, where a line is rejected, nothing."""
+        (self.spool / rejects.DIRECTORY).mkdir(exist_ok=True)
+        (self.spool / rejects.DIRECTORY).rename(self.spool / "aside")
+        (self.spool / rejects.DIRECTORY).write_bytes(b"")
+        after = self.expected.copy()
+        after.files([self.waiting[name] for name in sorted(self.waiting)])
+        with closing(self.workers()) as workers:
+            if after.rejected == self.expected.rejected:
+                daemon.once(self.spool, workers, None)
+                self.expected = after
+                self.waiting.clear()
+            else:
+                with pytest.raises(LoaderError, match="can't write rejects"):
+                    daemon.once(self.spool, workers, None)
+                self.waiting = {
+                    name: data for name, data in self.waiting.items() if data
+                }  # the empty are done
+        (self.spool / rejects.DIRECTORY).unlink()
+        (self.spool / "aside").rename(self.spool / rejects.DIRECTORY)
+
+    @rule(data=contents, packed=st.booleans())
+    def backfill(self, data: bytes, packed: bool) -> None:
+        path = self.home / (f"{self.name()}.ndjson" + (".gz" if packed else ""))
+        path.write_bytes(gzip.compress(data) if packed else data)
+        self.expected.files([data])
+        with closing(self.workers()) as workers:
+            workers.load(backfill.find([str(path)]))
+        assert path.exists()
+
+    @rule()
+    def retry_rejects(self) -> None:
+        for path in rejects.files(self.spool):
+            lines = [rejected.raw for rejected in rejects.read(path)]
+            self.expected.rejected.subtract(lines)
+            self.expected.rejected.update(self.expected.lines(lines))
+            with self.connection.transaction():
+                retry(self.connection, path)
+
+    @rule(forbids=st.booleans())
+    def change_what_is_allowed(self, forbids: bool) -> None:
+        self.expected.forbids = forbids
+        self.owner(f"ALTER TABLE analytics_events {NO_CHECK}")
+        if forbids:
+            self.owner(f"ALTER TABLE analytics_events {CHECK}")
+
+    def workers(self) -> Workers:
+        return Workers(self.dsn, self.spool, 1, Signals(), patience=0)
+
+    # ---- what must hold -------------------------------------------------------------------------------
+
+    @invariant()
+    def every_line_is_where_it_belongs(self) -> None:
+        if not hasattr(self, "spool"):
+            return
+        events = rows(
+            self.connection, "SELECT event_id::text, event_type, metadata->>'payload' FROM analytics_events"
+        )
+        metrics = rows(self.connection, "SELECT id::text, value FROM analytics_metrics")
+        expected = list(self.expected.taken.values())
+        assert len(events) + len(metrics) == len(expected)
+        assert {line for line in expected if b"metric_name" in line} == {
+            metric(int(id_[-12:], 16), value=int(value)) for id_, value in metrics
+        }
+        assert {line for line in expected if b"metric_name" not in line} == {
+            event(int(id_[-12:], 16), event_type=kind, metadata={"payload": int(payload)})
+            for id_, kind, payload in events
+        }
+        kept = Counter(each.raw for path in rejects.files(self.spool) for each in rejects.read(path))
+        assert kept == +self.expected.rejected
+        loads = "SELECT coalesce(sum({}), 0) FROM analytics_loads"
+        assert number(self.connection, loads.format("events + metrics")) == len(expected)
+        assert number(self.connection, loads.format("duplicates")) == self.expected.duplicates
+        assert {path.name for path in self.spool.glob("*.ndjson")} | {
+            f"{path.stem}.ndjson" for path in self.spool.glob("*.open")
+        } == set(self.waiting)
+
+
+def check(connection: Connection, home: Path, examples: int) -> None:
+    model = type("Model", (LoaderModel,), {"connection": connection, "home": home})
+    run_state_machine_as_test(
+        model,
+        settings=settings(
+            max_examples=examples, stateful_step_count=25, deadline=None,
+            suppress_health_check=list(HealthCheck), print_blob=True,
+        ),
+    )  # fmt: skip
+
+
+def test_the_loader_does_what_a_dictionary_and_two_counters_say(
+    one_connection: Connection, tmp_path: Path
+) -> None:
+    check(one_connection, tmp_path, 15)
+
+
+@pytest.mark.long
+def test_the_loader_does_what_a_dictionary_and_two_counters_say_in_many_histories(
+    one_connection: Connection, tmp_path: Path
+) -> None:
+    check(one_connection, tmp_path, 400)

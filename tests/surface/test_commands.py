@@ -217,7 +217,9 @@ def test_log_lines_are_readable_on_a_terminal(cli: Cli, one_connection: Connecti
     one_connection.execute("INSERT INTO analytics_schema (version) VALUES (9)")
     one_connection.commit()
     segment(cli.spool, 1, event(1))
+    (cli.spool / "\x1b]0;owned\x07.ndjson").write_bytes(b"")
     _, shown = on_a_terminal(cli, "run", "--once")
+    assert "\x1b]0" not in shown and r"\x1b]0;owned\x07.ndjson" in shown
     assert re.search(r"\d{4}-\d\d-\d\d \S+ WARNING the tables are of version 9", shown) and "{" not in shown
 
 

@@ -15,17 +15,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from spool.segment import MODE as FILE_MODE
+
 MODE: Final = 0o770
-"""At most: the umask takes away. The set-group-id bit is inherited; asking for it does nothing (mkdir(2)) and
-is forbidden where systemd restricts it (RestrictSUIDSGID, systemd.exec(5))."""
+"""Whatever the umask: another user of the group may be the next to load. The set-group-id bit is inherited;
+asking for it does nothing (mkdir(2)) and is forbidden by systemd's RestrictSUIDSGID (systemd.exec(5))."""
 
 
 @contextlib.contextmanager
 def opened(path: Path | str, directory: int | None = None, *, create: bool = False) -> Iterator[int]:
     """Give a descriptor of the directory. Raises OSError, also for a link to one."""
+    made = False
     if create:
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, MODE, dir_fd=directory)
+            made = True
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags, dir_fd=directory)
@@ -36,9 +40,29 @@ def opened(path: Path | str, directory: int | None = None, *, create: bool = Fal
             ) from None
         raise
     try:
+        if made:
+            with contextlib.suppress(OSError):  # some file systems have no modes
+                os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | MODE)
+            hand_over(descriptor, os.stat("..", dir_fd=descriptor))
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def create_file(name: str, directory: int) -> BinaryIO:
+    """Make a file to be written, in the place of one that an interrupted try has left. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=directory)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(name, flags, FILE_MODE, dir_fd=directory)
+    hand_over(descriptor, os.fstat(directory))
+    return open(descriptor, "wb")
+
+
+def hand_over(descriptor: int, parent: os.stat_result) -> None:
+    """Give what root made to whom the directory around it belongs, who has to work with it afterwards."""
+    if os.geteuid() == 0 and parent.st_uid != 0:
+        os.fchown(descriptor, parent.st_uid, parent.st_gid)
 
 
 def open_file(path: Path | str, directory: int | None = None) -> BinaryIO:

@@ -152,11 +152,19 @@ def _backlog(spool: Path) -> Iterator[Finding]:
 
 
 def _rejects(spool: Path) -> Iterator[Finding]:
+    where = spool / rejects.DIRECTORY
+    if where.exists() and not os.access(where, os.W_OK | os.X_OK):
+        yield _failed("rejects", f"{where} can't be written", f"chmod g+rwx {where}, as {_owner_of(where)}")
+        return
     count = rejects.count(rejects.files(spool)).total()
     if count:
         yield _warning("rejects", f"{count} lines were not loaded", "`loader rejects show`")
     else:
         yield _ok("rejects", "none")
+
+
+def _owner_of(path: Path) -> str:
+    return settings.owner(path.lstat().st_uid)
 
 
 def _inotify(spool: Path) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from typing import BinaryIO, Final
 
 import tenacity
 
+from loader import directory
 from loader.errors import LoaderError
 from spool.segment import MODE
 
@@ -35,15 +36,26 @@ _LOCKING: Final = tenacity.Retrying(
 @contextlib.contextmanager
 def exclusive(spool: Path) -> Iterator[None]:
     """Hold the spool's lock. Raises LoaderError, OSError."""
-    with _lock_file(spool, os.O_RDWR | os.O_CREAT) as file:
+    with contextlib.ExitStack() as held:
         try:
-            _LOCKING(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LoaderError(f"{spool} has a loader already: {_written(file)}") from None
+            file = held.enter_context(_lock_file(spool, os.O_RDWR | os.O_CREAT))
+        except PermissionError:  # somebody else of the group has loaded here before
+            left = held.enter_context(_lock_file(spool, os.O_RDONLY))
+            _lock(left, spool)
+            os.unlink(spool / LOCK)
+            file = held.enter_context(_lock_file(spool, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        _lock(file, spool)
         file.truncate()
         file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
         file.flush()
         yield
+
+
+def _lock(file: BinaryIO, spool: Path) -> None:
+    try:
+        _LOCKING(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LoaderError(f"{spool} has a loader already: {_written(file)}") from None
 
 
 def holder(spool: Path) -> str | None:
@@ -69,6 +81,8 @@ def _lock_file(spool: Path, flags: int) -> BinaryIO:
     else:
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            if flags & os.O_CREAT:
+                directory.hand_over(fd, spool.stat())
             return open(fd, "rb" if flags == os.O_RDONLY else "r+b")
         os.close(fd)
     raise LoaderError(f"{spool / LOCK} is a link, or no file: remove it")

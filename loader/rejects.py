@@ -26,7 +26,6 @@ import orjson
 
 from loader import directory
 from loader.chunk import CHUNK_BYTES, Chunk
-from spool.segment import MODE
 
 DIRECTORY: Final = "rejected"
 WHOLE: Final = ".whole"
@@ -121,10 +120,7 @@ def replace(path: Path, rejects: Sequence[Rejected]) -> None:
     with directory.opened(path.parent, create=True) as fd:
         if rejects:
             passing = f"{path.stem}.part"
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(passing, dir_fd=fd)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(passing, flags, MODE, dir_fd=fd), "wb") as stream:
+            with directory.create_file(passing, fd) as stream:
                 stream.writelines(rejected.encode() for rejected in rejects)
                 stream.flush()
                 os.fsync(stream.fileno())

@@ -7,7 +7,6 @@ kept whole     a file with a line that is too long for a reject: rejected/<stem>
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import BinaryIO, Final
 import zstandard
 
 from loader import directory, rejects
-from spool.segment import MODE
 
 SUFFIX: Final = ".zst"
 _DAY: Final = len("20261123")
@@ -86,10 +84,7 @@ def _store(stream: BinaryIO, archive: Path, name: str) -> None:
     with directory.opened(archive, create=True) as base:
         with directory.opened(name[:_DAY], base, create=True) as day:
             passing = f"{name}.part"
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(passing, dir_fd=day)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(passing, flags, MODE, dir_fd=day), "wb") as copy:
+            with directory.create_file(passing, day) as copy:
                 zstandard.ZstdCompressor(write_checksum=True).copy_stream(stream, copy)
                 copy.flush()
                 os.fsync(copy.fileno())

@@ -51,6 +51,25 @@ def failing(call: str, error: str, *options: str | Path) -> list[str | Path]:
     return ["strace", "-D", "-f", "-qq", "-o", "/dev/null", *options, *inject]
 
 
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+def as_another_user(work: Callable[[], object], user: int = NOBODY, *groups: int) -> int:
+    """Do it in a child that has become somebody else; return the exit code, 0 where it did not raise."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        os.setgroups(groups)
+        os.setgid(user)
+        os.setuid(user)
+        work()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
 class Cli:
     """`loader` with a spool and a database, as a role that may load and nothing else or as the owner."""
 

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from loader import rejects
 from loader.database import Connection
+from loader.lock import exclusive, holder
+from loader.rejects import Rejected
 from loader.retire import SpoolFile
 from loader.watch import scan
 from spool import Emitter
 from spool.segment import MODE, recover
 from tests.emit.lines import emit
 from tests.load.lines import STEM, event, joined, number, segment
-from tests.processes import Cli
+from tests.processes import NOBODY, Cli, as_another_user, as_root
 
 EVENTS = "SELECT count(*) FROM analytics_events"
-NOBODY = 65534
 GROUP = 2000
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
 @pytest.fixture
@@ -35,21 +35,6 @@ def outside(tmp_path: Path) -> Path:
 
 def state(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def as_another_user(work: Callable[[], object], user: int = NOBODY, *groups: int) -> int:
-    """Do it in a child that has become somebody else; return the exit code, 0 where it did not raise."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
-        os.setgroups(groups)
-        os.setgid(user)
-        os.setuid(user)
-        work()
-        os._exit(0)
-    finally:
-        os._exit(1)
 
 
 @pytest.mark.parametrize("suffix", [".open", ".ndjson"])
@@ -240,6 +225,42 @@ def test_application_and_loader_may_be_two_users_of_one_group(tmp_path: Path) ->
     assert as_another_user(emit_and_die, 1001, GROUP) == 0
     assert as_another_user(load, 1002, GROUP) == 0
     assert [path.name for path in spool.iterdir()] == ["archive"]
+
+
+@as_root
+def test_what_root_loads_by_hand_does_not_lock_the_loader_out(cli: Cli, one_connection: Connection) -> None:
+    for above in cli.spool.parents[:3]:
+        above.chmod(0o755)
+    os.chown(cli.spool, 1002, GROUP)
+    cli.spool.chmod(0o2770)
+    archive = cli.spool / "archive"
+    segment(cli.spool, 1, event(1), b"{broken")
+    cli("run", "--once", "--archive", archive, code=3)
+    made = [path for path in cli.spool.rglob("*")]
+    assert len(made) >= 5 and {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(1002, GROUP)}
+
+
+@as_root
+def test_a_loader_follows_another_user_of_its_group(tmp_path: Path) -> None:
+    for above in tmp_path.parents[:2]:
+        above.chmod(0o755)
+    tmp_path.chmod(0o755)
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    os.chown(spool, 0, GROUP)
+    spool.chmod(0o2770)
+
+    def load(number: int) -> None:
+        os.umask(0o022)
+        with exclusive(spool):
+            assert str(os.getpid()) in str(holder(spool))
+            path = spool / "rejected" / f"a-{number}.ndjson"
+            rejects.replace(path, [Rejected("a", number, "code", "reason", b"raw")])
+            rejects.replace(spool / "rejected" / "a-1.ndjson", [])
+
+    assert as_another_user(lambda: load(1), 1001, GROUP) == 0
+    assert as_another_user(lambda: load(2), 1002, GROUP) == 0
+    assert [path.name for path in rejects.files(spool)] == ["a-2.ndjson"]
 
 
 def test_an_open_copy_of_a_segment_that_waits_sealed_does_not_replace_it(

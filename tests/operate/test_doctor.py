@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from loader import doctor
 from loader.database import Connection
 from tests.load.lines import STEM, event, segment
-from tests.processes import LOADER, Cli, eventually, failing, needs_strace
+from tests.processes import LOADER, Cli, as_another_user, as_root, eventually, failing, needs_strace
 
 
 def examined(cli: Cli, *arguments: str, code: int = 0) -> dict[str, dict[str, str]]:
@@ -144,6 +146,19 @@ def test_a_directory_that_cant_be_watched_is_found(cli: Cli, call: str, error: s
     command = [*failing(call, error), *LOADER, "doctor"]
     printed = subprocess.run(command, env=cli.environment, capture_output=True, text=True).stdout
     assert "warning  inotify" in printed and "do: sysctl -w fs.inotify" in printed
+
+
+@as_root
+def test_rejects_that_cant_be_written_are_found(tmp_path: Path) -> None:
+    for above in (tmp_path, *tmp_path.parents[:2]):
+        above.chmod(0o755)
+    (tmp_path / "rejected").mkdir(mode=0o755)
+
+    def examine() -> None:
+        findings = {finding.check: finding for finding in doctor.examine(tmp_path, "host=/nowhere", None)}
+        assert findings["rejects"].verdict == "failed" and "chmod g+rwx" in findings["rejects"].remedy
+
+    assert as_another_user(examine) == 0
 
 
 def test_the_doctor_changes_nothing(cli: Cli) -> None:

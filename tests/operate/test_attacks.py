@@ -196,35 +196,39 @@ def test_a_segment_that_the_loader_may_only_read_is_sealed_as_a_copy(tmp_path: P
     assert [each.name for each in tmp_path.iterdir()] == [sealed.name]
 
 
-@as_root
-def test_application_and_loader_may_be_two_users_of_one_group(tmp_path: Path) -> None:
-    for above in tmp_path.parents[:2]:
+@pytest.fixture
+def shared_spool(tmp_path: Path) -> Path:
+    """A spool of a group, as on a host where application and loader are users of their own."""
+    for above in (tmp_path, *tmp_path.parents[:2]):
         above.chmod(0o755)
-    tmp_path.chmod(0o755)
     spool = tmp_path / "spool"
     spool.mkdir()
     os.chown(spool, 0, GROUP)
     spool.chmod(0o2770)
+    return spool
 
+
+@as_root
+def test_application_and_loader_may_be_two_users_of_one_group(shared_spool: Path) -> None:
     def emit_and_die() -> None:
         os.umask(0o077)
-        emitter = Emitter(spool)
+        emitter = Emitter(shared_spool)
         emit(emitter)
         emitter.seal()
         emit(emitter)
 
     def load() -> None:
-        found = scan(spool)
+        found = scan(shared_spool)
         assert len(found.sealed) == 2 and len(found.adopted) == 1 and not found.skipped
         for path in found.sealed:
-            source = SpoolFile(path, archive=spool / "archive")
+            source = SpoolFile(path, archive=shared_spool / "archive")
             with source.open() as stream:
                 assert len(stream.readlines()) == 1
             source.done(oversize=False)
 
     assert as_another_user(emit_and_die, 1001, GROUP) == 0
     assert as_another_user(load, 1002, GROUP) == 0
-    assert [path.name for path in spool.iterdir()] == ["archive"]
+    assert [path.name for path in shared_spool.iterdir()] == ["archive"]
 
 
 @as_root
@@ -241,26 +245,18 @@ def test_what_root_loads_by_hand_does_not_lock_the_loader_out(cli: Cli, one_conn
 
 
 @as_root
-def test_a_loader_follows_another_user_of_its_group(tmp_path: Path) -> None:
-    for above in tmp_path.parents[:2]:
-        above.chmod(0o755)
-    tmp_path.chmod(0o755)
-    spool = tmp_path / "spool"
-    spool.mkdir()
-    os.chown(spool, 0, GROUP)
-    spool.chmod(0o2770)
-
+def test_a_loader_follows_another_user_of_its_group(shared_spool: Path) -> None:
     def load(number: int) -> None:
         os.umask(0o022)
-        with exclusive(spool):
-            assert str(os.getpid()) in str(holder(spool))
-            path = spool / "rejected" / f"a-{number}.ndjson"
+        with exclusive(shared_spool):
+            assert str(os.getpid()) in str(holder(shared_spool))
+            path = shared_spool / "rejected" / f"a-{number}.ndjson"
             rejects.replace(path, [Rejected("a", number, "code", "reason", b"raw")])
-            rejects.replace(spool / "rejected" / "a-1.ndjson", [])
+            rejects.replace(shared_spool / "rejected" / "a-1.ndjson", [])
 
     assert as_another_user(lambda: load(1), 1001, GROUP) == 0
     assert as_another_user(lambda: load(2), 1002, GROUP) == 0
-    assert [path.name for path in rejects.files(spool)] == ["a-2.ndjson"]
+    assert [path.name for path in rejects.files(shared_spool)] == ["a-2.ndjson"]
 
 
 def test_an_open_copy_of_a_segment_that_waits_sealed_does_not_replace_it(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -34,6 +35,8 @@ UNWATCHABLE: Final = (OSError, RuntimeError)
 """What watchfiles raises where the directory went away, or the kernel has no inotify watch left."""
 _DEBOUNCE_MS: Final = 50
 """Milliseconds that seals are gathered for; watchfiles' own 1,600 would be most of the lag."""
+_IDLE_MS: Final = 500
+"""Milliseconds after which a watch that has nothing to tell is asked what else there is to do."""
 
 
 class Daemon:
@@ -131,22 +134,33 @@ class Daemon:
         watched = True
         while not self._signals.stop.is_set():
             try:
-                this = _identity(self._spool)
-                for _ in watchfiles.watch(
-                    self._spool, watch_filter=_is_sealed, debounce=_DEBOUNCE_MS, step=_DEBOUNCE_MS // 2,
-                    stop_event=_Asked(self._signals), rust_timeout=int(self._rescan * 1000),
-                    yield_on_timeout=True, recursive=False,
-                ):  # fmt: skip
+                for _ in self._watch():
                     watched = True
                     yield
-                    if _identity(self._spool) != this:  # another directory has its name now
-                        break
             except UNWATCHABLE as error:
                 if watched:
                     log.warning("can't watch %s: %s; looking every %g s", self._spool, error, self._rescan)
                 watched = False
                 self._signals.stop.wait(self._rescan)
             yield
+
+    def _watch(self) -> Iterator[None]:
+        """Yield as `_hints`, and once the watch has begun, for what was sealed before; until a signal comes.
+
+        Ends, too, when another directory has got the name. Raises OSError, RuntimeError (UNWATCHABLE).
+        """
+        with _pinned(self._spool) as watched:
+            look_at = 0.0
+            for changes in watchfiles.watch(
+                self._spool, watch_filter=_is_sealed, debounce=_DEBOUNCE_MS, step=_DEBOUNCE_MS // 2,
+                stop_event=_Asked(self._signals), rust_timeout=_IDLE_MS, yield_on_timeout=True,
+                recursive=False,
+            ):  # fmt: skip
+                if changes or time.monotonic() >= look_at:
+                    yield
+                    look_at = time.monotonic() + self._rescan
+                    if not os.path.samestat(os.stat(self._spool), watched):
+                        return
 
 
 def once(spool: Path, workers: Workers, archive: Path | None) -> tuple[Scan, Report]:
@@ -170,10 +184,14 @@ def describe(waiting: Backlog, health: Health) -> str:
     return "; ".join(parts)
 
 
-def _identity(directory: Path) -> tuple[int, int]:
-    """Raises OSError."""
-    status = directory.stat()
-    return status.st_dev, status.st_ino
+@contextlib.contextmanager
+def _pinned(directory: Path) -> Iterator[os.stat_result]:
+    """Give which directory it is; none that is made meanwhile gets its inode number. Raises OSError."""
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class _Asked:

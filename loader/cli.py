@@ -198,8 +198,8 @@ def _run_once(
 ) -> None:
     with exclusive(spool), screen.bar("loading", backlog(spool).sealed_bytes, of_bytes=True) as shown:
         health = Health()
-        tick = lambda: shown(health.tally.bytes)  # noqa: E731
-        with contextlib.closing(_patient(dsn, spool, workers, signals, health, tick)) as pool:
+        pool = _patient(dsn, spool, workers, signals, health, lambda: shown(health.tally.bytes))
+        with contextlib.closing(pool):
             found, report = daemon.once(spool, pool, archive)
     for name, why in found.skipped.items():
         screen.warn(f"not touched: {name}: {why}")

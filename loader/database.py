@@ -117,14 +117,12 @@ def apply_schema(connection: Connection, *, foreign_keys: bool = True, role: str
 
 def schema_version(connection: Connection) -> int:
     """Return the version of the tables, 0 where there are none. Raises psycopg.Error."""
-    row = connection.execute(
-        "SELECT to_regclass('analytics_schema'), to_regclass('analytics_loads')"
-    ).fetchone()
-    versions, ledger = row or (None, None)
+    found = "SELECT to_regclass('analytics_schema'), to_regclass('analytics_loads')"
+    ((versions, ledger),) = connection.execute(found).fetchall()
     if versions is None:
         return 0 if ledger is None else 1
-    row = connection.execute("SELECT max(version) FROM analytics_schema").fetchone()
-    return row[0] if row and row[0] is not None else 1
+    ((version,),) = connection.execute("SELECT coalesce(max(version), 1) FROM analytics_schema").fetchall()
+    return int(version)
 
 
 def _set(connection: Connection, name: str, value: str) -> None:

@@ -101,11 +101,8 @@ class Traffic:
 
     async def _work(self, client: httpx.AsyncClient, left: Iterator[int]) -> None:
         for _ in left:
-            call, person, request_id = (
-                random.choice(self._calls),
-                random.choice(self.people),
-                uuid.uuid4().hex,
-            )
+            call, person = random.choice(self._calls), random.choice(self.people)
+            request_id = uuid.uuid4().hex
             self.asked[request_id] = person
             try:
                 answer = await client.request(call.method, call.path, headers=person.headers(request_id))

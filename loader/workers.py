@@ -67,8 +67,8 @@ class Workers:
         self._for_ever = patience is None
         self._health = health or Health()
         self._tick = tick
-        connect = lambda: database.connect(dsn(), self._health.progressed)  # noqa: E731
-        self._links = [_Link(connect, self._connected) for _ in range(count)]
+        self._dsn = dsn
+        self._links = [_Link(self._connect, self._connected) for _ in range(count)]
         self._version_told = database.SCHEMA_VERSION
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda error: self._is_passing(error)),
@@ -155,6 +155,9 @@ class Workers:
     def _goes_on(self) -> None:
         if self._health.goes_on():
             log.info("loading goes on")
+
+    def _connect(self) -> database.Connection:
+        return database.connect(self._dsn(), self._health.progressed)
 
     def _connected(self, connection: database.Connection) -> None:
         """Look at whose tables these are. Raises psycopg.Error where there are none."""

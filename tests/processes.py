@@ -52,7 +52,11 @@ def failing(call: str, error: str, *options: str | Path) -> list[str | Path]:
 
 
 NOBODY = 65534
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root acts as, or on, other users")
+needs_systemd = pytest.mark.skipif(
+    not (shutil.which("systemd-analyze") and shutil.which("systemd-sysusers")),
+    reason="systemd is not installed",
+)
 
 
 def as_another_user(work: Callable[[], object], user: int = NOBODY, *groups: int) -> int:

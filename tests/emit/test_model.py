@@ -19,19 +19,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from spool import Emitter
 from spool.emitter import DROPPED_METRIC
 from spool.segment import recover
+from tests import histories
 from tests.emit.lines import emit, lines, recover_all
 from tests.processes import eventually
 
@@ -219,13 +218,7 @@ def a_disk(parent: Path) -> Iterator[tuple[Path, bool]]:
 def check(parent: Path, examples: int) -> None:
     with a_disk(parent) as (disk, small):
         model = type("Model", (EmitterModel,), {"disk": disk, "small": small})
-        run_state_machine_as_test(
-            model,
-            settings=settings(
-                max_examples=examples, stateful_step_count=30, deadline=None,
-                suppress_health_check=list(HealthCheck), print_blob=True,
-            ),
-        )  # fmt: skip
+        histories.check(model, examples, steps=30)
 
 
 def test_the_spool_holds_exactly_what_was_acknowledged(tmp_path: Path) -> None:

@@ -67,6 +67,12 @@ def number(connection: Connection, statement: str) -> int:
     return int(value or 0)
 
 
+def waits_for_events(connection: Connection) -> bool:
+    """Whether somebody waits for a lock on the events, asked from within a transaction, too."""
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'analytics_events'::regclass"
+    return number(connection, waiting) > 0
+
+
 def rejected(spool: Path) -> list[tuple[str, int, str]]:
     """File, line and code of each reject."""
     return [(each.file, each.line, each.code) for path in rejects.files(spool) for each in rejects.read(path)]

@@ -16,7 +16,7 @@ from loader import rejects
 from loader.chunk import CHUNK_BYTES
 from loader.daemon import RESCAN_SECONDS
 from loader.database import Connection
-from tests.load.lines import STEM, event, joined, metric, number, rejected, rows, segment
+from tests.load.lines import STEM, event, joined, metric, number, rejected, rows, segment, waits_for_events
 from tests.processes import LOADER, Cli, eventually
 
 EVENTS = "SELECT count(*) FROM analytics_events"
@@ -43,11 +43,8 @@ def test_what_is_sealed_during_a_load_is_loaded_right_after_it(cli: Cli, one_con
         eventually(lambda: number(one_connection, EVENTS) == 1)
         with one_connection.transaction():
             one_connection.execute("LOCK TABLE analytics_events IN ACCESS EXCLUSIVE MODE")
-            waiting = (
-                "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'analytics_events'::regclass"
-            )
             segment(cli.spool, 2, event(2))
-            eventually(lambda: number(one_connection, waiting))
+            eventually(lambda: waits_for_events(one_connection))
             segment(cli.spool, 3, event(3))
         eventually(lambda: number(one_connection, EVENTS) == 3, RESCAN_SECONDS / 2)
 

@@ -12,7 +12,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -20,7 +19,6 @@ from hypothesis.stateful import (
     initialize,
     invariant,
     rule,
-    run_state_machine_as_test,
 )
 from psycopg.conninfo import make_conninfo
 
@@ -30,6 +28,7 @@ from loader.errors import LoaderError
 from loader.load import retry
 from loader.signals import Signals
 from loader.workers import Workers
+from tests import histories
 from tests.conftest import ROLE
 from tests.load.lines import STEM, event, joined, metric, number, rows
 
@@ -251,13 +250,7 @@ class LoaderModel(RuleBasedStateMachine):
 
 def check(connection: Connection, home: Path, examples: int) -> None:
     model = type("Model", (LoaderModel,), {"connection": connection, "home": home})
-    run_state_machine_as_test(
-        model,
-        settings=settings(
-            max_examples=examples, stateful_step_count=25, deadline=None,
-            suppress_health_check=list(HealthCheck), print_blob=True,
-        ),
-    )  # fmt: skip
+    histories.check(model, examples, steps=25)
 
 
 def test_the_loader_does_what_a_dictionary_and_two_counters_say(

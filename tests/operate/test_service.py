@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
-import pytest
 
 from loader import embedded
 from loader.chunk import CHUNK_BYTES
 from loader.database import Connection
-from tests.load.lines import event, number, rejected, segment
-from tests.processes import LOADER, Cli, eventually
+from tests.load.lines import event, number, rejected, segment, waits_for_events
+from tests.processes import LOADER, Cli, as_root, eventually
 
 EVENTS = "SELECT count(*) FROM analytics_events"
 WATCHDOG_SECONDS = 2.0
@@ -151,10 +150,7 @@ def test_the_watchdog_hears_nothing_while_a_load_hangs(cli: Cli, one_connection:
         with one_connection.transaction():
             one_connection.execute("LOCK TABLE analytics_events IN ACCESS EXCLUSIVE MODE")
             segment(cli.spool, 1, event(1))
-            waiting = (
-                "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'analytics_events'::regclass"
-            )
-            eventually(lambda: number(one_connection, waiting))
+            eventually(lambda: waits_for_events(one_connection))
             systemd.during(WATCHDOG_SECONDS / 2)
             assert "WATCHDOG=1" not in systemd.during(2 * WATCHDOG_SECONDS)
         systemd.messages.clear()
@@ -169,10 +165,7 @@ def test_an_abort_by_the_watchdog_leaves_what_each_thread_was_at_in_the_log(
         one_connection.execute("LOCK TABLE analytics_events IN ACCESS EXCLUSIVE MODE")
         segment(cli.spool, 1, event(1))
         systemd.until("READY=1")
-        waiting = (
-            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'analytics_events'::regclass"
-        )
-        eventually(lambda: number(one_connection, waiting))
+        eventually(lambda: waits_for_events(one_connection))
         systemd.process.send_signal(signal.SIGABRT)
         systemd.process.wait()
         assert "in insert" in systemd.log.read_text() or "in copy" in systemd.log.read_text()
@@ -210,7 +203,7 @@ def test_sigterm_in_the_middle_of_a_large_chunk_ends_in_time_and_loses_nothing(
     assert number(one_connection, "SELECT sum(events) FROM analytics_loads") == len(lines)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can freeze the server")
+@as_root
 def test_sigterm_while_the_server_is_frozen_ends_in_time_and_loses_nothing(
     cli: Cli, one_connection: Connection
 ) -> None:

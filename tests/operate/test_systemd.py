@@ -18,7 +18,7 @@ import pytest
 
 from loader.database import Connection
 from tests.load.lines import STEM, event, joined, metric, number, segment
-from tests.processes import LOADER, Cli, eventually, free_port, needs_strace
+from tests.processes import LOADER, Cli, as_root, eventually, free_port, needs_strace, needs_systemd
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "systemd"
@@ -26,16 +26,12 @@ SERVICES = ("analytics-loader.service", "analytics-loader@.service")
 EXPOSURE = 1.5
 """At most, of 10, for what a service is not kept from."""
 PR_SET_MDWE = 65
-needs_systemd = pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None or sys.platform != "linux",
-    reason="systemd-analyze is not installed",
-)
 
 
-def run(*command: str | Path, **options: object) -> str:
-    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)  # type: ignore[call-overload]
+def run(*command: str | Path) -> str:
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert ended.returncode == 0, ended.stdout
-    return str(ended.stdout)
+    return ended.stdout
 
 
 @needs_systemd
@@ -62,7 +58,7 @@ def test_the_template_differs_in_its_names_alone() -> None:
 
 
 @needs_systemd
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes users")
+@as_root
 def test_the_user_and_the_spool_are_made(tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     for name in ("passwd", "group"):

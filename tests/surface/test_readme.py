@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import re
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 
 from loader.database import apply_schema
 from tests.load.lines import event, joined, segment
-from tests.processes import Cli, environment
+from tests.processes import Cli, as_root, environment, needs_systemd
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -47,8 +46,8 @@ def test_every_command_runs(cli: Cli, tmp_path: Path) -> None:
         assert ended.returncode == 0, f"{command}: {ended.stderr}"
 
 
-@pytest.mark.skipif(shutil.which("systemd-sysusers") is None, reason="systemd is not installed")
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root installs")
+@needs_systemd
+@as_root
 def test_the_service_is_installed_as_far_as_it_goes_without_systemd(tmp_path: Path) -> None:
     (steps,) = snippets("bash")
     for name in ("passwd", "group"):

@@ -1,4 +1,4 @@
--- Everything the loader needs, safe to apply again, without an extension: version 2.
+-- Everything the loader needs, safe to apply again, without an extension: version 3.
 -- The two tables are as their users know them; the ledger accounts for every line that was read.
 --
 -- Applying it brings any older version up, so whatever changes a table here must stand beside a statement that
@@ -8,8 +8,8 @@ DO $$
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtext('analytics_schema'));  -- two at once would make a table twice
     IF to_regclass('analytics_schema') IS NOT NULL THEN
-        IF (SELECT max(version) FROM analytics_schema) > 2 THEN
-            RAISE EXCEPTION 'the tables are newer than version 2, nothing was changed: upgrade the loader';
+        IF (SELECT max(version) FROM analytics_schema) > 3 THEN
+            RAISE EXCEPTION 'the tables are newer than version 3, nothing was changed: upgrade the loader';
         END IF;
     END IF;
 END
@@ -20,7 +20,7 @@ CREATE TABLE IF NOT EXISTS analytics_schema (
     version INTEGER PRIMARY KEY,
     applied_at TIMESTAMPTZ NOT NULL DEFAULT NOW()
 );
-INSERT INTO analytics_schema (version) VALUES (2) ON CONFLICT DO NOTHING;
+INSERT INTO analytics_schema (version) VALUES (3) ON CONFLICT DO NOTHING;
 
 CREATE TABLE IF NOT EXISTS analytics_events (
     id UUID PRIMARY KEY DEFAULT gen_random_uuid(),
@@ -66,7 +66,17 @@ CREATE TABLE IF NOT EXISTS analytics_loads (
     CONSTRAINT every_line_is_accounted_for CHECK (lines = events + metrics + duplicates + rejected)
 );
 
--- For what was loaded lately, and for what is old enough to go.
+-- Which segment of which writer a file is; NULL for every other file, such as a retried reject file. Generated, so
+-- that rows of older versions and of older loaders have it too. The pattern is that of spool.segment.SegmentName.
+ALTER TABLE analytics_loads
+    ADD COLUMN IF NOT EXISTS writer TEXT GENERATED ALWAYS AS (substring(file FROM
+        '(?:^|/)[0-9]{8}T[0-9]{6}[.][0-9]{6}Z-([A-Za-z0-9.-]{1,64}-[0-9a-f]{8}-[0-9]+-[0-9a-f]{8})-[0-9]{6,18}[.]ndjson(?:[.]gz|[.]zst)?$'
+    )) STORED,
+    ADD COLUMN IF NOT EXISTS segment BIGINT GENERATED ALWAYS AS (substring(file FROM
+        '(?:^|/)[0-9]{8}T[0-9]{6}[.][0-9]{6}Z-[A-Za-z0-9.-]{1,64}-[0-9a-f]{8}-[0-9]+-[0-9a-f]{8}-([0-9]{6,18})[.]ndjson(?:[.]gz|[.]zst)?$'
+    )::bigint) STORED;
+
+-- For rows that were loaded recently, and for rows that are old enough to be pruned.
 CREATE INDEX IF NOT EXISTS analytics_loads_loaded_at ON analytics_loads (loaded_at);
 
 -- Views for reading.
@@ -86,16 +96,12 @@ GROUP BY 1, 2, 3;
 -- Each writer counts its segments from 1 without gaps, so a number that is missing below a loaded one is a
 -- file that was lost, or that waits to be loaded.
 CREATE OR REPLACE VIEW analytics_missing_segments AS
-WITH loaded AS (
-    SELECT DISTINCT part[1] AS writer, part[2]::bigint AS number
-    FROM analytics_loads, regexp_match(file, '(?:^|/)[0-9]{8}T[0-9.]+Z-([^/]+)-([0-9]+)[.]ndjson') AS part
-    WHERE part IS NOT NULL
-), counted AS (
-    SELECT writer, max(number) AS last FROM loaded GROUP BY writer
+WITH counted AS (
+    SELECT writer, max(segment) AS last FROM analytics_loads WHERE writer IS NOT NULL GROUP BY writer
 )
 SELECT writer, number FROM counted, generate_series(1, last) AS number
 EXCEPT
-SELECT writer, number FROM loaded;
+SELECT writer, segment FROM analytics_loads WHERE writer IS NOT NULL;
 
 -- Foreign keys, where the application's own tables exist. `loader init --no-foreign-keys` leaves them out; with
 -- psql: SET analytics.foreign_keys = off.

@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command line, or say what to install where only the emitter is."""
     try:
-        from loader.cli import cli
+        from loader.cli.main import cli
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("loader", "spool"):
             raise

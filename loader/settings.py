@@ -14,9 +14,8 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from loader.errors import UsageError
+from spool.segment import DEFAULT_DIRECTORY
 
-DEFAULT_SPOOL: Final = Path("/var/spool/analytics")
-"""Where the emitter writes, too, when SPOOL_DIR is not set."""
 _PG_VARIABLES: Final = ("PGHOST", "PGHOSTADDR", "PGDATABASE", "PGSERVICE", "PGUSER", "PGPORT")
 _LONGEST_DSN: Final = 16 << 10
 _DRIVER: Final = re.compile(r"^(postgres(?:ql)?)\+\w+://")
@@ -43,7 +42,7 @@ def spool_directory(given: Path | None, environment: Mapping[str, str] = os.envi
     Raises UsageError, also for one that everyone may write to and somebody else may give away: whoever plants
     files there decides what this process reads, and may exchange the spool itself.
     """
-    directory = (given or Path(environment.get("SPOOL_DIR") or DEFAULT_SPOOL)).absolute()
+    directory = (given or Path(environment.get("SPOOL_DIR") or DEFAULT_DIRECTORY)).absolute()
     try:
         status = directory.stat()
     except OSError as error:

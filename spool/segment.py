@@ -35,6 +35,8 @@ from spool.turn import Turn
 OPEN: Final = ".open"
 SEALED: Final = ".ndjson"
 STEM: Final = re.compile(r"\d{8}T\d{6}\.\d{6}Z-[A-Za-z0-9.-]{1,64}-[0-9a-f]{8}-\d+-[0-9a-f]{8}-\d{6,}")
+DEFAULT_DIRECTORY: Final = Path("/var/spool/analytics")
+"""The spool unless SPOOL_DIR is set, for the emitter and the loader."""
 MODE: Final = 0o640
 _BLOCK: Final = 1 << 20
 """Bytes per read: with busy threads beside it, getting the GIL back after each costs milliseconds."""

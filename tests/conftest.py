@@ -10,7 +10,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from loader import database, embedded
+from loader.demo import embedded
+from loader.load import database, schema
 from tests.processes import Cli
 
 ROLE = "analytics_loader"
@@ -62,7 +63,7 @@ def _fresh_database(server: str) -> Iterator[database.Connection]:
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {name}")
     with psycopg.connect(server, dbname=name) as connection:
-        database.apply_schema(connection, role=ROLE)
+        schema.apply_schema(connection, role=ROLE)
         connection.commit()
         yield connection
         if not connection.closed:

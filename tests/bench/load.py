@@ -27,7 +27,8 @@ from pathlib import Path
 import orjson
 import psycopg
 
-from loader import database, embedded
+from loader.demo import embedded
+from loader.load import schema
 from tests.processes import LOADER, environment
 
 COLUMNS = "event_id, event_type, timestamp, user_id, family_unit_id, session_id, metadata"
@@ -102,7 +103,7 @@ class Bench:
             connection.execute("DROP SCHEMA IF EXISTS auth CASCADE")
             for statement in statements:
                 connection.execute(statement.encode())
-            database.apply_schema(connection)
+            schema.apply_schema(connection)
             connection.execute("CHECKPOINT")
 
     def run(self, *command: object) -> float:
@@ -308,7 +309,7 @@ def big(bench: Bench, _: int, rows: int = 10_000_000) -> None:
         for index in ("type", "user", "family"):  # building them afterwards takes a fifth of the time
             connection.execute(f"DROP INDEX analytics_events_{index}_time".encode())
         connection.execute(OLD_ROWS.encode(), [rows])
-        database.apply_schema(connection)
+        schema.apply_schema(connection)
         connection.execute("CHECKPOINT")
     full = bench.backfill(bench.file(7))
     print(

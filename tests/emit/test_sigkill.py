@@ -20,7 +20,7 @@ from uuid import UUID
 
 import pytest
 
-from loader.decode import Row, decode
+from loader.load.decode import Row, decode
 from spool import Emitter
 from tests.emit.lines import FAMILY, USER, recover_all
 from tests.processes import eventually

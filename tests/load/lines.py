@@ -8,9 +8,9 @@ from typing import Any
 
 import orjson
 
-from loader import rejects
-from loader.chunk import Chunk, chunks
-from loader.database import Connection
+from loader.files import rejects
+from loader.files.chunk import Chunk, chunks
+from loader.load.database import Connection
 
 STEM = "20260120T120000.000000Z-web-0a1b2c3d-42-deadbeef-{:06d}"
 ID = "0190163d-8694-739b-aea5-966c26f8ad91"

@@ -18,7 +18,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from loader import database, embedded
+from loader.demo import embedded
+from loader.load import schema
 from tests.load.lines import number
 from tests.processes import LOADER, Cli, environment
 
@@ -140,7 +141,7 @@ def run(home: Path, faults: int) -> None:
     print(f"SEED={seed}")
     with embedded.cluster(max(v for v in (15, 16, 18) if embedded.binaries(v))) as cluster:
         with psycopg.connect(cluster.dsn) as connection:
-            database.apply_schema(connection, role=ROLE)
+            schema.apply_schema(connection, role=ROLE)
         chaos = Chaos(cluster, home, seed)
         for _ in range(faults):
             chaos.pause()

@@ -8,7 +8,7 @@ import io
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader.chunk import HEAD_BYTES, chunks
+from loader.files.chunk import HEAD_BYTES, chunks
 
 lines = st.lists(st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"")))
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loader import rejects
-from loader.database import Connection
-from loader.load import load
+from loader.files import rejects
+from loader.load.batch import load
+from loader.load.database import Connection
 from tests.load.lines import EVENT, METRIC, chunk, event, metric, number
 
 WRONG = "SELECT count(*) FROM analytics_loads WHERE lines <> events + metrics + duplicates + rejected"
@@ -79,10 +79,10 @@ def test_every_line_ends_in_exactly_one_place(
     before = counted(one_connection)
     tally = load(one_connection, [chunk(*given_lines)], spool, duplicates)
     after = counted(one_connection)
-    assert tally.known + tally.events + tally.metrics + tally.duplicates + tally.rejected == len(given_lines)
-    assert (after[0] - before[0], after[1] - before[1]) == (tally.events, tally.metrics)
+    assert tally.known + tally.counts.lines == len(given_lines)
+    assert (after[0] - before[0], after[1] - before[1]) == (tally.counts.events, tally.counts.metrics)
     kept = [each for path in rejects.files(spool) for each in rejects.read(path)]
-    assert len(kept) == tally.rejected
+    assert len(kept) == tally.counts.rejected
     assert all(each.raw == given_lines[each.line - 1] and each.reason for each in kept)
     assert number(one_connection, WRONG) == 0
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from loader import rejects
-from loader.chunk import CHUNK_BYTES
-from loader.daemon import RESCAN_SECONDS
-from loader.database import Connection
+from loader.files import rejects
+from loader.files.chunk import CHUNK_BYTES
+from loader.load.database import Connection
+from loader.service.daemon import RESCAN_SECONDS
 from tests.load.lines import STEM, event, joined, metric, number, rejected, rows, segment, waits_for_events
 from tests.processes import LOADER, Cli, eventually
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import psycopg
 
-from loader.database import EVENTS, METRICS, Connection, Inserted, apply_schema, insert, prepare
-from loader.decode import Row, decode
-from loader.sqlstate import explain
+from loader.load.database import Connection, prepare
+from loader.load.decode import Row, decode
+from loader.load.schema import apply_schema
+from loader.load.sqlstate import explain
+from loader.load.staging import Inserted, insert
+from loader.load.tables import EVENTS, METRICS
 from tests.load import lines
 
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader import rejects
-from loader.decode import Reject, Row, decode
+from loader.files import rejects
+from loader.load.decode import Reject, Row, decode
+from loader.load.tables import EVENTS
 from tests.load.lines import EVENT, ID, METRIC
 
 
@@ -111,7 +112,7 @@ def test_every_line_is_a_row_or_a_reject_that_keeps_it(line: bytes) -> None:
     line = line.replace(b"\n", b"")
     found = decode(line)
     if isinstance(found, Row):
-        assert "\n" not in found.copy and found.copy.count("\t") == (7 if found.is_event else 5)
+        assert "\n" not in found.copy and found.copy.count("\t") == (7 if found.table is EVENTS else 5)
         return
     rejected = rejects.Rejected("s.ndjson", 3, found.code, found.reason, line)
     assert rejects.decode(rejected.encode()) == rejected

@@ -16,8 +16,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from loader.database import Connection, apply_schema
-from loader.retire import SpoolFile
+from loader.files.retire import SpoolFile
+from loader.load.database import Connection
+from loader.load.schema import apply_schema
 from tests.load.lines import STEM, event, joined, number, rejected, segment
 from tests.processes import LOADER, Cli, eventually, failing, needs_strace
 
@@ -55,7 +56,7 @@ def test_what_is_no_segment_is_reported_once_and_the_rest_loads(
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
         log = process.stderr.read().decode()
-    assert log.count("not touched") == 6 and "\x1b" not in log
+    assert log.count("skipped") == 6 and "\x1b" not in log
     assert outside.read_bytes() == joined(event(99))
     assert number(one_connection, EVENTS) == 3
 
@@ -70,7 +71,7 @@ def test_a_file_that_changes_while_it_is_read_stays_and_loads_the_next_time(
     with path.open("ab") as file:
         file.write(joined(event(2)))
     with pytest.raises(OSError, match="changed"):
-        source.done(oversize=False)
+        source.retire(oversize=False)
     assert path.exists()
 
 
@@ -95,7 +96,7 @@ def test_a_file_without_read_permission_is_reported_and_the_rest_loads(
     segment(cli.spool, 2, event(2))
     command = [*failing("openat", "EACCES", "-P", closed), *LOADER, "run", "--once"]
     ended = subprocess.run(command, env=cli.environment, capture_output=True, text=True)
-    assert ended.returncode == 1 and "can't be read: [Errno 13] Permission denied" in ended.stderr
+    assert ended.returncode == 1 and "could not be read: [Errno 13] Permission denied" in ended.stderr
     assert number(one_connection, EVENTS) == 1 and closed.exists()
     assert "Traceback" not in ended.stderr
 
@@ -115,7 +116,7 @@ def test_without_inotify_the_daemon_looks_by_itself(
     finally:
         process.terminate()
         _, log = process.communicate(timeout=30)
-    assert log.count(b"can't watch") == 1
+    assert log.count(b"cannot watch") == 1
 
 
 def test_an_outage_is_told_once_and_its_end_too(cli: Cli, one_connection: Connection) -> None:

@@ -8,15 +8,16 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from loader import rejects
-from loader.database import Connection
-from loader.load import Tally, load, retry
+from loader.files import rejects
+from loader.load.batch import load, retry
+from loader.load.counts import Counts, Loaded
+from loader.load.database import Connection
 from tests.load.lines import EVENT, as_owner, chunk, event, metric, rejected, rows
 
 
 def test_lines_are_rows_and_the_ledger_counts_them(connection: Connection, tmp_path: Path) -> None:
     tally = load(connection, [chunk(event(1), metric(1), event(2), event(1), b"{broken")], tmp_path)
-    assert tally == Tally(lines=5, events=2, metrics=1, duplicates=1, rejected=1, bytes=tally.bytes)
+    assert tally == Loaded(Counts(events=2, metrics=1, duplicates=1, rejected=1), bytes=tally.bytes)
     ledger = "SELECT file, byte_offset, lines, events, metrics, duplicates, rejected FROM analytics_loads"
     assert rows(connection, ledger) == [("s.ndjson", 0, 5, 2, 1, 1, 1)]
     assert rejected(tmp_path) == [("s.ndjson", 5, "invalid_json")]
@@ -40,7 +41,7 @@ def test_each_kind_of_broken_line_has_its_own_reason_and_none_stops_the_load(
     good = [event(n) for n in range(100, 150)]
     lines = [line for pair in zip(good, BROKEN.values(), strict=False) for line in pair] + good[len(BROKEN) :]
     tally = load(connection, [chunk(*lines)], tmp_path)
-    assert (tally.events, tally.rejected) == (50, len(BROKEN))
+    assert (tally.counts.events, tally.counts.rejected) == (50, len(BROKEN))
     codes = [code for _, _, code in rejected(tmp_path)]
     assert sorted(codes) == sorted(BROKEN)
     reasons = {each.reason for path in rejects.files(tmp_path) for each in rejects.read(path)}
@@ -58,14 +59,14 @@ def test_loading_again_renamed_or_concatenated_changes_nothing(
     before = rows(connection, everything)
     assert load(connection, [chunk(*one), chunk(*two, file="renamed.ndjson")], tmp_path).known == 91
     again = load(connection, [chunk(*one, *two)], tmp_path)
-    assert (again.duplicates, again.events, again.metrics, again.rejected) == (91, 0, 0, 0)
+    assert again.counts == Counts(duplicates=91)
     assert load(connection, [chunk(*two, *one), chunk(*two, *one)], tmp_path).known == 91
     assert rows(connection, everything) == before
 
 
 def test_two_loaders_at_once_load_each_row_once(connection: Connection, tmp_path: Path) -> None:
     batches = [[chunk(*[event(n * 40 + i) for i in range(40)])] for n in range(30)]
-    tallies: list[Tally] = []
+    tallies: list[Loaded] = []
 
     def work(order: int) -> None:
         with psycopg.connect(connection.info.dsn) as own:
@@ -82,8 +83,8 @@ def test_two_loaders_at_once_load_each_row_once(connection: Connection, tmp_path
         thread.start()
     for thread in threads:
         thread.join()
-    total = sum(tallies, Tally())
-    assert (total.events, total.known, total.duplicates) == (1200, 2400, 0)
+    total = sum(tallies, Loaded())
+    assert (total.counts.events, total.known, total.counts.duplicates) == (1200, 2400, 0)
     assert rows(connection, "SELECT count(*), sum(events) FROM analytics_loads") == [(30, 1200)]
 
 
@@ -103,7 +104,7 @@ def test_rows_that_a_constraint_refuses_are_isolated(
     stranger = "0190163d-8694-739b-aea5-00000000dead"
     lines = [event(n, **({"user_id": stranger} if n in strangers else {})) for n in range(100)]
     tally = load(strict_users, [chunk(*lines)], tmp_path)
-    assert (tally.events, tally.rejected) == (100 - len(strangers), len(strangers))
+    assert (tally.counts.events, tally.counts.rejected) == (100 - len(strangers), len(strangers))
     assert rejected(tmp_path) == [("s.ndjson", n + 1, "postgres_23503") for n in sorted(strangers)]
 
 
@@ -117,10 +118,10 @@ def test_retry_loads_what_became_loadable_and_leaves_the_rest(
         tmp_path,
     )
     (path,) = rejects.files(tmp_path)
-    assert retry(strict_users, path).rejected == 3
+    assert retry(strict_users, path).counts.rejected == 3
     as_owner(strict_users, f"INSERT INTO auth.users VALUES ('{stranger}')")
     tally = retry(strict_users, path)
-    assert (tally.events, tally.rejected) == (2, 1)
+    assert (tally.counts.events, tally.counts.rejected) == (2, 1)
     assert rejected(tmp_path) == [("s.ndjson", 3, "invalid_json")]
     assert rows(strict_users, "SELECT sum(events), sum(rejected), sum(lines) FROM analytics_loads") == [
         (3, 3, 6)
@@ -141,7 +142,7 @@ def test_an_event_of_another_payload_is_a_reject_that_names_both(
 ) -> None:
     load(connection, [chunk(event(1, metadata={"title": "first"}))], tmp_path)
     tally = load(connection, [chunk(event(1, metadata={"title": "second"}), file="t.ndjson")], tmp_path)
-    assert (tally.rejected, tally.duplicates) == (1, 0)
+    assert (tally.counts.rejected, tally.counts.duplicates) == (1, 0)
     (path,) = rejects.files(tmp_path)
     (reject,) = rejects.read(path)
     assert reject.code == "collision" and "first" in reject.reason and b"second" in reject.raw

@@ -22,12 +22,14 @@ from hypothesis.stateful import (
 )
 from psycopg.conninfo import make_conninfo
 
-from loader import backfill, daemon, rejects
-from loader.database import Connection
 from loader.errors import LoaderError
-from loader.load import retry
-from loader.signals import Signals
-from loader.workers import Workers
+from loader.files import rejects
+from loader.load.batch import retry
+from loader.load.database import Connection
+from loader.operate import backfill
+from loader.service import daemon
+from loader.service.signals import Signals
+from loader.service.workers import Workers
 from tests import histories
 from tests.conftest import ROLE
 from tests.load.lines import STEM, event, joined, metric, number, rows

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from loader import database, rejects
-from loader.database import Connection
-from loader.load import load
+from loader.files import rejects
+from loader.load import copying
+from loader.load.batch import load
+from loader.load.database import Connection
 from tests.load.lines import EVENT, as_owner, chunk, event, metric, rejected
 
 STRANGER = "0190163d-8694-739b-aea5-00000000dead"
@@ -50,7 +51,7 @@ def test_only_the_offending_rows_are_rejected_with_postgres_own_words(
     offending = {3, 40, 41}
     lines = [poisoned(n, change) if n in offending else event(n) for n in range(60)]
     tally = load(connection, [chunk(*lines, metric(1))], tmp_path)
-    assert (tally.events, tally.metrics, tally.rejected) == (57, 1, 3)
+    assert (tally.counts.events, tally.counts.metrics, tally.counts.rejected) == (57, 1, 3)
     assert rejected(tmp_path) == [("s.ndjson", n + 1, f"postgres_{state}") for n in sorted(offending)]
     assert all(words in each.reason for path in rejects.files(tmp_path) for each in rejects.read(path))
 
@@ -63,7 +64,7 @@ def test_another_unique_index_is_a_reason_to_reject_not_a_duplicate(
     lines = [event(1, metadata=same), event(2), event(3, metadata=same), event(2)]
     for duplicates in (0.0, 0.1, 1.0):
         tally = load(connection, [chunk(*lines, file=f"{duplicates}")], tmp_path, duplicates)
-        assert tally.rejected == 1
+        assert tally.counts.rejected == 1
         as_owner(connection, "TRUNCATE analytics_events, analytics_loads")
     assert {code for _, _, code in rejected(tmp_path)} == {"postgres_23505"}
 
@@ -74,21 +75,21 @@ def test_isolating_takes_tries_by_the_logarithm_of_the_rows(
 ) -> None:
     as_owner(connection, USERS)
     tries = []
-    copy = database.copy
+    copy = copying.copy
 
     def counted(*arguments: Any) -> None:
         tries.append(1)
         copy(*arguments)
 
-    monkeypatch.setattr(database, "copy", counted)
+    monkeypatch.setattr("loader.load.staging.copy", counted)
     rows = 2048
     strangers = set(range(5, rows, rows // offending))
     lines = [event(n, **({"user_id": STRANGER} if n in strangers else {})) for n in range(rows)]
-    assert load(connection, [chunk(*lines)], tmp_path).rejected == len(strangers)
+    assert load(connection, [chunk(*lines)], tmp_path).counts.rejected == len(strangers)
     assert len(tries) <= 4 + 2 * len(strangers) * math.ceil(math.log2(rows))
 
 
-@pytest.mark.parametrize("duplicates", [0.0, 0.1, 1.0], ids=["straight", "sifted", "staged"])
+@pytest.mark.parametrize("duplicates", [0.0, 0.1, 1.0], ids=["direct", "deduplicating", "comparing"])
 def test_the_same_id_with_another_payload_is_a_collision_wherever_the_other_one_is(
     connection: Connection, tmp_path: Path, duplicates: float
 ) -> None:
@@ -105,8 +106,8 @@ def test_the_same_id_with_another_payload_is_a_collision_wherever_the_other_one_
         ),
     ]  # fmt: skip
     tally = load(connection, batch, tmp_path, duplicates)
-    assert (tally.events, tally.metrics) == (3, 2)
-    assert (tally.duplicates, tally.rejected) == (4, 5)
+    assert (tally.counts.events, tally.counts.metrics) == (3, 2)
+    assert (tally.counts.duplicates, tally.counts.rejected) == (4, 5)
     reasons = {each.line: each.reason for path in rejects.files(tmp_path) for each in rejects.read(path)}
     assert sorted(reasons) == [1, 3, 6, 9, 10]
     assert {each.code for path in rejects.files(tmp_path) for each in rejects.read(path)} == {"collision"}

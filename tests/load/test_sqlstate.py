@@ -2,7 +2,7 @@
 
 import pytest
 
-from loader.sqlstate import Action, action
+from loader.load.sqlstate import Action, action
 
 
 @pytest.mark.parametrize("code", [None, "08006", "40P01", "53100", "53300", "57P01", "58030", "55P03"])

@@ -6,8 +6,8 @@ import os
 import uuid
 from pathlib import Path
 
-from loader.retire import Version, retire
-from loader.watch import scan
+from loader.files.retire import FileIdentity, retire
+from loader.files.scan import scan
 from spool import Emitter
 
 STEM = "20261123T120000.{:06d}Z-host-0a1b2c3d-7-0a1b2c3d-000001"
@@ -52,10 +52,10 @@ def test_links_pipes_directories_and_strange_names_are_reported_and_not_touched(
 def test_a_file_that_changed_after_it_was_read_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "s.ndjson"
     file.write_bytes(b"{}\n")
-    version = Version.of(os.lstat(file))
+    version = FileIdentity.of(os.lstat(file))
     file.write_bytes(b"{}\n{}\n")
     assert not retire(file, version)
     assert file.exists()
-    assert retire(file, Version.of(os.lstat(file)))
+    assert retire(file, FileIdentity.of(os.lstat(file)))
     assert not file.exists()
     assert retire(file, version)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from loader import rejects
-from loader.database import Connection
-from loader.lock import exclusive, holder
-from loader.rejects import Rejected
-from loader.retire import SpoolFile
-from loader.watch import scan
+from loader.files import rejects
+from loader.files.lock import exclusive, holder
+from loader.files.rejects import Rejected
+from loader.files.retire import SpoolFile
+from loader.files.scan import scan
+from loader.load.database import Connection
 from spool import Emitter
 from spool.segment import MODE, recover
 from tests.emit.lines import emit
@@ -66,7 +66,7 @@ def test_backfill_of_a_directory_does_not_follow_a_link_in_it(
     os.mkfifo(archive / "b.ndjson")
     (archive / "c.ndjson").write_bytes(joined(event(2)))
     printed = cli("backfill", archive, code=1)
-    assert "a.ndjson can't be read" in printed and "b.ndjson can't be read" in printed
+    assert "a.ndjson could not be read" in printed and "b.ndjson could not be read" in printed
     assert number(one_connection, EVENTS) == 1
     assert "events 1" in cli("backfill", archive / "a.ndjson", code=3)  # a link that a person names
 
@@ -224,7 +224,7 @@ def test_application_and_loader_may_be_two_users_of_one_group(shared_spool: Path
             source = SpoolFile(path, archive=shared_spool / "archive")
             with source.open() as stream:
                 assert len(stream.readlines()) == 1
-            source.done(oversize=False)
+            source.retire(oversize=False)
 
     assert as_another_user(emit_and_die, 1001, GROUP) == 0
     assert as_another_user(load, 1002, GROUP) == 0

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from loader import doctor
-from loader.database import Connection
+from loader.load.database import Connection
+from loader.operate import doctor
 from tests.load.lines import STEM, event, segment
 from tests.processes import LOADER, Cli, as_another_user, as_root, eventually, failing, needs_strace
 

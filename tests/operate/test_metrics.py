@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from loader.database import Connection
+from loader.load.database import Connection
 from tests.load.lines import event, metric, segment
 from tests.processes import Cli, eventually, free_port
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from loader.database import Connection
+from loader.load.database import Connection
 from tests.load.lines import STEM, event, metric, number, rows, segment
 from tests.processes import LOADER, Cli, eventually
 
@@ -65,7 +65,7 @@ def test_an_archive_that_cant_be_written_keeps_the_file_in_the_spool(cli: Cli, t
     archive.mkdir()
     (archive / "20260120").symlink_to(cli.spool.parent)
     path = segment(cli.spool, 1, event(1))
-    assert "is loaded, but can't be removed" in cli("run", "--once", "--archive", archive, code=1)
+    assert "is loaded, but could not be removed" in cli("run", "--once", "--archive", archive, code=1)
     assert path.exists()
     (archive / "20260120").unlink()
     assert "known 1" in cli("run", "--once", "--archive", archive)

@@ -7,7 +7,7 @@ import subprocess
 import psycopg
 import pytest
 
-from loader.database import Connection
+from loader.load.database import Connection
 from tests.load.lines import event, number, segment
 from tests.processes import LOADER, Cli
 
@@ -15,7 +15,11 @@ EVENTS = "SELECT count(*) FROM analytics_events"
 
 
 @pytest.mark.parametrize(
-    ("version", "words"), [(1, "older: run `loader init`"), (9, "newer: upgrade the loader")]
+    ("version", "words"),
+    [
+        (1, "older than this loader's 3: run `loader init`"),
+        (9, "newer than this loader's 3: upgrade the loader"),
+    ],
 )
 def test_tables_of_another_version_are_told_and_loaded_into(
     cli: Cli, one_connection: Connection, version: int, words: str
@@ -29,10 +33,10 @@ def test_tables_of_another_version_are_told_and_loaded_into(
     printed = cli("run", "--once")
     assert words in printed and "events 1" in printed
     if version == 1:
-        assert "version 2, they were of version 1" in cli.owner()("init", "--role", "analytics_loader")
-        assert "of version" not in cli("run", "--once")
+        assert "version 3, upgraded from version 1" in cli.owner()("init", "--role", "analytics_loader")
+        assert "schema version" not in cli("run", "--once")
     else:
-        assert "newer than version 2" in cli.owner()("init", code=1)
+        assert "newer than version 3" in cli.owner()("init", code=1)
     assert number(one_connection, EVENTS) == 1
 
 

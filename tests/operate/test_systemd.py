@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from loader.database import Connection
+from loader.load.database import Connection
 from tests.load.lines import STEM, event, joined, metric, number, segment
 from tests.processes import LOADER, Cli, as_root, eventually, free_port, needs_strace, needs_systemd
 

@@ -20,7 +20,7 @@ def test_the_wheel_has_the_schema_the_types_and_the_script(tmp_path: Path) -> No
             "spool/py.typed",
             "loader/py.typed",
             "loader/schema.sql",
-            "loader/example.py",
+            "loader/demo/application.py",
             "loader/role.sql",
         } <= set(names)
         units = {f"share/analytics-spool/systemd/{path.name}" for path in (ROOT / "systemd").iterdir()}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import zstandard
 
-from loader.database import Connection
+from loader.load.database import Connection
 from tests.load.lines import event, joined, metric, number, segment
 from tests.processes import LOADER, Cli, environment
 
@@ -73,7 +73,7 @@ def test_backfill_of_a_damaged_file_loads_the_others_and_says_which_one(
     (tmp_path / "c.ndjson").write_bytes(joined(event(2)))
     names = [tmp_path / name for name in ("a.ndjson.gz", "b.ndjson.zst", "c.ndjson")]
     printed = cli("backfill", *names, code=1)
-    assert "a.ndjson.gz can't be read" in printed and "b.ndjson.zst can't be read" in printed
+    assert "a.ndjson.gz could not be read" in printed and "b.ndjson.zst could not be read" in printed
     assert number(one_connection, EVENTS) >= 1
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import click
 import pytest
 
-from loader.cli import cli as commands
-from loader.database import Connection
+from loader.cli import main
+from loader.load.database import Connection
 from tests.load.lines import STEM, event, joined, metric, number, segment
 from tests.processes import LOADER, Cli, eventually
 
@@ -37,11 +37,14 @@ MANY = 100_000
 def every(command: click.Command, name: str = "loader") -> Iterator[tuple[str, click.Command]]:
     yield name, command
     if isinstance(command, click.Group):
-        for below, each in command.commands.items():
+        context = click.Context(command)
+        for below in command.list_commands(context):
+            each = command.get_command(context, below)
+            assert each is not None
             yield from every(each, f"{name} {below}")
 
 
-COMMANDS = dict(every(commands))
+COMMANDS = dict(every(main.cli))
 FACTS = [name for name, command in COMMANDS.items() if not isinstance(command, click.Group)]
 NO_FACTS = {"loader demo"}
 
@@ -58,6 +61,11 @@ def with_program(cli: Cli) -> dict[str, str]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example(name: str) -> None:
     assert examples(COMMANDS[name]) and COMMANDS[name].get_short_help_str()
+
+
+def test_the_list_of_commands_has_their_short_help() -> None:
+    shown = {name: COMMANDS[f"loader {name}"].get_short_help_str(limit=100) for name in main.COMMANDS}
+    assert shown == main.COMMANDS
 
 
 EXAMPLES = {each for command in COMMANDS.values() for each in examples(command)}
@@ -98,7 +106,7 @@ def completed(cli: Cli, *words: str) -> set[str]:
 def test_commands_options_and_reject_files_complete_in_a_shell(cli: Cli) -> None:
     path = segment(cli.spool, 1, b"{broken")
     cli("run", "--once", code=3)
-    assert completed(cli, "loader", "") == set(commands.commands)
+    assert completed(cli, "loader", "") == set(main.COMMANDS)
     assert completed(cli, "loader", "rejects", "re") == {"retry"}
     assert completed(cli, "loader", "backfill", "--d") == {"--dsn", "--dry-run"}
     assert completed(cli, "loader", "rejects", "show", "2026") == {f"{path.stem}-0.ndjson"}
@@ -220,7 +228,7 @@ def test_log_lines_are_readable_on_a_terminal(cli: Cli, one_connection: Connecti
     (cli.spool / "\x1b]0;owned\x07.ndjson").write_bytes(b"")
     _, shown = on_a_terminal(cli, "run", "--once")
     assert "\x1b]0" not in shown and r"\x1b]0;owned\x07.ndjson" in shown
-    assert re.search(r"\d{4}-\d\d-\d\d \S+ WARNING the tables are of version 9", shown) and "{" not in shown
+    assert re.search(r"\d{4}-\d\d-\d\d \S+ WARNING schema version 9 is newer", shown) and "{" not in shown
 
 
 @pytest.mark.parametrize("command", ["backfill", "run --once"])

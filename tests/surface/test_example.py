@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from loader.database import Connection
-from loader.demo import CALLS, Call, Person, Traffic, served
+from loader.demo.tour import CALLS, Call, Person, Traffic, served
+from loader.load.database import Connection
 from tests.load.lines import rows
 from tests.processes import Cli
 
@@ -22,7 +22,7 @@ WRONG_CALLS = (
 
 def check(cli: Cli, connection: Connection, requests: int) -> None:
     traffic = Traffic([Person("parent"), Person("child")], (*CALLS, *WRONG_CALLS))
-    with served(cli.spool, "tests.example.application:app") as address:
+    with served(cli.spool, "loader.demo.application:app") as address:
         asyncio.run(traffic.run(address, requests))
     counts = traffic.answers
     assert counts.total() == requests

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 
-from loader.database import Connection
+from loader.load.database import Connection
 from tests.load.lines import STEM, event, joined, segment
 from tests.processes import LOADER, Cli, eventually
 
@@ -214,9 +214,9 @@ def test_a_password_on_the_command_line_is_warned_of(cli: Cli) -> None:
 
 
 def test_what_the_demo_needs_is_named() -> None:
-    code = "import loader.cli as c; c.find_spec = lambda name: None; c.cli(['demo'])"
+    code = "from loader.cli import demo, main; demo.find_spec = lambda name: None; main.cli(['demo'])"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.returncode == 1 and "pip install 'analytics-spool[embedded]'" in ended.stderr
+    assert ended.returncode == 1 and "pip install 'analytics-spool[demo]'" in ended.stderr
 
 
 def test_a_database_that_goes_away_is_told_with_its_exit_code(cli: Cli, one_connection: Connection) -> None:

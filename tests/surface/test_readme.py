@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from loader.database import apply_schema
+from loader.load.schema import apply_schema
 from tests.load.lines import event, joined, segment
 from tests.processes import Cli, as_root, environment, needs_systemd
 
@@ -28,7 +28,7 @@ COMMANDS = [line for block in snippets("sh") if block not in INSTALL for line in
 
 
 def test_the_two_commands_are_what_continuous_integration_and_the_demo_test_run() -> None:
-    assert INSTALL == ["pip install '.[embedded]' && loader demo\n", "pip install '.[test]' && pytest\n"]
+    assert INSTALL == ["pip install '.[demo]' && loader demo\n", "pip install '.[test]' && pytest\n"]
 
 
 def test_every_command_runs(cli: Cli, tmp_path: Path) -> None:

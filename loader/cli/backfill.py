@@ -1,0 +1,63 @@
+"""`loader backfill`."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import click
+
+from loader import settings
+from loader.cli import options, terminal
+from loader.cli.loading import dsn_source, finish, patient_workers
+from loader.operate import backfill
+from loader.operate.backfill import GivenFile
+from loader.service import logs
+from loader.service.run import Report
+from loader.service.signals import until_signal
+
+
+@click.command("backfill")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(allow_dash=True))
+@options.dsn
+@options.spool_dir
+@options.workers
+@click.option("--dry-run", is_flag=True, help="Read and check every line, without a database.")
+@options.as_json
+def command(
+    paths: tuple[str, ...], dsn: str | None, spool_dir: Path | None, workers: int, dry_run: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Load files, directories, or - for standard input.
+
+    They may be compressed with gzip or zstd. The files are never changed. Rejected lines go to the spool's rejected/.
+
+    \b
+    Examples:
+      loader backfill --dry-run archive/
+      loader backfill archive/ older.ndjson.gz
+      zcat older.ndjson.gz | loader backfill -
+    """
+    logs.to_stderr()
+    files = backfill.find(paths)
+    if dry_run:
+        _dry_run(files, as_json)
+        return
+    source, spool = dsn_source(dsn), settings.spool_directory(spool_dir)
+    with (
+        until_signal() as signals,
+        contextlib.closing(patient_workers(source, spool, workers, signals)) as pool,
+    ):
+        with terminal.bar_over(files):
+            report = pool.load(files)
+        finish(report, signals, as_json=as_json)
+
+
+def _dry_run(files: list[GivenFile], as_json: bool) -> None:
+    with terminal.bar_over(files):
+        checked = backfill.dry_run(files)
+    if not as_json:
+        for code, count in sorted(checked.codes.items()):
+            terminal.say(f"would be rejected: {count} {code}")
+    report = Report(checked.loaded, len(files) - len(checked.failures), checked.failures)
+    finish(report, None, as_json=as_json, codes=checked.codes)

@@ -1,0 +1,66 @@
+"""What the commands that load have in common: their workers, and how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import psycopg
+
+from loader import settings
+from loader.cli import terminal
+from loader.errors import SOME_REJECTED, LoaderError
+from loader.load import database
+from loader.service.health import Health
+from loader.service.run import Report
+from loader.service.signals import Signals
+from loader.service.workers import Workers
+
+PATIENCE: Final = 60.0
+"""Seconds that a command which ends by itself waits for a database that became unavailable."""
+INTERRUPTED: Final = "interrupted: what is counted above is done; run it again to go on"
+
+
+def dsn_source(given: str | None) -> Callable[[], str]:
+    """Return what yields the DSN now, and later, when it may have changed. Raises UsageError without one."""
+    settings.database_dsn(given)
+    return partial(settings.database_dsn, given)
+
+
+def patient_workers(
+    dsn: Callable[[], str], spool: Path, count: int, signals: Signals, health: Health | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> Workers:  # fmt: skip
+    """Return workers for a command that ends by itself. Raises psycopg.Error at once without a database."""
+    database.connect(dsn()).close()
+    return Workers(dsn, spool, count, signals, PATIENCE, health, tick)
+
+
+@contextlib.contextmanager
+def only_for(actor: str) -> Iterator[None]:
+    """Report that a role may not do this, and who may. Raises LoaderError."""
+    try:
+        yield
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise LoaderError(f"{error.diag.message_primary}: run this as {actor}") from error
+
+
+def finish(report: Report, signals: Signals | None, *, as_json: bool, **more: object) -> None:
+    """Print what was done and end with the exit code for it."""
+    counts = {"files": report.files, **report.loaded.facts()}
+    if as_json:
+        terminal.print_json({**counts, **more, "failures": report.failures})
+    else:
+        terminal.say(terminal.counts(counts))
+        for name, reason in report.failures.items():
+            terminal.warn(f"{name} {reason}")
+    if signals is not None and signals.stop.is_set():
+        raise LoaderError(INTERRUPTED)
+    if report.failures:
+        raise LoaderError(f"{len(report.failures)} files were not loaded completely")
+    if report.loaded.counts.rejected:
+        sys.exit(SOME_REJECTED)

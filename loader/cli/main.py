@@ -1,0 +1,98 @@
+"""The command line: imports a command when it is called, turns errors into one line and an exit code.
+
+A command's module imports what it needs, so that `--version`, `--help` and completion load no driver.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any, Final, NoReturn
+
+import click
+from click.shell_completion import CompletionItem
+
+from loader.errors import LoaderError, one_line
+
+COMMANDS: Final = {
+    "init": "Create or upgrade the tables; idempotent.",
+    "run": "Watch a spool and load what is sealed, until SIGTERM.",
+    "backfill": "Load files, directories, or - for standard input.",
+    "status": "Show what waits, what was loaded and what was rejected.",
+    "doctor": "Check all that the loader needs and print what to do.",
+    "rejects": "List, show and retry the lines that were not loaded.",
+    "prune": "Remove old rows, ledger rows, and rejected and archived files.",
+    "demo": "Run the whole pipeline against a temporary Postgres.",
+}
+"""Commands with their short help; each is `command` in the module of its name."""
+
+
+class Commands(click.Group):
+    """The commands, imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = import_module(f"loader.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        commands = [
+            CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)
+        ]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        try:
+            sys.exit(super().main(*args, **{**kwargs, "standalone_mode": False}))
+        except (click.Abort, KeyboardInterrupt):
+            _fail("interrupted: run it again to go on", LoaderError.exit_code)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "loader"
+            _fail(f"{error.format_message()} See `{command} --help`.", error.exit_code)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except (LoaderError, OSError, ValueError) as error:
+            _fail(str(error), getattr(error, "exit_code", LoaderError.exit_code))
+        except Exception as error:
+            _fail_for_database(error)
+            raise
+
+
+def _fail_for_database(error: Exception) -> None:
+    """End the command if it is an error of the database, whose driver is loaded only then."""
+    psycopg = sys.modules.get("psycopg")
+    if psycopg is not None and isinstance(error, psycopg.Error):
+        from loader.load.sqlstate import explain  # imports psycopg
+
+        explained = explain(error)
+        _fail(str(explained), explained.exit_code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"Error: {one_line(message)}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="analytics-spool")
+def cli() -> None:
+    """Load analytics spools into Postgres.
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 usage, 3 done but some lines were rejected, 4 database out of reach.
+
+    \b
+    Examples:
+      loader doctor
+      loader init
+      loader run --once
+    """

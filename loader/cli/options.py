@@ -1,0 +1,48 @@
+"""Options that several commands have, and the type of an age."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from spool.segment import DEFAULT_DIRECTORY
+
+dsn = click.option(
+    "--dsn", metavar="DSN",
+    help="The database; else LOADER_DSN, the file LOADER_DSN_FILE, DATABASE_URL, or libpq's PG*. Other users "
+    "of the machine see it: pass a password another way.",
+)  # fmt: skip
+spool_dir = click.option(
+    "--spool-dir", metavar="DIR", type=click.Path(path_type=Path),
+    help=f"The spool; else SPOOL_DIR, else {DEFAULT_DIRECTORY}.",
+)  # fmt: skip
+workers = click.option(
+    "--workers", type=click.IntRange(1, 64), default=2, envvar="LOADER_WORKERS", show_default=True,
+    help="Connections that load; else LOADER_WORKERS.",
+)  # fmt: skip
+archive = click.option(
+    "--archive", metavar="DIR", envvar="LOADER_ARCHIVE", type=click.Path(path_type=Path, file_okay=False),
+    help="Where loaded files are kept, compressed, in a directory for each day; else LOADER_ARCHIVE.",
+)  # fmt: skip
+as_json = click.option("--json", "as_json", is_flag=True, help="For machines: JSON.")
+
+
+class Age(click.ParamType[datetime]):
+    """An age such as `90d`: a number and w, d, h or m for weeks, days, hours or minutes."""
+
+    name = "age"
+    _UNITS: Final = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes"}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        """Return the moment that long ago."""
+        parts = re.fullmatch(r"(\d{1,6})([wdhm])", str(value))
+        if parts is None:
+            self.fail(f"{value!r} is not an age: write a number and w, d, h or m, such as 90d.", param, ctx)
+        try:
+            return datetime.now(UTC) - timedelta(**{self._UNITS[parts[2]]: int(parts[1])})
+        except OverflowError:
+            self.fail(f"{value!r} is before the year 1.", param, ctx)

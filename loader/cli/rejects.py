@@ -1,0 +1,133 @@
+"""`loader rejects list|show|retry`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import orjson
+from click.shell_completion import CompletionItem
+
+from loader import settings
+from loader.cli import options
+from loader.errors import LoaderError, UsageError
+from loader.files import rejects
+
+
+@click.group("rejects")
+def command() -> None:
+    """List, show and retry the lines that were not loaded.
+
+    \b
+    Examples:
+      loader rejects list
+      loader rejects show
+      loader rejects retry
+    """
+
+
+def _complete_reject_file(ctx: click.Context, _: click.Parameter, begun: str) -> list[CompletionItem]:
+    try:
+        files = rejects.files(settings.spool_directory(ctx.params.get("spool_dir")))
+    except (LoaderError, OSError):
+        return []
+    return [CompletionItem(path.name) for path in files if path.name.startswith(begun)]
+
+
+_names = click.argument("names", nargs=-1, metavar="[FILE...]", shell_complete=_complete_reject_file)
+
+
+@command.command("list")
+@options.spool_dir
+@options.as_json
+def list_rejects(spool_dir: Path | None, as_json: bool) -> None:
+    """List the reject files with their counts by code.
+
+    \b
+    Examples:
+      loader rejects list
+      loader rejects list --json
+    """
+    from loader.cli import terminal
+
+    rows = []
+    for path in rejects.files(settings.spool_directory(spool_dir)):
+        codes = rejects.count([path])
+        if as_json:
+            terminal.print_json({"file": path.name, "lines": codes.total(), "codes": codes})
+        rows.append((path.name, codes.total(), ", ".join(f"{code} {n}" for code, n in codes.most_common())))
+    if rows and not as_json:
+        terminal.table(("file", "lines", "codes"), rows)
+    elif not as_json:
+        terminal.say("No rejects.")
+
+
+@command.command("show")
+@_names
+@options.spool_dir
+@options.as_json
+def show_rejects(names: tuple[str, ...], spool_dir: Path | None, as_json: bool) -> None:
+    """Show each rejected line with its place and reason.
+
+    \b
+    Examples:
+      loader rejects show
+      loader rejects show --json
+    """
+    from loader.cli import terminal
+
+    for path in _reject_files(settings.spool_directory(spool_dir), names):
+        for rejected in rejects.read(path):
+            if as_json:
+                terminal.print_json(orjson.loads(rejected.encode()))
+                continue
+            terminal.say(f"{rejected.file}, line {rejected.line}: {rejected.code}", "bold")
+            terminal.say(f"  {rejected.reason}")
+            terminal.say(f"  {rejected.raw[:2000].decode(errors='backslashreplace')}", "dim")
+
+
+@command.command("retry")
+@_names
+@options.dsn
+@options.spool_dir
+@options.as_json
+def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | None, as_json: bool) -> None:
+    """Load the rejected lines that have become loadable; the others stay.
+
+    \b
+    Examples:
+      loader rejects retry
+    """
+    from loader.cli import terminal
+    from loader.cli.loading import finish
+    from loader.load import database
+    from loader.load.batch import retry
+    from loader.service import logs
+    from loader.service.run import Report
+    from loader.service.signals import until_signal
+
+    logs.to_stderr()
+    files = _reject_files(settings.spool_directory(spool_dir), names)
+    report = Report()
+    with (
+        until_signal() as signals,
+        database.connect(settings.database_dsn(dsn)) as connection,
+        terminal.bar("files", len(files)) as shown,
+    ):
+        for path in files:
+            if signals.stop.is_set():
+                break
+            report.loaded += retry(connection, path)
+            report.files += 1
+            shown(report.files)
+    finish(report, signals, as_json=as_json)
+
+
+def _reject_files(spool: Path, names: tuple[str, ...]) -> list[Path]:
+    files = rejects.files(spool)
+    known = {path.name for path in files}
+    for name in names:
+        if Path(name).name not in known:
+            raise UsageError(f"{spool / rejects.DIRECTORY} has no {name}: see `loader rejects list`")
+    wanted = {Path(name).name for name in names}
+    return [path for path in files if not names or path.name in wanted]

@@ -1,0 +1,80 @@
+"""`loader run`."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from loader import settings
+from loader.cli import options, terminal
+from loader.cli.loading import dsn_source, finish, patient_workers
+from loader.errors import UsageError
+from loader.files.lock import exclusive
+from loader.files.scan import backlog
+from loader.service import daemon, logs
+from loader.service.health import Health
+from loader.service.notify import Notifier
+from loader.service.signals import Signals, until_signal
+
+
+@click.command("run")
+@options.dsn
+@options.spool_dir
+@options.workers
+@options.archive
+@click.option("--once", is_flag=True, help="Load what is sealed, segments of dead writers too, and exit.")
+@click.option(
+    "--metrics-port", type=click.IntRange(1, 65535), envvar="LOADER_METRICS_PORT",
+    help="Answer Prometheus on this port of this machine; else LOADER_METRICS_PORT.",
+)  # fmt: skip
+@options.as_json
+def command(
+    dsn: str | None, spool_dir: Path | None, workers: int, archive: Path | None, once: bool,
+    metrics_port: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Watch a spool and load what is sealed, until SIGTERM.
+
+    SIGHUP makes it reconnect, with the DSN as it is then. Log lines are JSON unless they go to a terminal.
+
+    \b
+    Examples:
+      loader run --metrics-port 9187 --archive /var/lib/analytics-archive
+      loader run --once
+    """
+    logs.to_stderr()
+    if as_json and not once:
+        raise UsageError("--json goes with --once: the daemon's log is JSON already")
+    source = dsn_source(dsn)
+    spool = settings.spool_directory(spool_dir)
+    if dsn and settings.has_password(dsn):
+        terminal.warn(
+            "--dsn shows its password to everyone who lists processes: use LOADER_DSN or LOADER_DSN_FILE"
+        )
+    with until_signal() as signals:
+        if once:
+            _run_once(source, spool, workers, archive, signals, as_json)
+            return
+        faulthandler.enable()  # when systemd's watchdog aborts it, the journal shows what each thread did
+        watching = daemon.Daemon(source, spool, workers, signals, archive, Notifier())
+        if metrics_port is not None:
+            from loader.service import metrics  # which takes long to import
+
+            metrics.serve(metrics_port, spool, watching.health)
+        watching.run()
+
+
+def _run_once(
+    dsn: Callable[[], str], spool: Path, workers: int, archive: Path | None, signals: Signals, as_json: bool
+) -> None:
+    with exclusive(spool), terminal.bar("loading", backlog(spool).sealed_bytes, of_bytes=True) as shown:
+        health = Health()
+        pool = patient_workers(dsn, spool, workers, signals, health, lambda: shown(health.total.bytes))
+        with contextlib.closing(pool):
+            found, report = daemon.once(spool, pool, archive)
+    for name, reason in found.skipped.items():
+        terminal.warn(f"skipped {name}: {reason}")
+    finish(report, signals, as_json=as_json)

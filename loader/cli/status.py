@@ -1,0 +1,47 @@
+"""`loader status`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import psycopg
+
+from loader import settings
+from loader.cli import options, terminal
+from loader.errors import LoaderError
+from loader.load import database
+from loader.load.sqlstate import explain
+from loader.operate import status
+
+
+@click.command("status")
+@options.dsn
+@options.spool_dir
+@options.as_json
+def command(dsn: str | None, spool_dir: Path | None, as_json: bool) -> None:
+    """Show what waits, what was loaded and what was rejected.
+
+    \b
+    Examples:
+      loader status
+      loader status --json
+    """
+    spool = status.spool(settings.spool_directory(spool_dir))
+    failure: LoaderError | None = None
+    ledger: status.Ledger | None = None
+    try:
+        with database.connect(settings.database_dsn(dsn)) as connection:
+            ledger = status.ledger(connection)
+    except (psycopg.Error, LoaderError) as error:
+        failure = explain(error)
+    facts = {"spool": asdict(spool), "database": ledger and ledger.facts()}
+    if as_json:
+        terminal.print_json(facts | {"error": failure and str(failure)})
+    else:
+        for title, section in facts.items():
+            if section:
+                terminal.facts(title, section)
+    if failure:
+        raise failure

@@ -1,0 +1,147 @@
+"""Lines that were not loaded, each with its reason, in files under the spool's `rejected/`.
+
+    rejected/<stem>-<offset>.ndjson            the rejects of the chunk that begins at <offset> of <stem>
+    rejected/<stem>-<offset>-<digest>.ndjson   the same, where another chunk has taken that name
+    rejected/<stem>.whole                      a file with a line longer than a chunk, kept whole
+
+A file is written under a passing name, synced and renamed before the COMMIT of its chunk, so that a crash in
+between leaves it to be written again. It is never appended to and never replaces the rejects of other lines.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import orjson
+
+from loader.files import nofollow
+from loader.files.chunk import CHUNK_BYTES, Chunk
+
+DIRECTORY: Final = "rejected"
+WHOLE: Final = ".whole"
+_LONGEST_LINE: Final = 16 * CHUNK_BYTES
+"""A line of a chunk, each byte of it escaped (six bytes for a control character), and room for its reason."""
+_LARGEST_FILE: Final = 1 << 30
+_SUFFIXES: Final = (".gz", ".zst", ".ndjson", ".jsonl")
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A line that was not loaded: where it stood (1 is a file's first line), why not, and its bytes."""
+
+    file: str
+    line: int
+    code: str
+    reason: str
+    raw: bytes
+
+    def encode(self) -> bytes:
+        """Return the line of a reject file; what is not UTF-8 goes as `raw_base64`."""
+        wrapped: dict[str, object] = {
+            "file": self.file, "line": self.line, "code": self.code, "reason": self.reason,
+        }  # fmt: skip
+        try:
+            wrapped["raw"] = self.raw.decode()
+        except UnicodeDecodeError:
+            wrapped["raw_base64"] = base64.b64encode(self.raw).decode()
+        return orjson.dumps(wrapped, option=orjson.OPT_APPEND_NEWLINE)
+
+
+class _Wrapped(msgspec.Struct):
+    file: str
+    line: int
+    code: str
+    reason: str
+    raw: str | None = None
+    raw_base64: str | None = None
+
+
+_decode = msgspec.json.Decoder(_Wrapped).decode
+
+
+def decode(line: bytes) -> Rejected:
+    """Return what `Rejected.encode` wrote. Raises ValueError for anything else."""
+    wrapped = _decode(line)
+    raw = (wrapped.raw or "").encode() if wrapped.raw_base64 is None else base64.b64decode(wrapped.raw_base64)
+    return Rejected(wrapped.file, wrapped.line, wrapped.code, wrapped.reason, raw)
+
+
+def read(path: Path) -> Iterator[Rejected]:
+    """Yield the rejects of a file. Raises OSError, and ValueError that names the file and the line."""
+    with nofollow.opened(path.parent) as fd, nofollow.open_file(path.name, fd) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > _LARGEST_FILE:
+            raise ValueError(f"{path} has {size} bytes, more than the loader writes: move it away")
+        for number in itertools.count(1):
+            if not (line := stream.readline(_LONGEST_LINE)):
+                return
+            try:
+                yield decode(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not a reject line: {error}") from None
+
+
+def files(spool: Path) -> list[Path]:
+    """Return the reject files of a spool, oldest first. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), nofollow.opened(spool / DIRECTORY) as fd:
+        return [spool / DIRECTORY / name for name in nofollow.names(fd, (".ndjson",))]
+    return []
+
+
+def count(paths: Iterable[Path]) -> Counter[str]:
+    """Return how many rejects the files hold, by code. Raises OSError, ValueError."""
+    return Counter(rejected.code for path in paths for rejected in read(path))
+
+
+def write(spool: Path, chunk: Chunk, rejects: Sequence[Rejected]) -> None:
+    """Write the rejects of a chunk, also where an interrupted load had written them. Raises OSError."""
+    stem = stem_of(chunk.file)
+    path = spool / DIRECTORY / f"{stem}-{chunk.offset}.ndjson"
+    if os.path.lexists(path) and not _is_of(chunk, path):
+        path = path.with_name(f"{stem}-{chunk.offset}-{chunk.digest.hex()[:12]}.ndjson")
+    replace(path, rejects)
+
+
+def replace(path: Path, rejects: Sequence[Rejected]) -> None:
+    """Make `path` hold these rejects, and not be where there is none; durable on return. Raises OSError."""
+    if not rejects and not os.path.lexists(path):
+        return
+    with nofollow.opened(path.parent, create=True) as fd:
+        if rejects:
+            passing = f"{path.stem}.part"
+            with nofollow.create_file(passing, fd) as stream:
+                stream.writelines(rejected.encode() for rejected in rejects)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.rename(passing, path.name, src_dir_fd=fd, dst_dir_fd=fd)
+        else:
+            os.unlink(path.name, dir_fd=fd)
+        os.fsync(fd)
+
+
+def stem_of(file: str) -> str:
+    """Return the name of a loaded file without its suffixes, with nothing that a file name can't have."""
+    name = os.path.basename(file)
+    while name.endswith(_SUFFIXES):
+        name = os.path.splitext(name)[0]
+    return _UNSAFE.sub("_", name).lstrip(".")[:150] or "stdin"
+
+
+def _is_of(chunk: Chunk, path: Path) -> bool:
+    """Whether every line of a reject file stands in the chunk, so that it is from an earlier try."""
+    lines = set(chunk.lines())
+    try:
+        return all(rejected.raw in lines for rejected in read(path))
+    except (OSError, ValueError):  # a link, or no reject file: another name is taken
+        return False

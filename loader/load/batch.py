@@ -1,0 +1,99 @@
+"""The heart: one batch of chunks, one transaction.
+
+    step                                  a crash here leaves              repaired by
+    ------------------------------------  -------------------------------  ------------------------------
+    does the ledger know the digest?      a transaction, rolled back       the next load of the file
+    decode; COPY; staging; isolate        the same                         the same
+    ledger rows                           the same                         the same
+    reject files, whole and synced        reject files, no ledger row      written again under their name
+    COMMIT                                all of it, or none, or unknown   the ledger knows the digest
+
+What follows (the file is retired) is up to the caller. Every line of a chunk ends as a new row, as a
+duplicate of an equal row or as a reject; the ledger's own CHECK proves the sum in each transaction.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from loader.files import rejects
+from loader.files.chunk import Chunk
+from loader.files.rejects import Rejected
+from loader.load import ledger
+from loader.load.counts import Counts, Loaded
+from loader.load.database import Connection, prepare
+from loader.load.insert import insert, insert_isolating
+from loader.load.ledger import Entry
+from loader.load.outcome import OVERSIZE, Outcome, decoded, decoded_lines
+
+
+def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates: float = 0.0) -> Loaded:
+    """Load the chunks in one transaction; their rejects go to the spool's `rejected/`.
+
+    `duplicates` is the share of lines that are expected to exist; a wrong guess costs time only. Raises
+    psycopg.Error and OSError, after which nothing was loaded, or, if the connection broke in the COMMIT, all
+    of it: load again, the ledger knows.
+    """
+    with connection.transaction():
+        known = ledger.known(connection, [chunk.digest for chunk in batch])
+        fresh, repeated = _divide(batch, known)
+        prepare(connection)
+        outcomes = insert(connection, fresh, duplicates) if fresh else []
+        ledger.record(connection, [outcome.entry() for outcome in outcomes])
+        for outcome in outcomes:
+            rejects.write(spool, outcome.chunk, outcome.rejects)
+    return sum(
+        (outcome.loaded() for outcome in outcomes),
+        Loaded(known=sum(c.line_count for c in repeated), bytes=sum(c.size for c in repeated)),
+    )
+
+
+def retry(connection: Connection, path: Path) -> Loaded:
+    """Load the lines of a reject file that have become loadable; the file keeps the others.
+
+    The ledger gets a row for what was loaded: the others were counted when they were rejected. Lines that are
+    retried have the same bytes each time, so the key of that row is random. Raises psycopg.Error, OSError and
+    ValueError (not a reject file).
+    """
+    before = list(rejects.read(path))
+    retried = [rejected for rejected in before if rejected.code != OVERSIZE]
+    left = [rejected for rejected in before if rejected.code == OVERSIZE]
+    name = f"{rejects.DIRECTORY}/{path.name}"
+    outcome = Outcome(Chunk(name, 0, sum(len(each.raw) + 1 for each in retried), 1, len(retried), b""))
+    with connection.transaction():
+        prepare(connection)
+        insert_isolating(connection, list(decoded_lines(outcome, (rejected.raw for rejected in retried))))
+        loaded = replace(outcome.counts, rejected=0)
+        if loaded.lines:
+            digest = secrets.token_bytes(32)
+            ledger.record(connection, [Entry(digest, name, 0, outcome.chunk.size, loaded)])
+    left += [_in_its_place(now, retried[now.line - 1]) for now in outcome.rejects]
+    rejects.replace(path, left)
+    return Loaded(loaded + Counts(rejected=len(left)), bytes=outcome.chunk.size)
+
+
+def check(chunk: Chunk) -> Outcome:
+    """Decode a chunk and count, without a database."""
+    outcome = Outcome(chunk)
+    for line in decoded([outcome]):
+        line.insert()
+    return outcome
+
+
+def _divide(batch: Sequence[Chunk], known: set[bytes]) -> tuple[list[Chunk], list[Chunk]]:
+    """Return the chunks to load, and those whose bytes the ledger or an earlier chunk of the batch has."""
+    fresh: list[Chunk] = []
+    repeated: list[Chunk] = []
+    seen = set(known)
+    for chunk in batch:
+        (repeated if chunk.digest in seen else fresh).append(chunk)
+        seen.add(chunk.digest)
+    return fresh, repeated
+
+
+def _in_its_place(now: Rejected, before: Rejected) -> Rejected:
+    """Return a reject with the file and line it was first read from."""
+    return replace(now, file=before.file, line=before.line)

@@ -1,0 +1,68 @@
+"""COPY, row by row, and the lookup of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+import psycopg
+from psycopg import sql
+
+from loader.load.database import Connection
+from loader.load.tables import Table
+
+_BLOCK_ROWS: Final = 256
+"""Rows that are sent at once, some 64 KiB: a write of psycopg's per row costs a microsecond for each."""
+
+
+class RowWriter:
+    """Sends rows in COPY's text format, in blocks."""
+
+    def __init__(self, copy: psycopg.Copy) -> None:
+        self._copy = copy
+        self._block: list[str] = []
+
+    def write(self, row: str) -> None:
+        """Send a row, without its newline, now or with later ones. Raises psycopg.Error."""
+        block = self._block
+        block.append(row)
+        if len(block) == _BLOCK_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what was held back. Raises psycopg.Error."""
+        if self._block:
+            self._block.append("")
+            self._copy.write("\n".join(self._block))
+            self._block.clear()
+
+
+@contextmanager
+def copying(connection: Connection, table: str, columns: Iterable[str]) -> Iterator[RowWriter]:
+    """Open a COPY into the columns of a table. Raises psycopg.Error for the first row that is refused."""
+    statement = sql.SQL("COPY {} ({}) FROM STDIN").format(
+        sql.Identifier(table), sql.SQL(", ").join(map(sql.Identifier, columns))
+    )
+    with connection.cursor().copy(statement) as copy:
+        writer = RowWriter(copy)
+        yield writer
+        writer.flush()
+
+
+def copy(connection: Connection, table: Table, rows: Iterable[str]) -> None:
+    """Copy rows into a table. Raises psycopg.Error for the first that is refused."""
+    with copying(connection, table.name, table.columns) as writer:
+        for row in rows:
+            writer.write(row)
+
+
+def existing_ids(connection: Connection, table: Table, ids: Sequence[str]) -> set[str]:
+    """Return those of some canonical UUIDs that are the key of a row. Raises psycopg.Error."""
+    if not ids:
+        return set()
+    statement = sql.SQL(
+        "SELECT found.key::text FROM unnest(%s::uuid[]) AS wanted CROSS JOIN LATERAL "
+        "(SELECT {key} AS key FROM {table} WHERE {key} = wanted OFFSET 0) AS found"
+    ).format(key=sql.Identifier(table.key), table=sql.Identifier(table.name))
+    return {key for (key,) in connection.execute(statement, ["{" + ",".join(ids) + "}"])}

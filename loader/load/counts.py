@@ -1,0 +1,46 @@
+"""What became of lines: the one value that a load, the ledger, `status` and the metrics share."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, field
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Lines by what became of them. Each line is counted once, so their sum is the number of lines."""
+
+    events: int = 0
+    metrics: int = 0
+    duplicates: int = 0
+    rejected: int = 0
+
+    @property
+    def lines(self) -> int:
+        return self.events + self.metrics + self.duplicates + self.rejected
+
+    @property
+    def rows(self) -> int:
+        return self.events + self.metrics
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a load did: the counts of its lines, the lines that the ledger already knew, and their bytes."""
+
+    counts: Counts = field(default_factory=Counts)
+    known: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Loaded) -> Loaded:
+        return Loaded(self.counts + other.counts, self.known + other.known, self.bytes + other.bytes)
+
+    def facts(self) -> dict[str, int]:
+        """Return the counts by the names that commands and log lines use; `lines` includes the known ones."""
+        counts = self.counts
+        return {
+            "lines": counts.lines + self.known, "events": counts.events, "metrics": counts.metrics,
+            "duplicates": counts.duplicates, "rejected": counts.rejected, "known": self.known,
+        }  # fmt: skip

@@ -1,0 +1,94 @@
+"""What becomes of the lines of one chunk: decoded here, counted and rejected by whoever inserts them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from loader.files.chunk import Chunk
+from loader.files.rejects import Rejected
+from loader.load.counts import Counts, Loaded
+from loader.load.decode import Reject, Row, decode
+from loader.load.ledger import Entry
+from loader.load.tables import EVENTS
+
+OVERSIZE: Final = "oversize"
+"""Code of a line longer than a chunk: its reject holds its beginning only, so it cannot be retried."""
+
+
+@dataclass
+class Outcome:
+    """The counts and rejects of one chunk so far."""
+
+    chunk: Chunk
+    events: int = 0
+    metrics: int = 0
+    duplicates: int = 0
+    rejects: list[Rejected] = field(default_factory=list)
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(self.events, self.metrics, self.duplicates, len(self.rejects))
+
+    def loaded(self) -> Loaded:
+        return Loaded(self.counts, bytes=self.chunk.size)
+
+    def entry(self) -> Entry:
+        """Return the chunk's row of the ledger."""
+        chunk = self.chunk
+        return Entry(chunk.digest, chunk.file, chunk.offset, chunk.size, self.counts)
+
+    def insert(self, row: Row) -> None:
+        """Count a row that is new."""
+        if row.table is EVENTS:
+            self.events += 1
+        else:
+            self.metrics += 1
+
+    def reject(self, line: int, raw: bytes, reject: Reject) -> None:
+        self.rejects.append(Rejected(self.chunk.file, line, reject.code, reject.reason, raw))
+
+    def sort_rejects(self) -> None:
+        """Put the rejects in the order of their lines."""
+        self.rejects.sort(key=lambda rejected: rejected.line)
+
+
+class Line(msgspec.Struct, frozen=True, gc=False):
+    """A line that has a row."""
+
+    outcome: Outcome
+    number: int
+    raw: bytes
+    row: Row
+
+    def insert(self) -> None:
+        self.outcome.insert(self.row)
+
+    def reject(self, reject: Reject) -> None:
+        self.outcome.reject(self.number, self.raw, reject)
+
+
+def decoded(outcomes: Sequence[Outcome]) -> Iterator[Line]:
+    """Yield the lines of the chunks that have a row; the others are rejected."""
+    for outcome in outcomes:
+        yield from decoded_lines(outcome, outcome.chunk.lines())
+
+
+def decoded_lines(outcome: Outcome, lines: Iterable[bytes]) -> Iterator[Line]:
+    """As `decoded`, for given lines that are those of the outcome's chunk."""
+    chunk = outcome.chunk
+    for number, raw in enumerate(lines, chunk.first_line):
+        row = _oversize(chunk) if chunk.oversize else decode(raw)
+        if isinstance(row, Row):
+            yield Line(outcome, number, raw, row)
+        else:
+            outcome.reject(number, raw, row)
+
+
+def _oversize(chunk: Chunk) -> Reject:
+    return Reject(
+        OVERSIZE, f"the line has {chunk.size} bytes; only its beginning is here, the whole is in the file"
+    )

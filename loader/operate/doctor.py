@@ -1,0 +1,270 @@
+"""What is wrong, and what to type: each thing a loader depends on is looked at, and nothing is changed."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from grp import getgrgid
+from pathlib import Path
+from typing import Final
+
+import psycopg
+import watchfiles
+
+from loader import settings
+from loader.errors import LoaderError, OutOfReachError
+from loader.files import nofollow, rejects
+from loader.files.lock import holder
+from loader.files.scan import backlog, segment_names
+from loader.load import database, schema
+from loader.load.database import Connection
+from loader.load.sqlstate import explain
+from loader.service.daemon import UNWATCHABLE
+from spool.segment import OPEN, SEALED
+
+_OLDEST_SERVER: Final = 13
+"""The first with `gen_random_uuid()` of its own; 15 and later are tested."""
+_LITTLE_SPACE: Final = 1 << 30
+_LITTLE_SHARE: Final = 0.05
+_LONG_LAG: Final = 60.0
+_CLOCK_SECONDS: Final = 5.0
+_TABLES: Final = ("analytics_events", "analytics_metrics", "analytics_loads")
+_TABLE_PRIVILEGES: Final = (
+    "SELECT name, privilege, has_table_privilege(name, privilege) FROM unnest(%s::text[]) AS name, "
+    "unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE']) AS privilege"
+)
+
+
+class Verdict(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, what it is like, and what to do where that is not well."""
+
+    check: str
+    verdict: Verdict
+    finding: str
+    remedy: str = ""
+    exit_code: int = LoaderError.exit_code
+
+    def facts(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in ("check", "verdict", "finding", "remedy")}
+
+
+def _ok(check: str, finding: str) -> Finding:
+    return Finding(check, Verdict.OK, finding)
+
+
+def _warning(check: str, finding: str, remedy: str) -> Finding:
+    return Finding(check, Verdict.WARNING, finding, remedy)
+
+
+def _failed(check: str, finding: str, remedy: str) -> Finding:
+    return Finding(check, Verdict.FAILED, finding, remedy)
+
+
+def examine(spool: Path | None, dsn: str | None, archive: Path | None) -> Iterator[Finding]:
+    """Look at the spool, the machine and the database, as they were given or are set."""
+    try:
+        where = settings.spool_directory(spool)
+    except LoaderError as error:
+        yield _failed("spool", str(error), "")
+    else:
+        for check in (_permissions, _segments, _lock, _backlog, _rejects, _inotify, _disk):
+            yield from _guarded(check, where)
+    if archive is not None:
+        yield from _guarded(_archive, archive)
+    try:
+        with database.connect(settings.database_dsn(dsn)) as connection:
+            yield _ok("connection", f"{connection.info.user}@{connection.info.host}/{connection.info.dbname}")
+            for inspect in (_server, _clock, _schema, _privileges):
+                yield from inspect(connection)
+    except (psycopg.Error, LoaderError) as error:
+        reason = explain(error)
+        remedy = "is the server up, and are host, port, user and password right?"
+        unreachable = isinstance(reason, OutOfReachError)
+        yield Finding(
+            "connection", Verdict.FAILED, str(reason), remedy if unreachable else "", reason.exit_code
+        )
+
+
+def _guarded(check: Callable[[Path], Iterator[Finding]], path: Path) -> Iterator[Finding]:
+    try:
+        yield from check(path)
+    except (LoaderError, OSError, ValueError) as error:
+        yield _failed(check.__name__.strip("_"), str(error), "")
+
+
+def _permissions(spool: Path) -> Iterator[Finding]:
+    status = spool.stat()
+    try:
+        group = getgrgid(status.st_gid).gr_name
+    except KeyError:
+        group = str(status.st_gid)
+    mode = stat.S_IMODE(status.st_mode)
+    like = f"{spool}, {settings.owner(status.st_uid)}:{group}, mode {mode:04o}"
+    if not os.access(spool, os.R_OK | os.W_OK | os.X_OK):
+        me = settings.owner(os.geteuid())
+        yield _failed("spool", f"{me} can't read and write {like}", f"usermod -a -G {group} {me}")
+    elif mode & 0o007:
+        yield _warning("spool", f"others than its owner and group reach {like}", f"chmod o= {spool}")
+    elif mode & 0o020 and not mode & stat.S_ISGID:
+        yield _warning("spool", f"files get their writer's own group in {like}", f"chmod g+s {spool}")
+    else:
+        yield _ok("spool", like)
+
+
+def _segments(spool: Path) -> Iterator[Finding]:
+    names = segment_names(spool)
+    unreadable = [name for name in names if not os.access(spool / name, os.R_OK, follow_symlinks=False)]
+    if unreadable:
+        remedy = f"chmod g+r {spool}/*{SEALED} {spool}/*{OPEN}, and let writer and loader share a group"
+        yield _failed("segments", f"{len(unreadable)} can't be read, as {unreadable[0]}", remedy)
+    future = [name for name in names if (spool / name).lstat().st_mtime > time.time() + _CLOCK_SECONDS]
+    if future:
+        yield _warning("segments", f"{future[0]} is from the future", "timedatectl set-ntp true")
+    if not unreadable and not future:
+        yield _ok("segments", f"{len(names)} can be read")
+
+
+def _lock(spool: Path) -> Iterator[Finding]:
+    who = holder(spool)
+    if who is None:
+        yield _warning("loader", "none runs here", "systemctl start analytics-loader, or `loader run`")
+    else:
+        yield _ok("loader", who)
+
+
+def _backlog(spool: Path) -> Iterator[Finding]:
+    waiting = backlog(spool)
+    size, age = waiting.sealed_bytes / 1e6, waiting.lag_seconds
+    like = f"{waiting.sealed_files} sealed files of {size:.1f} MB, the oldest for {age:.0f} s"
+    if waiting.lag_seconds > _LONG_LAG:
+        yield _warning("backlog", like, "journalctl -u analytics-loader")
+    else:
+        yield _ok("backlog", like)
+
+
+def _rejects(spool: Path) -> Iterator[Finding]:
+    where = spool / rejects.DIRECTORY
+    if where.exists() and not os.access(where, os.W_OK | os.X_OK):
+        yield _failed("rejects", f"{where} can't be written", f"chmod g+rwx {where}, as {_owner_of(where)}")
+        return
+    count = rejects.count(rejects.files(spool)).total()
+    if count:
+        yield _warning("rejects", f"{count} lines were not loaded", "`loader rejects show`")
+    else:
+        yield _ok("rejects", "none")
+
+
+def _owner_of(path: Path) -> str:
+    return settings.owner(path.lstat().st_uid)
+
+
+def _inotify(spool: Path) -> Iterator[Finding]:
+    try:
+        next(watchfiles.watch(spool, rust_timeout=1, yield_on_timeout=True, recursive=False))
+    except UNWATCHABLE as error:
+        yield _warning(
+            "inotify", f"{spool} can't be watched: {error}", "sysctl -w fs.inotify.max_user_instances=1024 "
+            "fs.inotify.max_user_watches=524288; until then it is looked at every few seconds",
+        )  # fmt: skip
+    else:
+        limits = Path("/proc/sys/fs/inotify")
+        instances, watches = (
+            (limits / f"max_user_{name}").read_text().strip() for name in ("instances", "watches")
+        )
+        yield _ok("inotify", f"{instances} instances and {watches} watches are allowed")
+
+
+def _disk(spool: Path) -> Iterator[Finding]:
+    space = os.statvfs(spool)
+    free, total = space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
+    like = f"{free / 1e9:.1f} GB of {total / 1e9:.1f} GB are free"
+    if free < min(_LITTLE_SPACE, _LITTLE_SHARE * total):
+        remedy = "make room, or lower SPOOL_MAX_SPOOL_BYTES; on a full disk the emitter drops and counts"
+        yield _warning("disk", like, remedy)
+    elif space.f_files and space.f_favail < 1000:
+        yield _warning("disk", f"{space.f_favail} inodes are free", "remove files that are not needed")
+    else:
+        yield _ok("disk", like)
+
+
+def _archive(archive: Path) -> Iterator[Finding]:
+    with nofollow.opened(archive):
+        pass
+    if os.access(archive, os.W_OK | os.X_OK):
+        yield _ok("archive", str(archive))
+    else:
+        yield _failed(
+            "archive", f"{archive} can't be written", f"chown {settings.owner(os.geteuid())} {archive}"
+        )
+
+
+def _server(connection: Connection) -> Iterator[Finding]:
+    version = connection.info.server_version // 10000
+    row = connection.execute("SHOW transaction_read_only").fetchone()
+    if version < _OLDEST_SERVER:
+        yield _failed("server", f"PostgreSQL {version} is too old", f"use {_OLDEST_SERVER} or later")
+    elif row == ("on",):
+        yield _failed("server", "it is read-only", "connect to the primary: target_session_attrs=read-write")
+    else:
+        yield _ok("server", f"PostgreSQL {version}")
+
+
+def _clock(connection: Connection) -> Iterator[Finding]:
+    begun = time.time()
+    ((server,),) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float").fetchall()
+    away = server - (begun + time.time()) / 2
+    like = f"{abs(away):.1f} s {'before' if away < 0 else 'after'} this machine's"
+    if abs(away) > _CLOCK_SECONDS:
+        yield _warning("clock", f"the server's is {like}", "timedatectl set-ntp true, on both")
+    else:
+        yield _ok("clock", "as the server's")
+
+
+def _schema(connection: Connection) -> Iterator[Finding]:
+    version, ours = schema.schema_version(connection), schema.SCHEMA_VERSION
+    if not version:
+        yield _failed("schema", "the tables are not there", "`loader init`")
+    elif version < ours:
+        yield _warning("schema", f"version {version}, this loader's is {ours}", "`loader init`")
+    elif version > ours:
+        yield _warning("schema", f"version {version}, this loader's is {ours}", "upgrade the loader")
+    else:
+        yield _ok("schema", f"version {version}")
+
+
+def _privileges(connection: Connection) -> Iterator[Finding]:
+    if not schema.schema_version(connection):
+        return
+    user = connection.info.user
+    missing: dict[str, list[str]] = {}
+    needless: dict[str, list[str]] = {}
+    for table, privilege, has in connection.execute(_TABLE_PRIVILEGES, [list(_TABLES)]):
+        needed = privilege in ("SELECT", "INSERT")
+        if has != needed:
+            (missing if needed else needless).setdefault(privilege, []).append(table)
+    temporary = "SELECT has_database_privilege(current_database(), 'TEMPORARY')"
+    if connection.execute(temporary).fetchone() != (True,):
+        missing["TEMPORARY"] = ["the database"]
+    grant = f"as the owner of the tables: `loader init --role {user}`"
+    if missing:
+        yield _failed("privileges", f"{user} lacks {_listed(missing)}", grant)
+    elif needless:
+        other = "as the owner of the tables: `loader init --role analytics_loader`, and load as that role"
+        yield _warning("privileges", f"{user} may do more than load: {_listed(needless)}", other)
+    else:
+        yield _ok("privileges", f"{user} may load, and nothing else")
+
+
+def _listed(privileges: dict[str, list[str]]) -> str:
+    return ", ".join(f"{privilege} on {' and '.join(tables)}" for privilege, tables in privileges.items())

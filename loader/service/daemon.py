@@ -1,0 +1,207 @@
+"""The daemon: scan, load what is sealed, wait for more.
+
+Hints come from inotify; because its queue can overflow without notice (watchfiles issue 348), the whole
+directory is scanned every RESCAN_SECONDS as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import watchfiles
+
+from loader.errors import one_line
+from loader.files.lock import exclusive
+from loader.files.retire import SpoolFile
+from loader.files.scan import Backlog, Scan, backlog, scan
+from loader.service.health import Health
+from loader.service.notify import Notifier
+from loader.service.run import Report
+from loader.service.signals import Signals
+from loader.service.workers import Workers
+from spool.segment import SEALED
+
+log = logging.getLogger("loader")
+
+RESCAN_SECONDS: Final = 5.0
+UNWATCHABLE: Final = (OSError, RuntimeError)
+"""What watchfiles raises where the directory went away, or the kernel has no inotify watch left."""
+_DEBOUNCE_MS: Final = 50
+"""Milliseconds that seals are gathered for; watchfiles' own 1,600 would be most of the lag."""
+_IDLE_MS: Final = 500
+"""Milliseconds after which a watch that has nothing to tell is asked what else there is to do."""
+
+
+class Daemon:
+    """Loads what is sealed in a spool until it is asked to stop, and reports its status."""
+
+    def __init__(
+        self, dsn: Callable[[], str], spool: Path, count: int, signals: Signals, archive: Path | None,
+        notifier: Notifier,
+    ) -> None:  # fmt: skip
+        self.health = Health(notifier.alive)
+        self._spool = spool
+        self._signals = signals
+        self._archive = archive
+        self._notifier = notifier
+        self._workers = Workers(dsn, spool, count, signals, None, self.health, self._report_status)
+        self._rescan = min(RESCAN_SECONDS, notifier.watchdog_seconds / 4 or RESCAN_SECONDS)
+        self._reloads = 0
+        self._reported: dict[str, str] = {}
+        self._reported_status: tuple[bool, str | None] | None = None
+        self._status_due = 0.0
+
+    def run(self) -> None:
+        """Return when asked to stop. Raises LoaderError where another loader has the spool, OSError."""
+        with exclusive(self._spool), contextlib.closing(self._workers):
+            log.info("watching %s", self._spool)
+            self._scan_and_load()
+            for _ in self._hints():
+                if not self._signals.stop.is_set():
+                    self._scan_and_load()
+            self._notifier.stopping()
+        log.info("stopped")
+
+    def _scan_and_load(self) -> None:
+        self._reload()
+        self.health.progressed()
+        try:
+            found = scan(self._spool)
+            self._workers.connect()
+            report = self._workers.load(SpoolFile(path, self._archive) for path in found.sealed)
+        except OSError as error:
+            self._report_problems({str(self._spool): f"could not be scanned: {error}"})
+        else:
+            self._report_pass(found, report)
+        self._report_status()
+
+    def _reload(self) -> None:
+        """Reconnect, with the settings as they are now."""
+        if self._reloads != self._signals.reloads:
+            self._reloads = self._signals.reloads
+            log.info("reloading: reconnecting")
+            self._notifier.reloading()
+            self._workers.close()
+
+    def _report_pass(self, found: Scan, report: Report) -> None:
+        """Log what a pass did."""
+        untouched = {name: f"is skipped: {why}" for name, why in found.skipped.items()}
+        self._report_problems({**untouched, **report.failures})
+        for path in found.adopted:
+            log.info("sealed %s, whose writer is gone", path.name)
+        if found.torn_bytes:
+            log.warning("%d bytes of lines that their writers did not finish were cut off", found.torn_bytes)
+        if report.files:
+            self.health.files_done(report.files)
+            facts = {"files": report.files, **report.loaded.facts()}
+            log.info(
+                "%(files)d files: %(events)d events, %(metrics)d metrics, %(duplicates)d duplicates, "
+                "%(rejected)d rejected, %(known)d known",
+                facts, extra={**facts, "bytes": report.loaded.bytes},
+            )  # fmt: skip
+
+    def _report_problems(self, problems: dict[str, str]) -> None:
+        """Log what keeps a name from being loaded, once."""
+        for name, why in problems.items():
+            if self._reported.get(name) != why:
+                log.warning("%s %s", one_line(name), why)
+                self.health.failed(f"{name} {why}")
+        self._reported = problems
+
+    def _report_status(self) -> None:
+        """Send the status to systemd: at once if it changed, else as often as measuring it is cheap."""
+        status, begun = (self.health.connected, self.health.waits_for), time.monotonic()
+        if status == self._reported_status and begun < self._status_due:
+            return
+        self._reported_status = status
+        try:
+            self._notifier.status(describe(backlog(self._spool), self.health))
+        except OSError as error:
+            self._notifier.status(f"could not scan {self._spool}: {error}")
+        if any(status):
+            self._notifier.ready()
+        self._status_due = time.monotonic() + max(1.0, 20 * (time.monotonic() - begun))
+
+    def _hints(self) -> Iterator[None]:
+        """Yield when a segment was sealed, in the last pass too, after a while, or when a signal came."""
+        watched = True
+        while not self._signals.stop.is_set():
+            try:
+                for _ in self._watch():
+                    watched = True
+                    yield
+            except UNWATCHABLE as error:
+                if watched:
+                    log.warning("cannot watch %s: %s; scanning every %g s", self._spool, error, self._rescan)
+                watched = False
+                self._signals.stop.wait(self._rescan)
+            yield
+
+    def _watch(self) -> Iterator[None]:
+        """Yield as `_hints`, and once the watch has begun, for what was sealed before; until a signal comes.
+
+        Ends, too, when another directory has got the name. Raises OSError, RuntimeError (UNWATCHABLE).
+        """
+        with _pinned(self._spool) as watched:
+            look_at = 0.0
+            for changes in watchfiles.watch(
+                self._spool, watch_filter=_is_sealed, debounce=_DEBOUNCE_MS, step=_DEBOUNCE_MS // 2,
+                stop_event=_Asked(self._signals), rust_timeout=_IDLE_MS, yield_on_timeout=True,
+                recursive=False,
+            ):  # fmt: skip
+                if changes or time.monotonic() >= look_at:
+                    yield
+                    look_at = time.monotonic() + self._rescan
+                    if not os.path.samestat(os.stat(self._spool), watched):
+                        return
+
+
+def once(spool: Path, workers: Workers, archive: Path | None) -> tuple[Scan, Report]:
+    """Load what is sealed now, the segments of dead writers too. Raises LoaderError, OSError."""
+    found = scan(spool)
+    return found, workers.load(SpoolFile(path, archive) for path in found.sealed)
+
+
+def describe(waiting: Backlog, health: Health) -> str:
+    """Return the status of a loader in one line."""
+    parts = ["nothing waits"]
+    if waiting.sealed_files:
+        size, age = waiting.sealed_bytes / 1e6, waiting.lag_seconds
+        parts = [f"{waiting.sealed_files} files ({size:.1f} MB) wait, the oldest for {age:.0f} s"]
+    parts.append(f"{health.rows_per_second():.0f} rows/s")
+    if health.waits_for is not None:
+        parts.insert(0, f"waiting: {health.waits_for}")
+    elif health.last_error is not None:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(health.last_error_at))
+        parts.append(f"last error {moment}: {health.last_error}")
+    return "; ".join(parts)
+
+
+@contextlib.contextmanager
+def _pinned(directory: Path) -> Iterator[os.stat_result]:
+    """Give which directory it is; none that is made meanwhile gets its inode number. Raises OSError."""
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Asked:
+    """Set once a signal comes that the daemon has to answer."""
+
+    def __init__(self, signals: Signals) -> None:
+        self._signals, self._reloads = signals, signals.reloads
+
+    def is_set(self) -> bool:
+        return self._signals.stop.is_set() or self._signals.reloads != self._reloads
+
+
+def _is_sealed(change: watchfiles.Change, path: str) -> bool:
+    return change is not watchfiles.Change.deleted and path.endswith(SEALED)

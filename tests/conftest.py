@@ -1,8 +1,7 @@
-"""A real Postgres of each version that is here, with the schema in a database of its own for each test."""
+"""A real Postgres of each version that is installed, and a database with the schema for each test."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,39 +9,48 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from loader.demo import embedded
-from loader.load import database, schema
+from loader.load import database
 from tests.processes import Cli
+from tests.servers import ROLE, VERSIONS, Servers
+from tests.servers import database as fresh_database
+from tests.servers import servers as shared_servers
 
-ROLE = "analytics_loader"
-VERSIONS = [version for version in (15, 16, 18) if embedded.binaries(version)]
+
+@pytest.fixture(scope="session")
+def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    own = tmp_path_factory.getbasetemp()
+    with shared_servers(own.parent if hasattr(request.config, "workerinput") else own) as started:
+        yield started
 
 
 @pytest.fixture(scope="session", params=VERSIONS)
-def server(request: pytest.FixtureRequest) -> Iterator[str]:
-    with embedded.server(request.param) as dsn:
-        yield dsn
+def server(request: pytest.FixtureRequest, servers: Servers) -> str:
+    """The DSN of a server, of each version."""
+    return servers.dsn(request.param)
+
+
+@pytest.fixture(scope="session")
+def one_server(servers: Servers) -> str:
+    """The DSN of a server of one version: for what does not depend on it."""
+    return servers.dsn(VERSIONS[-1])
 
 
 @pytest.fixture
 def connection(server: str) -> Iterator[database.Connection]:
     """Acts as a role that may load and nothing else; see `as_owner`."""
-    for connection in _fresh_database(server):
+    with fresh_database(server) as dsn, psycopg.connect(dsn) as connection:
         connection.execute(f"SET ROLE {ROLE}".encode())
         connection.commit()
         yield connection
-
-
-@pytest.fixture(scope="session")
-def one_server() -> Iterator[str]:
-    with embedded.server(VERSIONS[-1]) as dsn:
-        yield dsn
+        _end(connection)
 
 
 @pytest.fixture
 def one_connection(one_server: str) -> Iterator[database.Connection]:
-    """The owner's, on one version: for what does not depend on it."""
-    yield from _fresh_database(one_server)
+    """The owner's, on one version."""
+    with fresh_database(one_server) as dsn, psycopg.connect(dsn) as connection:
+        yield connection
+        _end(connection)
 
 
 @pytest.fixture
@@ -58,13 +66,7 @@ def cli(one_connection: database.Connection, spool: Path) -> Cli:
     return Cli(spool, make_conninfo(one_connection.info.dsn, user=ROLE))
 
 
-def _fresh_database(server: str) -> Iterator[database.Connection]:
-    name = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(server, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name}")
-    with psycopg.connect(server, dbname=name) as connection:
-        schema.apply_schema(connection, role=ROLE)
-        connection.commit()
-        yield connection
-        if not connection.closed:
-            connection.rollback()
+def _end(connection: database.Connection) -> None:
+    """End what a test left open, so that leaving the connection's block does not commit it."""
+    if not connection.closed:
+        connection.rollback()

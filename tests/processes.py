@@ -12,10 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import pytest
 from psycopg.conninfo import make_conninfo
+
+from tests import command_server
 
 LOADER = (sys.executable, "-m", "loader")
 T = TypeVar("T")
@@ -83,15 +86,23 @@ class Cli:
         self.environment = environment(SPOOL_DIR=str(spool), LOADER_DSN=dsn)
 
     def __call__(
-        self, *arguments: str | Path, code: int = 0, stdin: bytes = b"", variables: Mapping[str, str] = {}
+        self,
+        *arguments: str | Path,
+        code: int = 0,
+        stdin: bytes = b"",
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> str:
         """Run a command that must end with `code`; return what it printed, errors last."""
-        ended = subprocess.run(
-            [*LOADER, *arguments], input=stdin, env=self.environment | variables, capture_output=True
-        )
+        ended = self.run(*map(str, arguments), stdin=stdin, variables=variables)
         printed = ended.stdout.decode() + ended.stderr.decode()
         assert ended.returncode == code, printed
         return printed
+
+    def run(
+        self, *arguments: str, stdin: bytes = b"", variables: Mapping[str, str] = MappingProxyType({})
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a command whatever it ends with."""
+        return command_server.run(arguments, self.environment | variables, stdin)
 
     def owner(self) -> Cli:
         """The same as the one who owns the tables."""

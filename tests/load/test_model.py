@@ -31,8 +31,8 @@ from loader.service import daemon
 from loader.service.signals import Signals
 from loader.service.workers import Workers
 from tests import histories
-from tests.conftest import ROLE
 from tests.load.lines import STEM, event, joined, metric, number, rows
+from tests.servers import ROLE
 
 FORBIDDEN = "forbidden_type"
 CHECK = f"ADD CONSTRAINT allowed CHECK (event_type <> '{FORBIDDEN}') NOT VALID"

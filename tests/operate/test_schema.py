@@ -10,6 +10,7 @@ import pytest
 from loader.load.database import Connection
 from tests.load.lines import event, number, segment
 from tests.processes import LOADER, Cli
+from tests.servers import database
 
 EVENTS = "SELECT count(*) FROM analytics_events"
 
@@ -56,11 +57,9 @@ def test_the_role_gets_what_a_strict_database_took_from_everybody(
 
 
 def test_two_that_apply_the_schema_at_once_do_not_disturb_each_other(one_server: str) -> None:
-    with psycopg.connect(one_server, autocommit=True) as admin:
-        admin.execute("CREATE DATABASE applied")
-    dsn = psycopg.conninfo.make_conninfo(one_server, dbname="applied")
-    applying = [subprocess.Popen([*LOADER, "init", "--dsn", dsn]) for _ in range(6)]
-    assert [process.wait() for process in applying] == [0] * 6
+    with database(one_server, template="template0") as dsn:
+        applying = [subprocess.Popen([*LOADER, "init", "--dsn", dsn]) for _ in range(6)]
+        assert [process.wait() for process in applying] == [0] * 6
 
 
 @pytest.mark.parametrize(

@@ -172,11 +172,9 @@ VOLATILE = (
 def test_what_the_commands_print(cli: Cli, tmp_path: Path) -> None:
     printed = []
     for command in story(cli, tmp_path):
-        ended = subprocess.run(
-            [*LOADER, *shlex.split(command)], env=cli.owner().environment, capture_output=True, text=True
-        )
+        ended = cli.owner().run(*shlex.split(command))
         code = f" (exit {ended.returncode})" if ended.returncode else ""
-        printed.append(f"$ loader {command}{code}\n{ended.stdout}{ended.stderr}")
+        printed.append(f"$ loader {command}{code}\n{ended.stdout.decode()}{ended.stderr.decode()}")
     text = "\n".join(printed).replace(str(cli.spool), "SPOOL").replace(str(tmp_path), "HOME")
     for pattern, name in VOLATILE:
         text = re.sub(pattern, name, text)

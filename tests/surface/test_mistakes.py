@@ -13,7 +13,7 @@ import pytest
 
 from loader.load.database import Connection
 from tests.load.lines import STEM, event, joined, segment
-from tests.processes import LOADER, Cli, eventually
+from tests.processes import Cli, eventually
 
 Setting = dict[str, str]
 Prepare = Callable[[Cli, Connection], object]
@@ -182,10 +182,11 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
         place = arguments.index("{dsn}")
         more = [word for word in arguments[place + 1 :] if "=" in word]
         arguments[place : place + 1 + len(more)] = [" ".join([words["{dsn}"], *more])]
-    ended = subprocess.run([*LOADER, *arguments], env=cli.environment, capture_output=True, text=True)
-    assert ended.returncode == code, ended.stderr
-    lines = ended.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("Error: ") and says in lines[0], ended.stderr
+    ended = cli.run(*arguments)
+    errors = ended.stderr.decode()
+    assert ended.returncode == code, errors
+    lines = errors.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("Error: ") and says in lines[0], errors
 
 
 @contextmanager

@@ -7,14 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from loader.load.schema import apply_schema
 from tests.load.lines import event, joined, segment
 from tests.processes import Cli, as_root, environment, needs_systemd
+from tests.servers import database
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -96,30 +97,26 @@ def test_the_events_are_those_of_the_catalogue() -> None:
 
 
 @pytest.fixture(scope="module")
-def filled(one_server: str) -> str:
+def filled(one_server: str) -> Iterator[str]:
     """A database with 100,000 rows in each table, spread over 30 days."""
-    dsn = psycopg.conninfo.make_conninfo(one_server, dbname="filled")
-    with psycopg.connect(one_server, autocommit=True) as admin:
-        admin.execute("CREATE DATABASE filled")
-    with psycopg.connect(dsn) as connection:
-        apply_schema(connection)
-        connection.execute(
-            "INSERT INTO analytics_events "
-            "(event_id, event_type, timestamp, user_id, family_unit_id, metadata) "
-            "SELECT gen_random_uuid(), (ARRAY['memory_posted', 'feed_viewed', 'comment_posted'])[1 + n % 3], "
-            "now() - n * interval '25 seconds', md5((n % 500)::text)::uuid, md5((n % 100)::text)::uuid, "
-            "jsonb_build_object('type', n % 4) FROM generate_series(1, 100000) AS n"
-        )
-        connection.execute(
-            "INSERT INTO analytics_metrics (metric_name, metric_type, value, labels, timestamp) "
-            "SELECT (ARRAY['api_request_count', 'api_request_duration_ms'])[1 + n % 2], 'counter', n, "
-            "jsonb_build_object('endpoint', n % 7), now() - n * interval '25 seconds' "
-            "FROM generate_series(1, 100000) AS n"
-        )
-        connection.commit()
-        connection.autocommit = True
-        connection.execute("VACUUM ANALYZE")
-    return dsn
+    with database(one_server) as dsn:
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute(
+                "INSERT INTO analytics_events "
+                "(event_id, event_type, timestamp, user_id, family_unit_id, metadata) "
+                "SELECT gen_random_uuid(), "
+                "(ARRAY['memory_posted', 'feed_viewed', 'comment_posted'])[1 + n % 3], "
+                "now() - n * interval '25 seconds', md5((n % 500)::text)::uuid, md5((n % 100)::text)::uuid, "
+                "jsonb_build_object('type', n % 4) FROM generate_series(1, 100000) AS n"
+            )
+            connection.execute(
+                "INSERT INTO analytics_metrics (metric_name, metric_type, value, labels, timestamp) "
+                "SELECT (ARRAY['api_request_count', 'api_request_duration_ms'])[1 + n % 2], 'counter', n, "
+                "jsonb_build_object('endpoint', n % 7), now() - n * interval '25 seconds' "
+                "FROM generate_series(1, 100000) AS n"
+            )
+            connection.execute("VACUUM ANALYZE")
+        yield dsn
 
 
 @pytest.mark.parametrize("statement", snippets("sql"))

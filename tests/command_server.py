@@ -1,0 +1,105 @@
+"""Runs `loader` commands as processes of their own without importing their libraries once for each.
+
+A server process imports the libraries; it forks for each command, which then imports `loader` itself and runs it as
+`python -m loader` does, one command at a time. `python -m tests.command_server` measures both ways. Whatever depends
+on how a process starts (daemons, terminals, strace) is started by its own command line instead.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from statistics import median
+from typing import Final
+
+_LIBRARIES: Final = (
+    "click", "msgspec.json", "prometheus_client", "psycopg", "pythonjsonlogger.json", "rich.console",
+    "rich.progress", "rich.table", "tenacity", "watchfiles", "zstandard",
+)  # fmt: skip
+_MOST_BYTES: Final = 1 << 17
+"""Of a request: arguments and environment."""
+
+
+def run(
+    arguments: Sequence[str], environment: Mapping[str, str], stdin: bytes
+) -> subprocess.CompletedProcess[bytes]:
+    """Run `loader`; like subprocess.run with captured output."""
+    with (
+        tempfile.TemporaryFile() as given,
+        tempfile.TemporaryFile() as printed,
+        tempfile.TemporaryFile() as errors,
+    ):
+        given.write(stdin)
+        given.seek(0)
+        request = pickle.dumps((list(arguments), dict(environment), os.getcwd()))
+        server = _server()
+        socket.send_fds(server, [request], [given.fileno(), printed.fileno(), errors.fileno()])
+        code = int(server.recv(_MOST_BYTES))
+        printed.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(["loader", *arguments], code, printed.read(), errors.read())
+
+
+@cache
+def _server() -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from tests.command_server import serve; serve()"], stdin=theirs
+    )
+    theirs.close()
+    atexit.register(process.wait)
+    atexit.register(ours.close)  # called first; the server ends when its socket does
+    return ours
+
+
+def serve() -> None:
+    """Run the commands that come on the socket, which is standard input, until its other end is closed."""
+    for library in _LIBRARIES:
+        import_module(library)
+    with socket.socket(fileno=os.dup(0)) as requests:
+        while True:
+            request, streams, _, _ = socket.recv_fds(requests, _MOST_BYTES, 3)
+            if not request:
+                return
+            if (command := os.fork()) == 0:
+                break
+            for stream in streams:
+                os.close(stream)
+            requests.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(command, 0)[1]))
+    _become_the_command(request, streams)
+
+
+def _become_the_command(request: bytes, streams: list[int]) -> None:
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    arguments, environment, directory = pickle.loads(request)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    sys.argv[1:] = arguments
+    runpy.run_module("loader", run_name="__main__", alter_sys=True)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    arguments = ["status", "--spool-dir", "/tmp", "--dsn", "host=/nowhere"]
+    alone = [sys.executable, "-m", "loader", *arguments]
+    forked = [_seconds(lambda: run(arguments, os.environ, b"")) for _ in range(21)]
+    started = [_seconds(lambda: subprocess.run(alone, capture_output=True)) for _ in range(21)]
+    print(f"forked {median(forked):.2f} s, started {median(started):.2f} s")

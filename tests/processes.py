@@ -102,7 +102,7 @@ class Cli:
         self, *arguments: str, stdin: bytes = b"", variables: Mapping[str, str] = MappingProxyType({})
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a command whatever it ends with."""
-        return command_server.run(arguments, self.environment | variables, stdin)
+        return command_server.run(arguments, {**self.environment, **variables}, stdin)
 
     def owner(self) -> Cli:
         """The same as the one who owns the tables."""

@@ -1,8 +1,8 @@
 """The Postgres servers of a test run: one for each version, shared by all workers of pytest-xdist.
 
 The worker that asks first starts the server and is its parent: the kernel ends the server with it (see
-loader/demo/embedded.py), so that worker waits at its end until no other one uses the server. It cannot wait for one
-that waits for it: servers are released in the reverse order of their first use.
+loader/demo/embedded.py), so that worker waits at its end until no other one uses the server. Two workers
+never wait for each other, as servers are released in the reverse order of their first use.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def describe(waiting: Backlog, health: Health) -> str:
 @contextlib.contextmanager
 def _pinned(directory: Path) -> Iterator[os.stat_result]:
     """Give which directory it is; none that is made meanwhile gets its inode number. Raises OSError."""
-    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield os.fstat(descriptor)
     finally:

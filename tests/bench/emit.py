@@ -29,8 +29,10 @@ from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter_ns
+from typing import Any
 
 from tests.bench.sinks import FLOOR, OURS, PEERS, Call, Sink
 
@@ -83,12 +85,14 @@ def timed(call: Call, gap: int = 0, bound: int = NEVER) -> Block:
 
 
 def timed_await(call: Call, gap: int = 0, bound: int = NEVER) -> Block:
+    awaitable: Callable[[], Any] = call
+
     async def measure(count: int) -> array[int]:
         taken = array("Q")
         last = perf_counter_ns() + bound
         for _ in range(count):
             begin = perf_counter_ns()
-            await call()
+            await awaitable()
             end = perf_counter_ns()
             taken.append(end - begin)
             while perf_counter_ns() - end < gap:
@@ -161,8 +165,7 @@ def from_threads(sink: Sink, home: Path, calls: int) -> Samples:
 
 def from_processes(sink: Sink, home: Path, calls: int) -> Samples:
     parts = [
-        start(lambda number=number: alone(sink, home / str(number), calls // PROCESSES))
-        for number in range(PROCESSES)
+        start(partial(alone, sink, home / str(number), calls // PROCESSES)) for number in range(PROCESSES)
     ]
     floors, sinks = [], []
     for part in parts:
@@ -192,12 +195,11 @@ def start(work: Callable[[], Samples]) -> Callable[[], Samples]:
             with open(writer, "wb") as pipe:
                 for blocks in work():
                     pipe.write(struct.pack("Q", len(blocks)))
-                    for block in blocks:
-                        pipe.write(struct.pack("Q", len(block)) + block.tobytes())
+                    pipe.writelines(struct.pack("Q", len(block)) + block.tobytes() for block in blocks)
             status = 0
         except ImportError as error:
             print(f"left out: {error}", file=sys.stderr, flush=True)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 (the process ends with its status)
             traceback.print_exc()
         finally:
             os._exit(status)
@@ -263,12 +265,17 @@ def killed(sink: Sink, moment: int) -> tuple[int, int]:
         return struct.unpack("Q", returned)[0], sink.survivors(home)
 
 
+def tried(sink: Sink, home: Path) -> Samples:
+    block_of(sink, home)(1)
+    return [], []
+
+
 def installed(sinks: Sequence[Sink]) -> list[Sink]:
     """Those that can be made here, each tried in a process of its own."""
     found = []
     for sink in sinks:
         with tempfile.TemporaryDirectory() as directory, suppress(RuntimeError):
-            start(lambda sink=sink, home=Path(directory): (block_of(sink, home)(1), [])[1:] * 2)()
+            start(partial(tried, sink, Path(directory)))()
             found.append(sink)
     return found
 

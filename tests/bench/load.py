@@ -137,9 +137,8 @@ def duplicated(file: Path, share: float) -> Path:
         lines = file.read_bytes().splitlines(keepends=True)
         with path.open("wb") as out:
             for number, line in enumerate(lines):
-                if number and chance.random() < share:
-                    line = b" " + lines[chance.randrange(number)]
-                out.write(line)
+                again = number and chance.random() < share
+                out.write(b" " + lines[chance.randrange(number)] if again else line)
     return path
 
 

@@ -62,11 +62,11 @@ def asyncpg_copy(dsn: str, file: Path) -> None:
 
 
 def pandas_to_sql(dsn: str, file: Path) -> None:
-    import pandas
+    import pandas as pd
     import sqlalchemy
     from sqlalchemy.dialects.postgresql import JSONB, UUID
 
-    frame = pandas.read_json(file, lines=True)
+    frame = pd.read_json(file, lines=True)
     engine = sqlalchemy.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(dsn))
     kinds = {
         "metadata": JSONB,

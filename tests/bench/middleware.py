@@ -62,7 +62,7 @@ def opentelemetry() -> Application:
     return OpenTelemetryMiddleware(bare(), tracer_provider=TracerProvider(), meter_provider=provider)
 
 
-APPLICATIONS = {
+APPLICATIONS: dict[str, Callable[[], Application]] = {
     "bare Starlette": bare,
     "spool.asgi.AnalyticsMiddleware": ours,
     "prometheus-fastapi-instrumentator": prometheus,
@@ -102,7 +102,10 @@ def ours_around_flask() -> Any:
     return WsgiMiddleware(app.wsgi_app, emitter=Emitter(tempfile.mkdtemp()))
 
 
-WSGI_APPLICATIONS = {"bare Flask": flask, "spool.wsgi.AnalyticsMiddleware": ours_around_flask}
+WSGI_APPLICATIONS = {
+    "bare Flask": flask,
+    "spool.wsgi.AnalyticsMiddleware": ours_around_flask,
+}
 
 
 def wsgi_block(app: Any) -> list[int]:

@@ -240,10 +240,14 @@ def otel_log(home: Path) -> Call:
     provider = LoggerProvider()
     provider.add_log_record_processor(BatchLogRecordProcessor(_to_file(home, "logs")))
     logger = provider.get_logger("bench")
-    attributes = {"user_id": str(USER), "family_unit_id": str(FAMILY), "memory_id": METADATA["memory_id"]}
+    attributes: dict[str, Any] = {
+        "user_id": str(USER),
+        "family_unit_id": str(FAMILY),
+        "memory_id": METADATA["memory_id"],
+    }
 
     def call() -> object:
-        named = {"event_id": str(uuid.uuid4()), **attributes}
+        named: dict[str, Any] = {"event_id": str(uuid.uuid4()), **attributes}
         return logger.emit(LogRecord(timestamp=time.time_ns(), body="memory_posted", attributes=named))
 
     return call

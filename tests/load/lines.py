@@ -11,6 +11,7 @@ import orjson
 from loader.files import rejects
 from loader.files.chunk import Chunk, chunks
 from loader.load.database import Connection
+from tests.processes import eventually
 
 STEM = "20260120T120000.000000Z-web-0a1b2c3d-42-deadbeef-{:06d}"
 ID = "0190163d-8694-739b-aea5-966c26f8ad91"
@@ -73,6 +74,20 @@ def waits_for_events(connection: Connection) -> bool:
     return number(connection, waiting) > 0
 
 
+def wait_for_events(connection: Connection, count: int) -> None:
+    """Wait until the table has so many events, at least."""
+    eventually(lambda: number(connection, "SELECT count(*) FROM analytics_events") >= count)
+
+
 def rejected(spool: Path) -> list[tuple[str, int, str]]:
     """File, line and code of each reject."""
     return [(each.file, each.line, each.code) for path in rejects.files(spool) for each in rejects.read(path)]
+
+
+def ledger_agrees(connection: Connection, spool: Path) -> None:
+    """The ledger's counts are those of the tables and of the reject files, where nothing was tried again."""
+    counts = "SELECT coalesce(sum(events), 0), coalesce(sum(metrics), 0), coalesce(sum(rejected), 0) FROM {}"
+    tables = "(SELECT count(*) FROM analytics_events), (SELECT count(*) FROM analytics_metrics)"
+    ((events, metrics, refused),) = rows(connection, counts.format("analytics_loads"))
+    assert [(events, metrics)] == rows(connection, f"SELECT {tables}")
+    assert refused == len(rejected(spool))

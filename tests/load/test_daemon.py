@@ -16,7 +16,18 @@ from loader.files import rejects
 from loader.files.chunk import CHUNK_BYTES
 from loader.load.database import Connection
 from loader.service.daemon import RESCAN_SECONDS
-from tests.load.lines import STEM, event, joined, metric, number, rejected, rows, segment, waits_for_events
+from tests.load.lines import (
+    STEM,
+    event,
+    joined,
+    metric,
+    number,
+    rejected,
+    rows,
+    segment,
+    wait_for_events,
+    waits_for_events,
+)
 from tests.processes import LOADER, Cli, eventually
 
 EVENTS = "SELECT count(*) FROM analytics_events"
@@ -99,7 +110,7 @@ def test_a_loader_that_is_killed_loses_and_repeats_nothing(
         segment(cli.spool, n + 1, *[event(n * 500 + i) for i in range(500)], b"{broken")
     for kill in range(3):
         with cli.daemon("--workers", "3") as process:
-            eventually(lambda seen=kill * 4000 + attempt * 500: number(one_connection, EVENTS) >= seen)
+            wait_for_events(one_connection, kill * 4000 + attempt * 500)
             process.send_signal(signal.SIGKILL)
             process.wait()
     cli("run", "--once")

@@ -19,7 +19,7 @@ import pytest
 from loader.files.retire import SpoolFile
 from loader.load.database import Connection
 from loader.load.schema import apply_schema
-from tests.load.lines import STEM, event, joined, number, rejected, segment
+from tests.load.lines import STEM, event, joined, number, rejected, segment, wait_for_events
 from tests.processes import LOADER, Cli, eventually, failing, needs_strace
 
 MEMORY_KIB = 180 << 10
@@ -52,7 +52,7 @@ def test_what_is_no_segment_is_reported_once_and_the_rest_loads(
     with bound(named(cli.spool, 4)), cli.daemon() as process:
         for n in range(3):  # three looks at the directory, at least
             segment(cli.spool, 10 + n, event(n))
-            eventually(lambda seen=n + 1: number(one_connection, EVENTS) == seen)
+            wait_for_events(one_connection, n + 1)
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
         log = process.stderr.read().decode()
@@ -112,7 +112,7 @@ def test_without_inotify_the_daemon_looks_by_itself(
     try:
         for n in range(2):
             segment(cli.spool, n + 1, event(n))
-            eventually(lambda seen=n + 1: number(one_connection, EVENTS) == seen)
+            wait_for_events(one_connection, n + 1)
     finally:
         process.terminate()
         _, log = process.communicate(timeout=30)

@@ -240,7 +240,7 @@ def test_what_root_loads_by_hand_does_not_lock_the_loader_out(cli: Cli, one_conn
     archive = cli.spool / "archive"
     segment(cli.spool, 1, event(1), b"{broken")
     cli("run", "--once", "--archive", archive, code=3)
-    made = [path for path in cli.spool.rglob("*")]
+    made = list(cli.spool.rglob("*"))
     assert len(made) >= 5 and {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(1002, GROUP)}
 
 

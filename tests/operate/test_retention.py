@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,10 @@ def test_a_writers_ledger_goes_together_so_that_no_segment_seems_to_be_missing(
     assert pruned(cli)["loads"] == 3
 
 
+def new_are(connection: Connection, count: int) -> bool:
+    return number(connection, f"{EVENTS} WHERE event_type <> 'old'") == count
+
+
 def test_prune_deletes_in_batches_while_the_loader_loads(cli: Cli, one_connection: Connection) -> None:
     one_connection.execute(
         "INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id) "
@@ -131,9 +136,7 @@ def test_prune_deletes_in_batches_while_the_loader_loads(cli: Cli, one_connectio
         )
         for n in range(20):
             segment(cli.spool, n + 1, event(n, timestamp=NOW))
-            eventually(
-                lambda seen=n: number(one_connection, f"{EVENTS} WHERE event_type <> 'old'") == seen + 1
-            )
+            eventually(partial(new_are, one_connection, n + 1))
         assert json.loads(pruning.communicate(timeout=60)[0])["events"] == 30_000
     assert number(one_connection, EVENTS) == 20
 

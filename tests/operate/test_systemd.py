@@ -91,7 +91,7 @@ def test_the_loader_makes_no_system_call_that_the_unit_forbids(
 ) -> None:
     work_for(cli)
     once = tmp_path / "once"
-    trace = ["strace", "-f", "-c", "-o"]
+    trace: list[str | Path] = ["strace", "-f", "-c", "-o"]
     command = [*trace, once, *LOADER, "run", "--once", "--archive", tmp_path / "archive"]
     assert subprocess.run(command, env=cli.environment, capture_output=True).returncode == 3
     with cli.daemon("--metrics-port", str(free_port())) as process:

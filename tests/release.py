@@ -1,0 +1,78 @@
+"""An earlier release, built from the repository and run by this environment's Python and libraries."""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.processes import Cli
+
+ROOT = Path(__file__).parents[1]
+GIT = ("git", "-c", "safe.directory=*", "-C", ROOT)  # whoever owns the checkout
+
+
+@dataclass(frozen=True)
+class Release:
+    """The directory that a release is installed in; its processes import `spool` and `loader` from there."""
+
+    directory: Path
+
+    def python(self, *arguments: str | Path) -> list[str | Path]:
+        """Return the command that runs Python in the release's directory, the first place it imports from."""
+        at = self.directory
+        return ["env", f"--chdir={at}", f"PYTHONPATH={at}", sys.executable, *arguments]
+
+    def loader(self, cli: Cli, *arguments: str | Path, code: int = 0) -> str:
+        """Run a command with the spool and the database of `cli`; return what it printed, errors last."""
+        command = self.python("-m", "loader", *arguments)
+        ended = subprocess.run(command, env=cli.environment, capture_output=True, text=True)
+        assert ended.returncode == code, ended.stdout + ended.stderr
+        return ended.stdout + ended.stderr
+
+    @contextmanager
+    def daemon(self, cli: Cli) -> Iterator[subprocess.Popen[bytes]]:
+        """`loader run`, ended by SIGTERM with exit code 0."""
+        command = self.python("-m", "loader", "run")
+        process = subprocess.Popen(command, env=cli.environment, stderr=subprocess.PIPE)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            _, log = process.communicate(timeout=30)
+        assert process.returncode == 0, log.decode()
+
+
+def exists(commit: str) -> bool:
+    """Return whether the repository has the commit; a shallow clone or a copy without .git has not."""
+    found = subprocess.run([*GIT, "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True)
+    return found.returncode == 0
+
+
+def install(commit: str, cache: Path) -> Release:
+    """Build the wheel of a commit and install it below `cache`, once, whoever else does the same."""
+    directory = cache / f"release-{commit}"
+    with (cache / "lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        if not directory.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as home:
+                _install(commit, Path(home))
+                (Path(home) / "installed").rename(directory)
+    return Release(directory)
+
+
+def _install(commit: str, home: Path) -> None:
+    archive = home / "source.tar"
+    subprocess.run([*GIT, "archive", f"--output={archive}", commit], check=True)
+    with tarfile.open(archive) as source:
+        source.extractall(home / "source", filter="data")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", home / "wheel", home / "source"], check=True)
+    (wheel,) = (home / "wheel").iterdir()
+    subprocess.run([*pip, "install", "--no-deps", "--target", home / "installed", wheel], check=True)

@@ -1,8 +1,9 @@
-"""An earlier release, built from the repository and run by this environment's Python and libraries."""
+"""Wheels: the one that is tested, and earlier releases, run by this environment's Python and libraries."""
 
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ from tests.processes import Cli
 
 ROOT = Path(__file__).parents[1]
 GIT = ("git", "-c", "safe.directory=*", "-C", ROOT)  # whoever owns the checkout
+PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,22 @@ def install(commit: str, cache: Path) -> Release:
     return Release(directory)
 
 
+def tested_wheel(directory: Path) -> Path:
+    """Return the wheel that .ci/run has built and installed, or build one of the checkout."""
+    built = os.environ.get("TESTED_WHEEL")
+    return Path(built) if built else _build(ROOT, directory)
+
+
+def _build(source: Path, directory: Path) -> Path:
+    subprocess.run([*PIP, "wheel", "--no-deps", "--wheel-dir", directory, source], check=True)
+    (wheel,) = directory.iterdir()
+    return wheel
+
+
 def _install(commit: str, home: Path) -> None:
     archive = home / "source.tar"
     subprocess.run([*GIT, "archive", f"--output={archive}", commit], check=True)
     with tarfile.open(archive) as source:
         source.extractall(home / "source", filter="data")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", home / "wheel", home / "source"], check=True)
-    (wheel,) = (home / "wheel").iterdir()
-    subprocess.run([*pip, "install", "--no-deps", "--target", home / "installed", wheel], check=True)
+    wheel = _build(home / "source", home / "wheel")
+    subprocess.run([*PIP, "install", "--no-deps", "--target", home / "installed", wheel], check=True)

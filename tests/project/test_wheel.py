@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.release import ROOT, tested_wheel
 
 
 def test_the_wheel_has_the_schema_the_types_and_the_script(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.iterdir()
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(tested_wheel(tmp_path)) as archive:
         names = archive.namelist()
         assert {
             "spool/py.typed",

@@ -24,7 +24,16 @@ LOADER = (sys.executable, "-m", "loader")
 T = TypeVar("T")
 
 
-def eventually(condition: Callable[[], T], seconds: float = 30.0) -> T:
+HANGS_AFTER = 180.0
+"""Seconds that nothing takes, on a loaded machine either: for what has no time of its own."""
+
+
+def slowness() -> float:
+    """How much longer something takes than on free processors: for what has to happen within a time."""
+    return max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+
+
+def eventually(condition: Callable[[], T], seconds: float = HANGS_AFTER) -> T:
     """Return the first true value of the condition."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -116,5 +125,5 @@ class Cli:
             yield process
         finally:
             process.terminate()
-            _, log = process.communicate(timeout=30)
+            _, log = process.communicate(timeout=HANGS_AFTER)
         assert process.returncode in (0, -signal.SIGKILL), log.decode()

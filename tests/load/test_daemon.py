@@ -20,6 +20,7 @@ from tests.load.lines import (
     STEM,
     event,
     joined,
+    ledger_agrees,
     metric,
     number,
     rejected,
@@ -28,10 +29,9 @@ from tests.load.lines import (
     wait_for_events,
     waits_for_events,
 )
-from tests.processes import LOADER, Cli, eventually
+from tests.processes import LOADER, Cli, eventually, slowness
 
 EVENTS = "SELECT count(*) FROM analytics_events"
-WRONG = "SELECT count(*) FROM analytics_loads WHERE lines <> events + metrics + duplicates + rejected"
 
 
 def sealed(spool: Path) -> list[Path]:
@@ -45,7 +45,7 @@ def test_what_is_sealed_is_loaded_and_removed(cli: Cli, one_connection: Connecti
         segment(cli.spool, 2, *[event(n) for n in range(10, 30)], metric(1))
         eventually(lambda: number(one_connection, EVENTS) == 30)
         eventually(lambda: not sealed(cli.spool))
-    assert number(one_connection, WRONG) == 0
+    ledger_agrees(one_connection, cli.spool)
 
 
 def test_what_is_sealed_during_a_load_is_loaded_right_after_it(cli: Cli, one_connection: Connection) -> None:
@@ -57,7 +57,7 @@ def test_what_is_sealed_during_a_load_is_loaded_right_after_it(cli: Cli, one_con
             segment(cli.spool, 2, event(2))
             eventually(lambda: waits_for_events(one_connection))
             segment(cli.spool, 3, event(3))
-        eventually(lambda: number(one_connection, EVENTS) == 3, RESCAN_SECONDS / 2)
+        eventually(lambda: number(one_connection, EVENTS) == 3, RESCAN_SECONDS / 2 * slowness())
 
 
 def test_a_spool_that_is_made_anew_is_watched_as_the_old_one_was(
@@ -71,7 +71,7 @@ def test_a_spool_that_is_made_anew_is_watched_as_the_old_one_was(
         segment(cli.spool, 2, event(2))
         eventually(lambda: number(one_connection, EVENTS) == 2)
         segment(cli.spool, 3, event(3))
-        eventually(lambda: number(one_connection, EVENTS) == 3, RESCAN_SECONDS / 2)
+        eventually(lambda: number(one_connection, EVENTS) == 3, RESCAN_SECONDS / 2 * slowness())
 
 
 def test_an_emitting_application_is_loaded_while_it_runs(cli: Cli, one_connection: Connection) -> None:
@@ -116,9 +116,8 @@ def test_a_loader_that_is_killed_loses_and_repeats_nothing(
     cli("run", "--once")
     cli("run", "--once")
     assert number(one_connection, EVENTS) == 20_000
-    assert number(one_connection, "SELECT sum(events) FROM analytics_loads") == 20_000
-    assert number(one_connection, WRONG) == 0
     assert len(rejected(cli.spool)) == 40 and not sealed(cli.spool)
+    ledger_agrees(one_connection, cli.spool)
     assert number(one_connection, "SELECT count(*) FROM analytics_missing_segments") == 0
 
 

@@ -20,7 +20,7 @@ from loader.files.retire import SpoolFile
 from loader.load.database import Connection
 from loader.load.schema import apply_schema
 from tests.load.lines import STEM, event, joined, number, rejected, segment, wait_for_events
-from tests.processes import LOADER, Cli, eventually, failing, needs_strace
+from tests.processes import HANGS_AFTER, LOADER, Cli, eventually, failing, needs_strace
 
 MEMORY_KIB = 180 << 10
 EVENTS = "SELECT count(*) FROM analytics_events"
@@ -115,7 +115,7 @@ def test_without_inotify_the_daemon_looks_by_itself(
             wait_for_events(one_connection, n + 1)
     finally:
         process.terminate()
-        _, log = process.communicate(timeout=30)
+        _, log = process.communicate(timeout=HANGS_AFTER)
     assert log.count(b"cannot watch") == 1
 
 
@@ -131,7 +131,7 @@ def test_an_outage_is_told_once_and_its_end_too(cli: Cli, one_connection: Connec
         told = next(line for line in iter(process.stderr.readline, b"") if b"out of reach" in line)
         assert not select.select([process.stderr], [], [], 3)[0]  # several tries, and not a word
         admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
-        eventually(lambda: not list(cli.spool.glob("2*")), seconds=60)
+        eventually(lambda: not list(cli.spool.glob("2*")))
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
     assert told and rest.count(b"out of reach") == 0 and rest.count(b"loading goes on") == 1

@@ -15,7 +15,7 @@ import zstandard
 
 from loader.load.database import Connection
 from tests.load.lines import STEM, event, metric, number, rows, segment
-from tests.processes import LOADER, Cli, eventually
+from tests.processes import HANGS_AFTER, LOADER, Cli, eventually
 
 EVENTS = "SELECT count(*) FROM analytics_events"
 OLD = "2020-01-01T00:00:00Z"
@@ -137,7 +137,7 @@ def test_prune_deletes_in_batches_while_the_loader_loads(cli: Cli, one_connectio
         for n in range(20):
             segment(cli.spool, n + 1, event(n, timestamp=NOW))
             eventually(partial(new_are, one_connection, n + 1))
-        assert json.loads(pruning.communicate(timeout=60)[0])["events"] == 30_000
+        assert json.loads(pruning.communicate(timeout=HANGS_AFTER)[0])["events"] == 30_000
     assert number(one_connection, EVENTS) == 20
 
 
@@ -154,7 +154,7 @@ def test_prune_that_is_interrupted_says_how_to_go_on(cli: Cli, one_connection: C
     )
     eventually(lambda: number(one_connection, EVENTS) < 100_000)
     pruning.send_signal(signal.SIGINT)
-    printed, errors = (part.decode() for part in pruning.communicate(timeout=60))
+    printed, errors = (part.decode() for part in pruning.communicate(timeout=HANGS_AFTER))
     left = number(one_connection, EVENTS)
     assert pruning.returncode == 1 and "run it again to go on" in errors
     assert f"events {100_000 - left}" in printed and left > 0

@@ -18,7 +18,16 @@ import pytest
 
 from loader.load.database import Connection
 from tests.load.lines import STEM, event, joined, metric, number, segment
-from tests.processes import LOADER, Cli, as_root, eventually, free_port, needs_strace, needs_systemd
+from tests.processes import (
+    HANGS_AFTER,
+    LOADER,
+    Cli,
+    as_root,
+    eventually,
+    free_port,
+    needs_strace,
+    needs_systemd,
+)
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "systemd"
@@ -107,7 +116,7 @@ def test_the_loader_makes_no_system_call_that_the_unit_forbids(
         segment(cli.spool, 3, event(3))
         eventually(lambda: number(one_connection, "SELECT count(*) FROM analytics_events") == 3)
         process.send_signal(signal.SIGTERM)
-        tracer.wait(timeout=60)
+        tracer.wait(timeout=HANGS_AFTER)
     made = calls(once) | calls(tmp_path / "daemon")
     allowed = group("@system-service") - group("@privileged") - group("@resources")
     assert len(made) > 30 and made <= allowed, made - allowed

@@ -26,7 +26,7 @@ import pytest
 from loader.cli import main
 from loader.load.database import Connection
 from tests.load.lines import STEM, event, joined, metric, number, segment
-from tests.processes import LOADER, Cli, eventually
+from tests.processes import HANGS_AFTER, LOADER, Cli, eventually
 
 TRANSCRIPT = Path(__file__).with_name("transcript.txt")
 BIN = str(Path(sys.executable).parent)
@@ -88,7 +88,7 @@ def test_every_example_runs(cli: Cli, tmp_path: Path, example: str) -> None:
     if daemon:
         eventually(lambda: (cli.spool / ".loader.lock").exists())
         process.terminate()
-    assert process.communicate(timeout=60) and process.returncode == 0
+    assert process.communicate(timeout=HANGS_AFTER) and process.returncode == 0
 
 
 def completed(cli: Cli, *words: str) -> set[str]:
@@ -200,7 +200,7 @@ def on_a_terminal(
                 process.send_signal(signal.SIGINT)
                 interrupted = True
     os.close(terminal)
-    return process.wait(timeout=60), text.decode()
+    return process.wait(timeout=HANGS_AFTER), text.decode()
 
 
 def test_what_takes_long_has_a_bar_on_a_terminal_and_none_elsewhere(cli: Cli, tmp_path: Path) -> None:

@@ -84,20 +84,26 @@ _RELATIONS_SQL: Final = """
 """
 _COLUMNS_SQL: Final = """
     WITH RECURSIVE typed AS (
-        SELECT a.attrelid, a.attnum, a.attname, a.atttypid AS type, a.atttypmod AS modifier, a.attnotnull AS required,
+        SELECT a.attrelid, a.attnum, a.attname, a.atttypid AS type, a.atttypmod AS modifier,
+            a.attnotnull, a.attnotnull AS required,
             a.attgenerated AS generated, a.atthasdef OR a.attidentity OPERATOR(pg_catalog.<>) '' AS has_default,
             pg_catalog.format_type(a.atttypid, a.atttypmod) AS declared
         FROM pg_catalog.pg_attribute a
         WHERE a.attrelid OPERATOR(pg_catalog.=) ANY (%s::oid[]) AND a.attnum OPERATOR(pg_catalog.>) 0
             AND NOT a.attisdropped
         UNION ALL
-        SELECT attrelid, attnum, attname, t.typbasetype, t.typtypmod, required OR t.typnotnull,
+        SELECT attrelid, attnum, attname, t.typbasetype, t.typtypmod, attnotnull, required OR t.typnotnull,
             generated, has_default OR t.typdefault IS NOT NULL, declared
         FROM typed JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) typed.type
         WHERE t.typtype OPERATOR(pg_catalog.=) 'd'
     )
     SELECT attrelid::bigint AS relation, attname AS name, pg_catalog.format_type(type, modifier) AS base, declared,
-        required, generated, has_default
+        attnotnull AS is_required_itself, required, generated, has_default,
+        ARRAY(SELECT DISTINCT r.ev_class::pg_catalog.regclass::text
+            FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_rewrite r ON r.oid OPERATOR(pg_catalog.=) d.objid
+            WHERE d.refobjid OPERATOR(pg_catalog.=) attrelid AND d.refobjsubid OPERATOR(pg_catalog.=) attnum::int
+                AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_rewrite'::pg_catalog.regclass::oid
+                AND r.ev_class OPERATOR(pg_catalog.<>) attrelid) AS views
     FROM typed JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) typed.type
     WHERE t.typtype OPERATOR(pg_catalog.<>) 'd'
     ORDER BY attrelid, attnum
@@ -192,7 +198,8 @@ def _columns(relation: Any, columns: Mapping[str, Any]) -> Iterator[Deviation]:
                 relation.name, Severity.BLOCKED,
                 f'has the column "{column.name}", which is NOT NULL, has no default and is not loaded, '
                 "so every row is rejected",
-                f"{alter} ALTER COLUMN {_quoted(column.name)} DROP NOT NULL;",
+                f"{alter} ALTER COLUMN {_quoted(column.name)} DROP NOT NULL;" if column.is_required_itself
+                else f"ALTER DOMAIN {column.declared} DROP NOT NULL;",
             )  # fmt: skip
 
 
@@ -203,7 +210,7 @@ def _loaded_column(relation: Any, column: Any, kind: str) -> Iterator[Deviation]
         if (change := _type_change(column, kind)) is None:
             yield _moved_away(relation, problem)
         else:
-            yield Deviation(relation.name, Severity.REFUSED, problem, f"{alter} {change};")
+            yield Deviation(relation.name, Severity.REFUSED, problem, f"{_drop_views(column)}{alter} {change};")
         return
     if column.generated:
         # A virtual column (PostgreSQL 18) has no values that could be kept.
@@ -219,19 +226,24 @@ def _loaded_column(relation: Any, column: Any, kind: str) -> Iterator[Deviation]
         yield Deviation(
             relation.name, Severity.RISK,
             f'has the column "{column.name}" of the type {column.declared}, so longer names are rejected',
-            f"{alter} ALTER COLUMN {column.name} TYPE {kind};",
+            f"{_drop_views(column)}{alter} ALTER COLUMN {column.name} TYPE {kind};",
         )  # fmt: skip
     elif column.declared != column.base:
         yield Deviation(
             relation.name, Severity.RISK,
             f'has the column "{column.name}" of the domain {column.declared}, whose constraints may reject lines',
-            f"{alter} ALTER COLUMN {column.name} TYPE {kind};",
+            f"{_drop_views(column)}{alter} ALTER COLUMN {column.name} TYPE {kind};",
         )  # fmt: skip
     if column.name in _OPTIONAL and column.required:
         yield Deviation(
             relation.name, Severity.RISK, f'requires the column "{column.name}", so lines without it are rejected',
             f"{alter} ALTER COLUMN {column.name} DROP NOT NULL;",
         )  # fmt: skip
+
+
+def _drop_views(column: Any) -> str:
+    """Return the statement without which a column cannot change its type; `loader init` creates our views again."""
+    return f"DROP VIEW {', '.join(column.views)}; " if column.views else ""
 
 
 def _type_change(column: Any, kind: str) -> str | None:

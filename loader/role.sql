@@ -1,27 +1,44 @@
--- A role that may load and nothing else: it reads and adds rows, and can't change, remove or truncate any.
--- Its name is the setting analytics.role; it is made, without a password, where it is missing. `loader init
--- --role NAME` applies this; with psql: SET analytics.role = 'analytics_loader'; before the file.
+-- A role that may load and nothing else: it reads and adds rows, and cannot change, remove or truncate any. Its name
+-- is the setting analytics.role; it is created, without a password, if it does not exist. `loader init --role NAME`
+-- applies this after schema.sql; with psql: SET analytics.role = 'analytics_loader'; before the file.
+--
+-- Names are looked up in pg_catalog alone, as a superuser may run this: see schema.sql.
 
-DO $$
+DO $role$
 DECLARE
-    loader CONSTANT NAME := current_setting('analytics.role');
-    tables CONSTANT TEXT := 'analytics_events, analytics_metrics, analytics_loads, analytics_schema';
+    caller_path CONSTANT pg_catalog.text := pg_catalog.current_setting('search_path');
+    events CONSTANT pg_catalog.oid := pg_catalog.to_regclass('analytics_events');
+    loader CONSTANT pg_catalog.name := pg_catalog.current_setting('analytics.role');
+    home pg_catalog.name;
+    events_owner pg_catalog.oid;
+    tables pg_catalog.text;
+    loaded pg_catalog.text;
 BEGIN
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    SELECT nspname, relowner INTO home, events_owner
+        FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = events;
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = loader) THEN
         EXECUTE format('CREATE ROLE %I LOGIN', loader);
-    ELSIF pg_has_role(loader, (SELECT relowner FROM pg_class WHERE oid = 'analytics_events'::regclass), 'MEMBER') THEN
-        RAISE EXCEPTION 'the role % may act as the owner of the tables: give the loader a role of its own', loader;
+        RAISE NOTICE 'created the role "%", without a password', loader;
+    ELSIF pg_has_role(loader, events_owner, 'MEMBER') THEN
+        RAISE EXCEPTION 'the role "%" may act as the owner of the tables: give the loader a role of its own', loader;
     END IF;
+    loaded := format('%1$I.analytics_events, %1$I.analytics_metrics, %1$I.analytics_loads', home);
+    tables := format('%2$s, %1$I.analytics_schema, %1$I.analytics_settings', home, loaded);
     EXECUTE format('REVOKE ALL ON %s FROM %I', tables, loader);
-    EXECUTE format('GRANT SELECT ON %s, analytics_missing_segments TO %I', tables, loader);
-    EXECUTE format('GRANT INSERT ON analytics_events, analytics_metrics, analytics_loads TO %I', loader);
-    EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', current_schema, loader);
-    -- Rows that may be there already are compared in a temporary table. Everybody may connect and make one where
-    -- nobody took that away.
+    EXECUTE format('GRANT SELECT ON %s, %I.analytics_missing_segments TO %I', tables, home, loader);
+    EXECUTE format('GRANT INSERT ON %s TO %I', loaded, loader);
+    EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', home, loader);
+    RAISE NOTICE 'granted to "%": USAGE on the schema %, SELECT on %, INSERT on %',
+        loader, quote_ident(home), tables, loaded;
+    -- Rows that may exist are compared in a temporary table. Everybody may connect and create one unless that was
+    -- revoked.
     IF NOT has_database_privilege(loader, current_database(), 'CONNECT')
         OR NOT has_database_privilege(loader, current_database(), 'TEMPORARY')
     THEN
         EXECUTE format('GRANT CONNECT, TEMPORARY ON DATABASE %I TO %I', current_database(), loader);
+        RAISE NOTICE 'granted to "%": CONNECT and TEMPORARY on the database %', loader, quote_ident(current_database());
     END IF;
+    PERFORM set_config('search_path', caller_path, true);
 END
-$$;
+$role$;

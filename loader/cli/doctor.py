@@ -16,8 +16,11 @@ from loader.operate.doctor import Verdict
 @options.dsn
 @options.spool_dir
 @options.archive
+@options.workers
 @options.as_json
-def command(dsn: str | None, spool_dir: Path | None, archive: Path | None, as_json: bool) -> None:
+def command(
+    dsn: str | None, spool_dir: Path | None, archive: Path | None, workers: int, as_json: bool
+) -> None:
     """Check all that the loader needs and print what to do. Changes nothing.
 
     Run it as the user that loads: `sudo -u analytics loader doctor`.
@@ -27,7 +30,7 @@ def command(dsn: str | None, spool_dir: Path | None, archive: Path | None, as_js
       loader doctor
       loader doctor --json
     """
-    findings = list(doctor.examine(spool_dir, dsn, archive))
+    findings = list(doctor.examine(spool_dir, dsn, archive, workers))
     if as_json:
         terminal.print_json([finding.facts() for finding in findings])
     for finding in () if as_json else findings:

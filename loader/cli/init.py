@@ -13,30 +13,44 @@ from loader.load import database, schema
 @click.command("init")
 @options.dsn
 @click.option(
-    "--no-foreign-keys", is_flag=True,
-    help="Leave out those to auth.users and family_units: they slow the load, turn an event of a deleted "
-    "user into a reject, and keep a user with events from being deleted.",
+    "--foreign-keys/--no-foreign-keys", default=None,
+    help="Whether events refer to auth.users and family_units; the choice is remembered, and at first they do. "
+    "Keys slow the load, turn an event of a deleted user into a reject, and keep a user with events from being "
+    "deleted. --no-foreign-keys drops them.",
 )  # fmt: skip
 @click.option(
     "--role", metavar="NAME",
     help="A least-privilege role (SELECT and INSERT) for the loader, created if it does not exist.",
 )  # fmt: skip
 @options.as_json
-def command(dsn: str | None, no_foreign_keys: bool, role: str | None, as_json: bool) -> None:
+def command(dsn: str | None, foreign_keys: bool | None, role: str | None, as_json: bool) -> None:
     """Create or upgrade the tables; idempotent.
 
     \b
     Examples:
       loader init
       loader init --role analytics_loader
+      loader init --no-foreign-keys
     """
     actor = "the owner of the database, or a role that may create tables and roles in it"
     with only_for(actor), database.connect(settings.database_dsn(dsn)) as connection:
-        before = schema.schema_version(connection)
-        schema.apply_schema(connection, foreign_keys=not no_foreign_keys, role=role)
-        now = schema.schema_version(connection)
+        applied = schema.apply_schema(connection, foreign_keys=foreign_keys, role=role)
     if as_json:
-        terminal.print_json({"version": now, "before": before, "role": role})
-    else:
-        upgraded = f", upgraded from version {before}" if 0 < before < now else ""
-        terminal.say(f"The tables are ready: version {now}{upgraded}.")
+        terminal.print_json(
+            {"version": applied.version, "before": applied.before, "role": role,
+             "foreign_keys": applied.foreign_keys, "notes": applied.notes, "warnings": applied.warnings}
+        )  # fmt: skip
+        return
+    upgraded = f", upgraded from version {applied.before}" if 0 < applied.before < applied.version else ""
+    terminal.say(f"The tables are ready: version {applied.version}{upgraded}.")
+    terminal.say(_FOREIGN_KEYS[applied.foreign_keys])
+    for note in applied.notes:
+        terminal.say(note)
+    for warning in applied.warnings:
+        terminal.warn(f"Warning: {warning}")
+
+
+_FOREIGN_KEYS = {
+    "on": "Foreign keys: on, if auth.users and family_units exist (--no-foreign-keys drops them).",
+    "off": "Foreign keys: off, as was chosen (--foreign-keys adds them).",
+}

@@ -1,39 +1,158 @@
-"""The tables: creates or upgrades them (schema.sql, role.sql) and reads their version."""
+"""The tables: creates or upgrades them (schema.sql, role.sql) and reads their version.
+
+No lock is waited for longer than a second at a time, because whoever needs the locked table queues behind the
+wait: auth.users is the application's. In between, the application has its turn.
+"""
 
 from __future__ import annotations
 
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
-from typing import Final
+from typing import Final, Literal
 
+import psycopg
+from psycopg.errors import Diagnostic
+
+from loader.errors import OutOfReachError
+from loader.load import deviations
 from loader.load.database import Connection
 
 SCHEMA_VERSION: Final = 3
 """The version that schema.sql creates. This loader can load into the tables of every earlier version."""
+PATIENCE: Final = 60.0
+"""Seconds after which a lock is given up that other sessions do not release."""
+_PAUSE_SECONDS: Final = 1.0
+"""Between two attempts to get a lock, on average: as long as an attempt, so that others get half of the time."""
+_STATEMENT: Final = re.compile(r"^DO \$(\w+)\$.*?^\$\1\$;$", re.MULTILINE | re.DOTALL)
+_NO_LOCK: Final = ("55P03", "40P01")
+"""lock_not_available, deadlock_detected."""
+_SUCCESS: Final = "00000"
+"""Of a RAISE NOTICE without a code."""
+
+ForeignKeys = Literal["on", "off"]
 
 
-def apply_schema(connection: Connection, *, foreign_keys: bool = True, role: str | None = None) -> None:
-    """Apply schema.sql in one transaction, and role.sql for a role. Idempotent. Raises psycopg.Error."""
-    with connection.transaction():
-        _set(connection, "analytics.foreign_keys", "on" if foreign_keys else "off")
-        connection.execute(_script("schema.sql"))
+@dataclass
+class Applied:
+    """What applying the schema did: versions (0 is none), the keys, and what a person should know."""
+
+    before: int = 0
+    version: int = SCHEMA_VERSION
+    foreign_keys: ForeignKeys = "on"
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def note(self, notices: Sequence[Diagnostic]) -> None:
+        """Keep what schema.sql and role.sql report themselves, not that a table exists."""
+        for notice in notices:
+            is_warning = notice.severity_nonlocalized == "WARNING"
+            kept, message = self.warnings if is_warning else self.notes, notice.message_primary or ""
+            if (is_warning or notice.sqlstate == _SUCCESS) and message not in kept:
+                kept.append(message)
+
+
+def apply_schema(
+    connection: Connection, *, foreign_keys: bool | None = None, role: str | None = None,
+    patience: float = PATIENCE,
+) -> Applied:  # fmt: skip
+    """Apply schema.sql, and role.sql for a role. Idempotent.
+
+    `foreign_keys` is the choice to remember; None keeps what was chosen before, or adds them to new tables. The
+    connection must not be in a transaction: each statement of schema.sql has its own. Raises psycopg.Error, and
+    LoaderError for tables that cannot be loaded; then nothing was changed.
+    """
+    tables, keys, validation = (match[0] for match in _STATEMENT.finditer(_script("schema.sql")))
+    applied = Applied()
+
+    def apply_tables() -> None:
+        applied.before = schema_version(connection)
+        deviations.refuse(deviations.find(connection))
+        choice = "" if foreign_keys is None else "on" if foreign_keys else "off"
+        _set(connection, "analytics.foreign_keys", choice)
+        connection.execute(tables.encode())
         if role is not None:
             _set(connection, "analytics.role", role)
-            connection.execute(_script("role.sql"))
+            connection.execute(_script("role.sql").encode())
+        applied.version = schema_version(connection)
+        applied.foreign_keys = _remembered(connection)
+        applied.warnings += [str(each) for each in deviations.find(connection)]
+
+    _until_locked(connection, apply_tables, applied, patience)
+    for statement in (keys, validation):
+        _until_locked(connection, partial(connection.execute, statement.encode()), applied, patience)
+    return applied
 
 
 def schema_version(connection: Connection) -> int:
     """Return the version of the tables, 0 if there are none. Raises psycopg.Error."""
-    found = "SELECT to_regclass('analytics_schema'), to_regclass('analytics_loads')"
+    found = "SELECT pg_catalog.to_regclass('analytics_schema'), pg_catalog.to_regclass('analytics_loads')"
     ((versions, ledger),) = connection.execute(found).fetchall()
     if versions is None:
         return 0 if ledger is None else 1
-    ((version,),) = connection.execute("SELECT coalesce(max(version), 1) FROM analytics_schema").fetchall()
+    statement = "SELECT coalesce(pg_catalog.max(version), 1) FROM analytics_schema"
+    ((version,),) = connection.execute(statement).fetchall()
     return int(version)
 
 
+def _until_locked(
+    connection: Connection, apply: Callable[[], object], applied: Applied, patience: float
+) -> None:
+    """Run a step in a transaction of its own until it gets its locks, or as often as patience allows."""
+    deadline = time.monotonic() + patience
+    while True:
+        expired = time.monotonic() >= deadline
+        try:
+            with _notices(connection) as notices, connection.transaction():
+                _set_up(connection)
+                apply()
+            locked_out = [notice for notice in notices if notice.sqlstate in _NO_LOCK]
+            applied.note([notice for notice in notices if expired or notice not in locked_out])
+            if expired or not locked_out:
+                return
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+            if expired:
+                message = f"{error.diag.message_primary} within {patience:g} s: try again when less is going on"
+                raise OutOfReachError(message) from error
+        time.sleep(random.uniform(0.5, 1.5) * _PAUSE_SECONDS)
+
+
+def _set_up(connection: Connection) -> None:
+    """Set what a step depends on.
+
+    Tables are looked up as whoever connects looks them up, messages are seen, and no statement is cut off: a
+    key may take long to be validated.
+    """
+    connection.execute(
+        "SET LOCAL search_path TO DEFAULT; SET LOCAL client_min_messages = notice; SET LOCAL statement_timeout = 0"
+    )
+
+
+@contextmanager
+def _notices(connection: Connection) -> Iterator[list[Diagnostic]]:
+    """Collect what the server reports beside the results."""
+    notices: list[Diagnostic] = []
+    connection.add_notice_handler(notices.append)
+    try:
+        yield notices
+    finally:
+        connection.remove_notice_handler(notices.append)
+
+
+def _remembered(connection: Connection) -> ForeignKeys:
+    statement = "SELECT value FROM analytics_settings WHERE name OPERATOR(pg_catalog.=) 'foreign_keys'"
+    ((value,),) = connection.execute(statement).fetchall()
+    return "off" if value == "off" else "on"
+
+
 def _set(connection: Connection, name: str, value: str) -> None:
-    connection.execute("SELECT set_config(%s, %s, true)", [name, value])
+    connection.execute("SELECT pg_catalog.set_config(%s, %s, true)", [name, value])
 
 
-def _script(name: str) -> bytes:
-    return files("loader").joinpath(name).read_bytes()
+def _script(name: str) -> str:
+    return files("loader").joinpath(name).read_text()

@@ -1,4 +1,7 @@
-"""What is wrong, and what to type: each thing a loader depends on is looked at, and nothing is changed."""
+"""What is wrong, and what to type: checks each thing that a loader depends on, and changes nothing.
+
+The database is seen with the settings of its role, not with those that a load forces.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,11 @@ from loader.errors import LoaderError, OutOfReachError
 from loader.files import nofollow, rejects
 from loader.files.lock import holder
 from loader.files.scan import backlog, segment_names
-from loader.load import database, schema
+from loader.load import deviations, schema
 from loader.load.database import Connection
+from loader.load.deviations import Severity
 from loader.load.sqlstate import explain
+from loader.operate.status import reject_counts
 from loader.service.daemon import UNWATCHABLE
 from spool.segment import OPEN, SEALED
 
@@ -32,11 +37,45 @@ _LITTLE_SPACE: Final = 1 << 30
 _LITTLE_SHARE: Final = 0.05
 _LONG_LAG: Final = 60.0
 _CLOCK_SECONDS: Final = 5.0
+_SHORT_TIMEOUT: Final = 60_000
+"""Milliseconds within which every statement of a load should end, also on a busy server."""
 _TABLES: Final = ("analytics_events", "analytics_metrics", "analytics_loads")
 _TABLE_PRIVILEGES: Final = (
-    "SELECT name, privilege, has_table_privilege(name, privilege) FROM unnest(%s::text[]) AS name, "
-    "unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE']) AS privilege"
+    "SELECT name, privilege, pg_catalog.has_table_privilege(name, privilege) "
+    "FROM pg_catalog.unnest(%s::text[]) AS name, "
+    "pg_catalog.unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE']) AS privilege"
 )
+_SETTINGS: Final = (
+    "SELECT name, setting, source FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) ANY (%s::text[])"
+)
+_UNSAFE_SETTINGS: Final = {
+    "fsync": "a crash of the server may lose or damage rows that were loaded, and their files are gone",
+    "full_page_writes": "a crash of the server may damage tables",
+    "synchronous_commit": "a crash of the server may lose rows that were loaded; only a load itself waits for the disk",
+    "autovacuum": "tables grow, and statistics for the planner become old",
+}
+"""Settings that must not be off, and what happens otherwise."""
+_TIMEOUTS: Final = (
+    "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "transaction_timeout",
+    "idle_session_timeout",
+)  # fmt: skip
+_CONNECTION_LIMITS: Final = (
+    "SELECT rolconnlimit, (SELECT datconnlimit FROM pg_catalog.pg_database "
+    "WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database()) "
+    "FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) current_user"
+)
+_CREATORS: Final = """
+    SELECT n.nspname, CASE WHEN acl.grantee OPERATOR(pg_catalog.=) 0 THEN 'PUBLIC' ELSE r.rolname::text END
+    FROM pg_catalog.pg_class c
+    JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace
+    CROSS JOIN LATERAL pg_catalog.aclexplode(n.nspacl) AS acl
+    LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) acl.grantee
+    WHERE c.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass('analytics_events')::oid
+        AND acl.privilege_type OPERATOR(pg_catalog.=) 'CREATE' AND NOT coalesce(r.rolsuper, false)
+        AND acl.grantee OPERATOR(pg_catalog.<>) n.nspowner AND acl.grantee OPERATOR(pg_catalog.<>) c.relowner
+    ORDER BY 2
+"""
+"""Who else may create objects in the schema of the tables."""
 
 
 class Verdict(StrEnum):
@@ -71,8 +110,8 @@ def _failed(check: str, finding: str, remedy: str) -> Finding:
     return Finding(check, Verdict.FAILED, finding, remedy)
 
 
-def examine(spool: Path | None, dsn: str | None, archive: Path | None) -> Iterator[Finding]:
-    """Look at the spool, the machine and the database, as they were given or are set."""
+def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: int = 2) -> Iterator[Finding]:
+    """Check the spool, the machine and the database, as given or set, for a loader with so many workers."""
     try:
         where = settings.spool_directory(spool)
     except LoaderError as error:
@@ -83,10 +122,14 @@ def examine(spool: Path | None, dsn: str | None, archive: Path | None) -> Iterat
     if archive is not None:
         yield from _guarded(_archive, archive)
     try:
-        with database.connect(settings.database_dsn(dsn)) as connection:
+        with psycopg.connect(settings.database_dsn(dsn), prepare_threshold=None, autocommit=True) as connection:
             yield _ok("connection", f"{connection.info.user}@{connection.info.host}/{connection.info.dbname}")
-            for inspect in (_server, _clock, _schema, _privileges):
+            found = _settings(connection)
+            connection.execute("SET statement_timeout = 0")
+            for inspect in (_server, _clock, _schema, _tables, _privileges, _creators):
                 yield from inspect(connection)
+            yield from _durability(connection, found)
+            yield from _limits(connection, found, workers)
     except (psycopg.Error, LoaderError) as error:
         reason = explain(error)
         remedy = "is the server up, and are host, port, user and password right?"
@@ -125,14 +168,24 @@ def _permissions(spool: Path) -> Iterator[Finding]:
 def _segments(spool: Path) -> Iterator[Finding]:
     names = segment_names(spool)
     unreadable = [name for name in names if not os.access(spool / name, os.R_OK, follow_symlinks=False)]
+    future = [name for name in names if _modified(spool / name) > time.time() + _CLOCK_SECONDS]
+    # A busy loader retires segments between the listing and the checks: only what still exists counts.
+    unreadable = [name for name in unreadable if os.path.lexists(spool / name)]
     if unreadable:
         remedy = f"chmod g+r {spool}/*{SEALED} {spool}/*{OPEN}, and let writer and loader share a group"
         yield _failed("segments", f"{len(unreadable)} can't be read, as {unreadable[0]}", remedy)
-    future = [name for name in names if (spool / name).lstat().st_mtime > time.time() + _CLOCK_SECONDS]
     if future:
         yield _warning("segments", f"{future[0]} is from the future", "timedatectl set-ntp true")
     if not unreadable and not future:
         yield _ok("segments", f"{len(names)} can be read")
+
+
+def _modified(path: Path) -> float:
+    """Return when a file was changed last, 0 if it does not exist."""
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _lock(spool: Path) -> Iterator[Finding]:
@@ -158,7 +211,7 @@ def _rejects(spool: Path) -> Iterator[Finding]:
     if where.exists() and not os.access(where, os.W_OK | os.X_OK):
         yield _failed("rejects", f"{where} can't be written", f"chmod g+rwx {where}, as {_owner_of(where)}")
         return
-    count = rejects.count(rejects.files(spool)).total()
+    count = sum(codes.total() for _, codes in reject_counts(spool))
     if count:
         yield _warning("rejects", f"{count} lines were not loaded", "`loader rejects show`")
     else:
@@ -222,7 +275,7 @@ def _server(connection: Connection) -> Iterator[Finding]:
 
 def _clock(connection: Connection) -> Iterator[Finding]:
     begun = time.time()
-    ((server,),) = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float").fetchall()
+    ((server,),) = connection.execute("SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float").fetchall()
     away = server - (begun + time.time()) / 2
     like = f"{abs(away):.1f} s {'before' if away < 0 else 'after'} this machine's"
     if abs(away) > _CLOCK_SECONDS:
@@ -234,13 +287,22 @@ def _clock(connection: Connection) -> Iterator[Finding]:
 def _schema(connection: Connection) -> Iterator[Finding]:
     version, ours = schema.schema_version(connection), schema.SCHEMA_VERSION
     if not version:
-        yield _failed("schema", "the tables are not there", "`loader init`")
+        yield _failed("schema", "the tables do not exist", "`loader init`")
     elif version < ours:
         yield _warning("schema", f"version {version}, this loader's is {ours}", "`loader init`")
     elif version > ours:
         yield _warning("schema", f"version {version}, this loader's is {ours}", "upgrade the loader")
     else:
         yield _ok("schema", f"version {version}")
+
+
+def _tables(connection: Connection) -> Iterator[Finding]:
+    found = deviations.find(connection)
+    for each in found:
+        report = _warning if each.severity is Severity.RISK else _failed
+        yield report("tables", f'"{each.table}" {each.problem}', each.remedy)
+    if not found:
+        yield _ok("tables", "as the loader needs them")
 
 
 def _privileges(connection: Connection) -> Iterator[Finding]:
@@ -253,7 +315,7 @@ def _privileges(connection: Connection) -> Iterator[Finding]:
         needed = privilege in ("SELECT", "INSERT")
         if has != needed:
             (missing if needed else needless).setdefault(privilege, []).append(table)
-    temporary = "SELECT has_database_privilege(current_database(), 'TEMPORARY')"
+    temporary = "SELECT pg_catalog.has_database_privilege(pg_catalog.current_database(), 'TEMPORARY')"
     if connection.execute(temporary).fetchone() != (True,):
         missing["TEMPORARY"] = ["the database"]
     grant = f"as the owner of the tables: `loader init --role {user}`"
@@ -268,3 +330,68 @@ def _privileges(connection: Connection) -> Iterator[Finding]:
 
 def _listed(privileges: dict[str, list[str]]) -> str:
     return ", ".join(f"{privilege} on {' and '.join(tables)}" for privilege, tables in privileges.items())
+
+
+def _creators(connection: Connection) -> Iterator[Finding]:
+    """Whoever may create functions beside the tables may try to have them called by others."""
+    creators = connection.execute(_CREATORS).fetchall()
+    for name, creator in creators:
+        role = creator if creator == "PUBLIC" else f'"{creator}"'
+        yield _warning(
+            "creators", f"{creator} may create objects in the schema {name}",
+            f'REVOKE CREATE ON SCHEMA "{name}" FROM {role};',
+        )  # fmt: skip
+    if not creators:
+        yield _ok("creators", "only the owner may create objects beside the tables")
+
+
+def _settings(connection: Connection) -> dict[str, tuple[str, str]]:
+    """Return the value and the source of each setting that is checked."""
+    names = [*_UNSAFE_SETTINGS, *_TIMEOUTS]
+    return {name: (value, source) for name, value, source in connection.execute(_SETTINGS, [names])}
+
+
+def _durability(connection: Connection, found: dict[str, tuple[str, str]]) -> Iterator[Finding]:
+    unsafe = [name for name in _UNSAFE_SETTINGS if found.get(name, ("on", ""))[0] == "off"]
+    for name in unsafe:
+        remedy = _reset(connection, name, found[name][1], "on")
+        yield _warning("durability", f"{name} is off: {_UNSAFE_SETTINGS[name]}", remedy)
+    if not unsafe:
+        yield _ok("durability", "committed rows survive a crash of the server")
+
+
+def _limits(connection: Connection, found: dict[str, tuple[str, str]], workers: int) -> Iterator[Finding]:
+    """Report what ends statements and sessions, or allows fewer of them than there are workers."""
+    short = [name for name in _TIMEOUTS if 0 < int(found.get(name, ("0", ""))[0]) < _SHORT_TIMEOUT]
+    for name in short:
+        value, source = found[name]
+        yield _warning(
+            "limits", f"{name} is {value} ms, which may end a load", _reset(connection, name, source, "0")
+        )
+    user, database = connection.info.user, connection.info.dbname
+    ((of_role, of_database),) = connection.execute(_CONNECTION_LIMITS).fetchall()
+    few = [
+        (f'{kind} "{name}"', limit)
+        for kind, name, limit in (("ROLE", user, of_role), ("DATABASE", database, of_database))
+        if 0 <= limit < workers
+    ]
+    for what, limit in few:
+        yield _warning(
+            "limits", f"{what} may have {limit} connections, fewer than the {workers} workers",
+            f"ALTER {what} CONNECTION LIMIT {workers + 2}; or LOADER_WORKERS={max(limit, 1)}",
+        )  # fmt: skip
+    if not short and not few:
+        yield _ok("limits", "no timeout and no connection limit is in the way")
+
+
+def _reset(connection: Connection, name: str, source: str, value: str) -> str:
+    """Return the statement that removes a setting where it was made, or overrides it for the loader's role."""
+    role, database = f'"{connection.info.user}"', f'"{connection.info.dbname}"'
+    return {
+        "user": f"ALTER ROLE {role} RESET {name};",
+        "database user": f"ALTER ROLE {role} IN DATABASE {database} RESET {name};",
+        "database": f"ALTER DATABASE {database} RESET {name};",
+    }.get(source) or (
+        f"ALTER ROLE {role} SET {name} = {value};" if name in _TIMEOUTS or name == "synchronous_commit"
+        else f"ALTER SYSTEM SET {name} = {value}; SELECT pg_reload_conf();"
+    )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -43,14 +45,24 @@ class Ledger:
 
 def spool(directory: Path) -> Spool:
     """Look at a spool, touching nothing. Raises LoaderError, OSError, ValueError (a damaged reject file)."""
-    files = rejects.files(directory)
+    counted = list(reject_counts(directory))
     return Spool(
         **asdict(backlog(directory)),
         directory=str(directory),
         loader=holder(directory),
-        reject_files=len(files),
-        rejected=dict(rejects.count(files).most_common()),
+        reject_files=len(counted),
+        rejected=dict(sum((codes for _, codes in counted), Counter()).most_common()),
     )
+
+
+def reject_counts(directory: Path) -> Iterator[tuple[Path, Counter[str]]]:
+    """Yield the reject files of a spool with their counts by code.
+
+    A file that a loader removes between the listing and the reading is left out. Raises as `spool`.
+    """
+    for path in rejects.files(directory):
+        with contextlib.suppress(FileNotFoundError):
+            yield path, rejects.count([path])
 
 
 def ledger(connection: Connection) -> Ledger:

@@ -19,13 +19,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import psycopg
+
 from loader.files import rejects
 from loader.files.chunk import Chunk
 from loader.files.rejects import Rejected
 from loader.load import ledger
 from loader.load.counts import Counts, Loaded
-from loader.load.database import Connection, prepare
-from loader.load.insert import insert, insert_isolating
+from loader.load.database import Connection, transaction
+from loader.load.insert import insert, insert_lines
 from loader.load.ledger import Entry
 from loader.load.outcome import OVERSIZE, Outcome, decoded, decoded_lines
 
@@ -37,14 +39,14 @@ def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates
     psycopg.Error and OSError, after which nothing was loaded, or, if the connection broke in the COMMIT, all
     of it: load again, the ledger knows.
     """
-    with connection.transaction():
+    with transaction(connection):
         known = ledger.known(connection, [chunk.digest for chunk in batch])
         fresh, repeated = _divide(batch, known)
-        prepare(connection)
         outcomes = insert(connection, fresh, duplicates) if fresh else []
-        ledger.record(connection, [outcome.entry() for outcome in outcomes])
+        outcomes, overtaken = _record(connection, outcomes)
         for outcome in outcomes:
             rejects.write(spool, outcome.chunk, outcome.rejects)
+    repeated += [outcome.chunk for outcome in overtaken]
     return sum(
         (outcome.loaded() for outcome in outcomes),
         Loaded(known=sum(c.line_count for c in repeated), bytes=sum(c.size for c in repeated)),
@@ -63,9 +65,8 @@ def retry(connection: Connection, path: Path) -> Loaded:
     left = [rejected for rejected in before if rejected.code == OVERSIZE]
     name = f"{rejects.DIRECTORY}/{path.name}"
     outcome = Outcome(Chunk(name, 0, sum(len(each.raw) + 1 for each in retried), 1, len(retried), b""))
-    with connection.transaction():
-        prepare(connection)
-        insert_isolating(connection, list(decoded_lines(outcome, (rejected.raw for rejected in retried))))
+    with transaction(connection):
+        insert_lines(connection, list(decoded_lines(outcome, (rejected.raw for rejected in retried))))
         loaded = replace(outcome.counts, rejected=0)
         if loaded.lines:
             digest = secrets.token_bytes(32)
@@ -81,6 +82,20 @@ def check(chunk: Chunk) -> Outcome:
     for line in decoded([outcome]):
         line.insert()
     return outcome
+
+
+def _record(connection: Connection, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], list[Outcome]]:
+    """Write the chunks to the ledger; return those that it has now, and those that another loader had loaded.
+
+    All rows of the latter existed, so nothing is counted twice. Raises psycopg.errors.SerializationFailure if some
+    did not: another loader had rejected lines that could be loaded here.
+    """
+    recorded = ledger.record(connection, [outcome.entry() for outcome in outcomes])
+    ours = [outcome for outcome in outcomes if outcome.chunk.digest in recorded]
+    overtaken = [outcome for outcome in outcomes if outcome.chunk.digest not in recorded]
+    if any(outcome.counts.rows for outcome in overtaken):
+        raise psycopg.errors.SerializationFailure("another loader was faster with these lines: try again")
+    return ours, overtaken
 
 
 def _divide(batch: Sequence[Chunk], known: set[bytes]) -> tuple[list[Chunk], list[Chunk]]:

@@ -39,10 +39,10 @@ class RowWriter:
 
 
 @contextmanager
-def copying(connection: Connection, table: str, columns: Iterable[str]) -> Iterator[RowWriter]:
+def copying(connection: Connection, table: sql.Identifier, columns: Iterable[str]) -> Iterator[RowWriter]:
     """Open a COPY into the columns of a table. Raises psycopg.Error for the first row that is refused."""
     statement = sql.SQL("COPY {} ({}) FROM STDIN").format(
-        sql.Identifier(table), sql.SQL(", ").join(map(sql.Identifier, columns))
+        table, sql.SQL(", ").join(map(sql.Identifier, columns))
     )
     with connection.cursor().copy(statement) as copy:
         writer = RowWriter(copy)
@@ -52,7 +52,7 @@ def copying(connection: Connection, table: str, columns: Iterable[str]) -> Itera
 
 def copy(connection: Connection, table: Table, rows: Iterable[str]) -> None:
     """Copy rows into a table. Raises psycopg.Error for the first that is refused."""
-    with copying(connection, table.name, table.columns) as writer:
+    with copying(connection, sql.Identifier(table.name), table.columns) as writer:
         for row in rows:
             writer.write(row)
 
@@ -62,7 +62,12 @@ def existing_ids(connection: Connection, table: Table, ids: Sequence[str]) -> se
     if not ids:
         return set()
     statement = sql.SQL(
-        "SELECT found.key::text FROM unnest(%s::uuid[]) AS wanted CROSS JOIN LATERAL "
+        "SELECT found.key::text FROM pg_catalog.unnest(%s::uuid[]) AS wanted CROSS JOIN LATERAL "
         "(SELECT {key} AS key FROM {table} WHERE {key} = wanted OFFSET 0) AS found"
     ).format(key=sql.Identifier(table.key), table=sql.Identifier(table.name))
     return {key for (key,) in connection.execute(statement, ["{" + ",".join(ids) + "}"])}
+
+
+def any_missing(connection: Connection, table: Table, ids: Sequence[str]) -> bool:
+    """Return whether any of some canonical UUIDs is not the key of a row. Raises psycopg.Error."""
+    return len(existing_ids(connection, table, ids)) < len(set(ids))

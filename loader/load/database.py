@@ -1,13 +1,89 @@
-"""Connections, and the settings that a load's transaction depends on."""
+"""Connections, and every setting that a transaction of the loader depends on.
+
+A role, a database, a server or a pooler can change any setting, so each transaction sets its own, with SET LOCAL:
+a pooler in transaction mode hands its connections to others, who must not find our settings.
+
+    setting                              set to                 why
+    -----------------------------------  ---------------------  ------------------------------------------------
+    statement_timeout                    0                      one COPY may take longer; a batch is bounded by
+    transaction_timeout (17)             0                      its chunks, not by time. The loader decodes and
+    idle_in_transaction_session_timeout  0                      syncs rejects between two statements
+    lock_timeout                         60 s                   a lock held for long is reported, then awaited again
+    transaction_isolation                read committed         a row that another loader commits must be visible
+                                                                to the next statement, which compares it
+    synchronous_commit                   on, unless stronger    the file is removed after COMMIT. off, local and
+                                                                remote_write may lose what is committed, also on
+                                                                failover; remote_apply stays
+    search_path                          pg_catalog, the        names mean the system's functions and these tables;
+                                         tables' schema, the    a temporary table shadows nothing. The session's
+                                         session's, pg_temp     schemas are kept for triggers of the tables
+    row_security                         on                     off refuses each query of a table with a policy
+    client_encoding                      UTF8                   lines are UTF-8; psycopg encodes with the client's
+    DateStyle, TimeZone                  ISO, UTC               rows as text (collisions), timestamps that are read
+    jit                                  off                    compiling takes longer than looking up a batch
+    exit_on_error                        off                    a duplicate must not end the session
+    constraints                          immediate              at COMMIT, one row would fail all the others
+
+Left as they are: default_transaction_read_only (somebody protects a server, or its disk is full: the loader
+waits), session_replication_role and fsync (only a superuser may set them; `loader doctor` reports them),
+idle_session_timeout (an idle connection that was closed is opened again without a word), bytea_output,
+IntervalStyle, extra_float_digits and standard_conforming_strings (no value depends on them), tablespaces and
+planner settings (they cost time only).
+
+Statements name functions with their schema, and compare values of types that have an operator of their own:
+then no function or operator that somebody creates in another schema is a better match (CVE-2018-1058).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import psycopg
+from psycopg import sql
 
 Connection = psycopg.Connection[tuple[Any, ...]]
+
+_SETTINGS: Final = b"""
+    SET LOCAL statement_timeout = 0;
+    SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
+    SET CONSTRAINTS ALL IMMEDIATE;
+    SET LOCAL idle_in_transaction_session_timeout = 0;
+    SET LOCAL lock_timeout = '60s';
+    SET LOCAL row_security = on;
+    SET LOCAL client_encoding = 'UTF8';
+    SET LOCAL DateStyle = 'ISO, YMD';
+    SET LOCAL TimeZone = 'UTC';
+    SET LOCAL jit = off;
+    SET LOCAL exit_on_error = off;
+"""
+_SINCE_17: Final = b"SET LOCAL transaction_timeout = 0;"
+_DURABLE: Final = b"""
+    SELECT pg_catalog.set_config('synchronous_commit', 'on', true)
+    WHERE pg_catalog.current_setting('synchronous_commit') IN ('off', 'local', 'remote_write');
+"""
+_SESSION_SCHEMAS: Final = "SELECT pg_catalog.current_schemas(false)::pg_catalog.text[]"
+_FIND_PATH: Final = """
+    WITH session AS (
+        SELECT name, place FROM unnest(%s::name[]) WITH ORDINALITY AS found (name, place)
+        WHERE name <> 'pg_catalog'
+    ), home AS (
+        SELECT nspname AS name, (SELECT place FROM session WHERE name = nspname) AS place
+        FROM pg_namespace JOIN pg_class ON relnamespace = pg_namespace.oid
+        WHERE relname IN ('analytics_events', 'analytics_loads')
+            AND relkind IN ('r', 'p', 'v', 'f') AND relpersistence <> 't'
+        GROUP BY nspname HAVING count(*) = 2 ORDER BY place NULLS LAST, name LIMIT 1
+    ), path AS (
+        SELECT name, 0 AS place FROM home
+        UNION ALL SELECT name, place FROM session WHERE name NOT IN (SELECT name FROM home)
+        UNION ALL VALUES ('pg_catalog', -1), ('pg_temp', 1 << 20)
+    )
+    SELECT string_agg(quote_ident(name), ', ' ORDER BY place) FROM path
+"""
+_scripts: WeakKeyDictionary[Connection, bytes] = WeakKeyDictionary()
+"""What sets the settings of each connection. One whose tables move gets an error, and is replaced."""
 
 
 class _ReportingConnection(psycopg.Connection[tuple[Any, ...]]):
@@ -32,11 +108,48 @@ def connect(dsn: str, progressed: Callable[[], None] = lambda: None) -> Connecti
     return connection
 
 
-def prepare(connection: Connection) -> None:
-    """Set what the transaction of a load depends on.
+@contextmanager
+def transaction(connection: Connection) -> Iterator[None]:
+    """Open a transaction with the settings above.
 
-    Deferrable constraints are checked by each statement: at COMMIT, one row would fail all others. Plans are
-    not compiled: that takes longer than looking up the rows of a batch. A lock that somebody holds for long
-    is given up and requested again, so that the log shows what the loader waits for.
+    Raises psycopg.Error, also for a server that dies at the end of a COPY: psycopg 3.3 may then raise ValueError,
+    because the connection has no socket any more.
     """
-    connection.execute("SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL jit = off; SET LOCAL lock_timeout = '60s'")
+    try:
+        with connection.transaction():
+            prepare(connection)
+            yield
+    except psycopg.Error:
+        raise
+    except Exception as error:
+        if connection.closed:
+            raise psycopg.OperationalError(f"the connection was lost: {error}") from error
+        raise
+
+
+def prepare(connection: Connection) -> None:
+    """Set what a transaction of the loader depends on; call it first. Raises psycopg.Error.
+
+    One round trip, 0.1 ms; two more for a connection that is used for the first time.
+    """
+    if (script := _scripts.get(connection)) is None:
+        script = _scripts[connection] = _script(connection)
+    connection.execute(script)
+
+
+def _script(connection: Connection) -> bytes:
+    path = sql.SQL("SET LOCAL search_path = {};").format(sql.SQL(_search_path(connection)))
+    since_17 = _SINCE_17 if connection.info.server_version >= 170000 else b""
+    return _SETTINGS + since_17 + _DURABLE + path.as_bytes(connection)
+
+
+def _search_path(connection: Connection) -> Any:
+    """Return the system's schema, that of the tables, the other schemas of the session, and pg_temp.
+
+    The tables are found wherever they are, so that a changed search path does not hide them.
+    """
+    connection.execute(_SETTINGS)  # the isolation level cannot be set once a query has run
+    ((schemas,),) = connection.execute(_SESSION_SCHEMAS).fetchall()
+    connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
+    ((path,),) = connection.execute(_FIND_PATH, [schemas]).fetchall()
+    return path

@@ -2,6 +2,8 @@
 
 This room never sees a connection. What it lets through has the types, lengths and ranges of the line format
 (spool/record.py); what only Postgres can know (a number too long, a foreign key) is found by the load.
+A row that was exported from one of the two tables (`row_to_json`) is a line, too: its `id` and `created_at` are
+ignored, but `id` is the event_id of a metric that has none.
 COPY text format: https://www.postgresql.org/docs/current/sql-copy.html (tab between columns, `\\N` for
 NULL, backslash escapes).
 """
@@ -54,8 +56,10 @@ class Reject(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    event_id: str
     timestamp: str
+    event_id: str | None = None
+    id: msgspec.Raw = _ABSENT
+    created_at: msgspec.Raw = _ABSENT
     event_type: str | None = None
     user_id: str | None = None
     family_unit_id: str | None = None
@@ -65,6 +69,9 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     metric_type: str | None = None
     value: msgspec.Raw = _ABSENT
     labels: msgspec.Raw = _ABSENT
+
+
+_ID: Final = msgspec.json.Decoder(str | None).decode
 
 
 class _Event(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -166,7 +173,7 @@ def _metric(line: _Line) -> Row:
         _reject(
             "unknown_field", "a metric has no event_type, user_id, family_unit_id, session_id or metadata"
         )
-    event_id = _uuid(line.event_id, "event_id")
+    event_id = _uuid(line.event_id, "event_id") if line.event_id is not None else _exported_id(line.id)
     name = _name(line.metric_name, "metric_name")
     if line.metric_type not in METRIC_TYPES:
         _reject("invalid_metric_type", f"metric_type is unknown: {str(line.metric_type)[:100]!r}")
@@ -192,6 +199,14 @@ def _uuid(text: str | None, field: str) -> str:
         return str(UUID(text))
     except ValueError:
         _reject("invalid_uuid", f"{field} is not a UUID: {text[:100]!r}")
+
+
+def _exported_id(raw: msgspec.Raw) -> str:
+    """Return the id of a metric that was exported from its table, where it is the event_id."""
+    try:
+        return _uuid(_ID(raw) if raw else None, "event_id")
+    except msgspec.ValidationError:
+        _reject("invalid_uuid", f"id is not a UUID: {bytes(raw)[:100]!r}")
 
 
 def _remembered(text: str) -> str:

@@ -3,10 +3,11 @@
     direct          COPY while decoding; fails for any row that exists or is refused
     deduplicating   the same, but rows whose id exists or occurred before are staged and compared
     comparing       every row is staged and compared
-    isolating       row by row where needed: what Postgres refuses is found by bisection and rejected
+    isolating       as comparing; what Postgres refuses or does not keep is found and rejected (isolate.py)
 
-The first three fail as a whole. A unique violation leads to the next way, any other refusal of a row to
-`isolating`, and every other error to the caller.
+The first three fail as a whole. A unique violation or a deadlock leads to the next way, an outage to the caller,
+and any other error to `isolating`: also one that only COPY has (row-level security; on Citus, every error of
+a worker is an XX000).
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from contextlib import contextmanager
 from typing import Final
 
 import psycopg
+from psycopg import sql
 
 from loader.files.chunk import Chunk
 from loader.load import copying, staging
 from loader.load.database import Connection
 from loader.load.decode import Reject
+from loader.load.isolate import insert_isolating
 from loader.load.outcome import Line, Outcome, decoded
-from loader.load.sqlstate import Action, action
-from loader.load.staging import Inserted, Staging
+from loader.load.sqlstate import is_temporary
+from loader.load.staging import Inserted, NotStoredError, Staging
 from loader.load.tables import EVENTS, METRICS, Table
+from loader.load.triggers import triggers
 
 MANY_DUPLICATES: Final = 0.5
 """Share from which on comparing every row costs less than looking up those that exist (measured)."""
@@ -33,7 +37,9 @@ _BEGINNING: Final = re.compile(
     rb'\s*\{\s*"event_id"\s*:\s*"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"\s*,\s*"'
     rb"(event_type|metric_name)"
 ).match
-_COPY_LINE: Final = re.compile(r", line (\d+)")
+
+_TRY_NEXT: Final = (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected)
+"""COPY inserts in the order of the lines: two loaders with the same lines may wait for each other."""
 
 _Way = Callable[[Connection, Sequence[Outcome]], None]
 
@@ -48,14 +54,17 @@ def insert(connection: Connection, chunks: Sequence[Chunk], duplicates: float) -
         try:
             with connection.transaction():
                 way(connection, outcomes)
-        except psycopg.errors.UniqueViolation:
+        except _TRY_NEXT:
             continue
+        except NotStoredError:
+            break
         except psycopg.Error as error:
-            _raise_unless_rejecting(error)
+            if is_temporary(error):
+                raise
             break
         return outcomes
     outcomes = [Outcome(chunk) for chunk in chunks]
-    insert_isolating(connection, list(decoded(outcomes)))
+    insert_lines(connection, list(decoded(outcomes)))
     return outcomes
 
 
@@ -63,11 +72,6 @@ def _ways(duplicates: float) -> tuple[_Way, ...]:
     if duplicates >= MANY_DUPLICATES:
         return (_comparing,)
     return (_deduplicating, _comparing) if duplicates else (_direct, _deduplicating, _comparing)
-
-
-def _raise_unless_rejecting(error: psycopg.Error) -> None:
-    if action(error.sqlstate) is not Action.REJECT:
-        raise error
 
 
 # ---- the ways ---------------------------------------------------------------------------------------
@@ -113,10 +117,11 @@ def _comparing(connection: Connection, outcomes: Sequence[Outcome]) -> None:
         _settle(metrics, staging.insert_staged(connection, METRICS, (line.row for line in metrics)))
 
 
-def insert_isolating(connection: Connection, lines: Sequence[Line]) -> None:
+def insert_lines(connection: Connection, lines: Sequence[Line]) -> None:
     """Insert decoded lines, and reject those that Postgres refuses. Raises psycopg.Error for other errors."""
     for table in (EVENTS, METRICS):
-        _isolate(connection, table, [line for line in lines if line.row.table is table])
+        if own := [line for line in lines if line.row.table is table]:
+            _settle(own, insert_isolating(connection, table, [line.row for line in own]))
     for outcome in {id(line.outcome): line.outcome for line in lines}.values():
         outcome.sort_rejects()
 
@@ -128,18 +133,24 @@ def insert_isolating(connection: Connection, lines: Sequence[Line]) -> None:
 def _copying_lines(connection: Connection) -> Iterator[Callable[[Line], None]]:
     """Open a COPY of lines that are new: events go as they come, metrics when the block ends."""
     metrics: list[str] = []
-    with copying.copying(connection, EVENTS.name, EVENTS.columns) as events:
+    ids: dict[Table, list[str]] = {EVENTS: [], METRICS: []}
+    with copying.copying(connection, sql.Identifier(EVENTS.name), EVENTS.columns) as events:
 
         def write(line: Line) -> None:
-            line.insert()
-            if line.row.table is EVENTS:
-                events.write(line.row.copy)
+            row = line.row
+            line.outcome.insert(row)
+            ids[row.table].append(row.event_id)
+            if row.table is EVENTS:
+                events.write(row.copy)
             else:
-                metrics.append(line.row.copy)
+                metrics.append(row.copy)
 
         yield write
     if metrics:
         copying.copy(connection, METRICS, metrics)
+    for table, sent in ids.items():
+        if sent and triggers(connection, table) and copying.any_missing(connection, table, sent):
+            raise NotStoredError
 
 
 def _existing_ids(connection: Connection, outcomes: Sequence[Outcome]) -> dict[Table, set[str]]:
@@ -162,44 +173,7 @@ def _settle(lines: Sequence[Line], inserted: Inserted) -> None:
         line = lines[collision.position]
         reason = f"event_id {line.row.event_id} is taken by another payload: {collision.existing}"
         line.reject(Reject("collision", reason))
+    for position, reject in inserted.refused.items():
+        lines[position].reject(reject)
     for position in set(range(len(lines))) - inserted.positions():
         lines[position].insert()
-
-
-def _isolate(connection: Connection, table: Table, lines: Sequence[Line]) -> None:
-    if not lines:
-        return
-    try:
-        inserted = staging.insert(connection, table, [line.row for line in lines])
-    except psycopg.Error as error:
-        _raise_unless_rejecting(error)
-        if len(lines) == 1:
-            lines[0].reject(Reject(f"postgres_{error.sqlstate}", _message(error)))
-        else:
-            for part in _split(lines, error):
-                _isolate(connection, table, part)
-    else:
-        _settle(lines, inserted)
-
-
-def _split(lines: Sequence[Line], error: psycopg.Error) -> list[Sequence[Line]]:
-    """Return parts that keep the offending rows apart: halves, and by itself the line that COPY names.
-
-    A constraint names no line, so the name is only a hint where to cut; halves keep a chunk of nothing but
-    offending rows from being sent once per row.
-    """
-    named = _COPY_LINE.search(error.diag.context or "")
-    position = int(named[1]) - 1 if named else -1
-    if not 0 <= position < len(lines):
-        return _halves(lines)
-    return [*_halves(lines[:position]), lines[position : position + 1], *_halves(lines[position + 1 :])]
-
-
-def _halves(lines: Sequence[Line]) -> list[Sequence[Line]]:
-    half = len(lines) // 2
-    return [lines[:half], lines[half:]]
-
-
-def _message(error: psycopg.Error) -> str:
-    diagnostics = error.diag
-    return ": ".join(filter(None, (diagnostics.message_primary or str(error), diagnostics.message_detail)))

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import psycopg
 from psycopg import sql
 
+from loader.errors import LoaderError
 from loader.load.counts import Counts
 from loader.load.database import Connection
+from loader.load.triggers import triggers
+
+TABLE: Final = "analytics_loads"
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ _COLUMNS: Final = {
 """Columns that the loader writes, with their types."""
 _RECORD: Final = sql.SQL(
     "INSERT INTO analytics_loads ({}, loader_host) SELECT entry.*, %s FROM unnest({}) AS entry "
-    "ON CONFLICT (digest) DO NOTHING RETURNING 1"
+    "ON CONFLICT (digest) DO NOTHING RETURNING digest"
 ).format(
     sql.SQL(", ").join(map(sql.Identifier, _COLUMNS)),
     sql.SQL(", ").join(sql.SQL(f"%s::{kind}[]") for kind in _COLUMNS.values()),
@@ -53,15 +56,24 @@ def known(connection: Connection, digests: Sequence[bytes]) -> set[bytes]:
     return {digest for (digest,) in found}
 
 
-def record(connection: Connection, entries: Sequence[Entry]) -> None:
-    """Write rows of the ledger.
+def record(connection: Connection, entries: Sequence[Entry]) -> set[bytes]:
+    """Write rows of the ledger; return the digests of those that are new. The others another loader wrote.
 
-    Raises psycopg.errors.SerializationFailure if another loader was faster with the same bytes: try again,
-    then they are known.
+    In the order of the digests, so that two loaders cannot deadlock. Raises psycopg.Error, and LoaderError if the
+    ledger does not keep its rows.
     """
     if not entries:
-        return
-    arrays = [list(column) for column in zip(*(entry.values() for entry in entries), strict=True)]
-    written = connection.execute(_RECORD, [socket.gethostname(), *arrays]).fetchall()
-    if len(written) != len(entries):
-        raise psycopg.errors.SerializationFailure("another loader was faster with these lines: try again")
+        return set()
+    ordered = sorted(entries, key=lambda entry: entry.digest)
+    arrays = [list(column) for column in zip(*(entry.values() for entry in ordered), strict=True)]
+    written = {digest for (digest,) in connection.execute(_RECORD, [socket.gethostname(), *arrays])}
+    digests = {entry.digest for entry in entries}
+    if written != digests or triggers(connection, TABLE):
+        _check_kept(connection, digests)
+    return written
+
+
+def _check_kept(connection: Connection, digests: set[bytes]) -> None:
+    if digests - known(connection, list(digests)):
+        causes = ", ".join(triggers(connection, TABLE))
+        raise LoaderError(f"{TABLE} does not store its rows: remove its {causes}")

@@ -4,6 +4,8 @@
     RETRY   the server will recover: wait and try again, never reject
     STOP    a person must do something: keep the files, say what, try again slowly
 
+Two rules are stronger than the code. If the other rows of a batch load and one does not, that row is at fault
+(insert.py). And what a function raises by itself says nothing about the server, whatever its code.
 Codes: https://www.postgresql.org/docs/current/errcodes-appendix.html. Whole codes go before their class.
 """
 
@@ -24,14 +26,18 @@ class Action(Enum):
 
 
 _ACTIONS: Final = {
+    "25P03": Action.RETRY,  # ended by a timeout for idle transactions
+    "25P04": Action.RETRY,  # ended by a timeout for transactions
+    "55006": Action.RETRY,  # object in use
+    "55P03": Action.RETRY,  # lock not available
     "22": Action.REJECT,  # data exception
     "23": Action.REJECT,  # integrity constraint violation
     "54": Action.REJECT,  # program limit exceeded: nested too deeply, row too large for an index
+    "44": Action.REJECT,  # check option of a view
     "P0": Action.REJECT,  # a trigger that raises
     "08": Action.RETRY,  # connection exception
     "40": Action.RETRY,  # deadlock, serialization failure
     "53": Action.RETRY,  # disk full, out of memory, too many connections
-    "55": Action.RETRY,  # lock not available, object in use
     "57": Action.RETRY,  # shutdown, crash, query cancelled
     "58": Action.RETRY,  # input or output error of the system
 }
@@ -44,12 +50,35 @@ def action(sqlstate: str | None) -> Action:
     return _ACTIONS.get(sqlstate) or _ACTIONS.get(sqlstate[:2], Action.STOP)
 
 
+_RAISE: Final = "exec_stmt_raise"
+"""Function of Postgres' source that reports what PL/pgSQL's RAISE raised."""
+
+
+def is_raised(error: psycopg.Error) -> bool:
+    """Whether a function, such as a trigger, raised this on purpose."""
+    return error.diag.source_function == _RAISE
+
+
+def is_temporary(error: psycopg.Error) -> bool:
+    """Whether the server or the connection is at fault for now, and no row is."""
+    return action(error.sqlstate) is Action.RETRY and not is_raised(error)
+
+
+def retry_pattern() -> str:
+    """Return a regular expression of Postgres for the codes whose action is RETRY."""
+    return "^(" + "|".join(code for code, what in _ACTIONS.items() if what is Action.RETRY) + ")"
+
+
 _ADVICE: Final = {
     "42P01": "run `loader init` first",
     "42703": "the tables are of another version: run `loader init`",
     "42501": "run `loader init --role` with the loader's role, as the owner of the tables",
     "25006": "the server is read-only: connect to the primary",
 }
+
+
+_OUT_OF_REACH: Final = ("08", "57P01", "57P02", "57P03")
+"""The connection broke, or the server shuts down, crashed or starts."""
 
 
 def advice(sqlstate: str | None) -> str:
@@ -65,7 +94,7 @@ def explain(error: psycopg.Error | OSError | LoaderError) -> LoaderError:
         return LoaderError(f"can't write rejects: {error}")
     message = error.diag.message_primary or "; ".join(filter(None, map(str.strip, str(error).splitlines())))
     message = message.removeprefix("connection failed: ").removeprefix("connection is bad: ")
-    if error.sqlstate is None or error.sqlstate[:2] in ("08", "57"):
+    if error.sqlstate is None or error.sqlstate.startswith(_OUT_OF_REACH):
         return OutOfReachError(f"the database is out of reach: {message}")
     if action(error.sqlstate) is Action.RETRY:
         return OutOfReachError(f"the database can't load now: {message}")

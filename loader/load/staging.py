@@ -1,23 +1,28 @@
 """Rows of which some may exist: staged in a temporary table, compared by key, and inserted if they are new.
 
-New rows are inserted in the order of their key, so that two loaders cannot deadlock. Counts are what
-RETURNING yields, never a command tag (Citus reports rows that were not inserted).
+New rows are inserted in the order of their key, so that two loaders cannot deadlock. A row is counted as stored
+if RETURNING yields it and, on a table with triggers, if its key is found afterwards. A command tag is never used
+(Citus reports rows that were not inserted).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, LiteralString
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, LiteralString
 
 import psycopg
 from psycopg import sql
 
-from loader.load.copying import RowWriter, copy, copying
+from loader.load.copying import RowWriter, copying
 from loader.load.database import Connection
-from loader.load.decode import Row
-from loader.load.tables import Table
+from loader.load.decode import Reject, Row
+from loader.load.tables import FILLED_IN, Table
+from loader.load.triggers import triggers
+
+_ATTEMPTS: Final = 20
+"""Times that rows are compared again because other loaders commit some of them in between."""
 
 
 @dataclass(frozen=True)
@@ -30,30 +35,33 @@ class Collision:
 
 @dataclass(frozen=True)
 class Inserted:
-    """Which rows were not inserted: duplicates, by position, and collisions."""
+    """Which rows were not inserted, by position: duplicates, collisions and refused ones."""
 
     duplicates: Sequence[int] = ()
     collisions: Sequence[Collision] = ()
+    refused: dict[int, Reject] = field(default_factory=dict)
 
     def __add__(self, other: Inserted) -> Inserted:
-        return Inserted([*self.duplicates, *other.duplicates], [*self.collisions, *other.collisions])
+        return Inserted(
+            [*self.duplicates, *other.duplicates],
+            [*self.collisions, *other.collisions],
+            self.refused | other.refused,
+        )
 
     def positions(self) -> set[int]:
-        return {*self.duplicates, *(collision.position for collision in self.collisions)}
+        return {*self.duplicates, *(collision.position for collision in self.collisions), *self.refused}
 
 
-def insert(connection: Connection, table: Table, rows: Sequence[Row]) -> Inserted:
-    """Insert rows, each once. Raises psycopg.Error, after which the rows are as they were before."""
-    try:
-        with connection.transaction():
-            copy(connection, table, (row.copy for row in rows))
-        return Inserted()
-    except psycopg.errors.UniqueViolation:
-        return insert_staged(connection, table, rows)
+class NotStoredError(Exception):
+    """The table took rows and did not keep them."""
+
+
+class _InterferenceError(Exception):
+    """Another loader committed or removed some of the rows since they were compared."""
 
 
 def insert_staged(connection: Connection, table: Table, rows: Iterable[Row]) -> Inserted:
-    """As `insert`, for rows of which some are expected to exist. Raises as `Staging.insert`."""
+    """Insert rows, each once. Raises as `Staging.insert`, after which none is inserted."""
     with connection.transaction():
         staging = Staging(connection, table)
         with staging.filling() as writer:
@@ -66,97 +74,175 @@ class Staging:
     """A temporary table for the rows of one batch, each with its position. To be used in one transaction."""
 
     def __init__(self, connection: Connection, table: Table) -> None:
-        self._connection = connection
-        self._table = table
-        self._writer: StagingWriter | None = None
+        self.connection = connection
+        self.table = table
+        self.name: Final = sql.Identifier("pg_temp", f"staging_{table.name}")
+        self.keys: dict[int, str] = {}
+        """The key of each row, by position."""
         self._names = {
             "table": sql.Identifier(table.name),
-            "staging": sql.Identifier(f"staging_{table.name}"),
+            "all_columns": sql.Literal(list(table.columns)),
+            "table_name": sql.Literal(table.name),
+            "staging": self.name,
+            "staging_name": sql.Literal(f"pg_temp.staging_{table.name}"),
             "key": sql.Identifier(table.key),
-            "columns": sql.SQL(", ").join(map(sql.Identifier, table.columns)),
-            "staged_payload": _payload("staged", table),
-            "stored_payload": _payload("stored", table),
+            "all": sql.SQL(", ").join(map(sql.Identifier, table.columns)),
+            "differ": _differ(table),
         }
 
     @contextmanager
     def filling(self) -> Iterator[StagingWriter]:
         """Open the temporary table for the rows of the batch. Raises psycopg.Error."""
-        self._run(
+        self.create()
+        columns = ("position", *self.table.columns)
+        with copying(self.connection, self.name, columns) as rows:
+            yield StagingWriter(rows, self.keys)
+
+    def create(self) -> None:
+        """Create the temporary table, or empty it; anew if the columns of the table have changed."""
+        ((stale,),) = self.run(_STALE).fetchall()
+        if stale:
+            self.run("DROP TABLE {staging}")
+        self.run(
             "CREATE TEMP TABLE IF NOT EXISTS {staging} ON COMMIT DELETE ROWS AS "
-            "SELECT 0 AS position, {columns} FROM {table} WITH NO DATA"
+            "SELECT 0 AS position, {all} FROM {table} WITH NO DATA"
         )
-        self._run("TRUNCATE {staging}")
-        columns = ("position", *self._table.columns)
-        with copying(self._connection, f"staging_{self._table.name}", columns) as rows:
-            self._writer = StagingWriter(rows)
-            yield self._writer
+        self.run("TRUNCATE {staging}")
+
+    def discard(self, positions: Iterable[int]) -> None:
+        """Take rows out."""
+        gone = list(positions)
+        self.run("DELETE FROM {staging} WHERE position = ANY(%s::int[])", gone)
+        for position in gone:
+            del self.keys[position]
 
     def insert(self) -> Inserted:
         """Compare what exists, insert what does not, then compare what occurred twice among the rows.
 
-        Raises psycopg.errors.SerializationFailure if another loader interfered: try again.
+        Rows that other loaders commit in the meantime are compared again. Raises NotStoredError, and psycopg.Error:
+        for a row that is refused, and SerializationFailure if the others do not stop to interfere.
         """
-        assert self._writer is not None  # it was filled
-        existing = self._compare("true")
-        positions = existing.positions()
-        new = [position for position in self._writer.first.values() if position not in positions]
-        again = [position for position in self._writer.repeated if position not in positions]
-        if new and self._insert_all_but([*positions, *again]) != len(new):
-            raise psycopg.errors.SerializationFailure("another loader was faster with some rows: try again")
-        repeated = self._compare("staged.position = ANY(%s)", again) if again else Inserted()
-        if len(repeated.duplicates) + len(repeated.collisions) != len(again):
-            raise psycopg.errors.SerializationFailure("rows were removed while they were loaded: try again")
-        return existing + repeated
+        for _ in range(_ATTEMPTS):
+            with suppress(_InterferenceError), self.connection.transaction():
+                return self._insert_once()
+        raise psycopg.errors.SerializationFailure("other loaders interfere with these rows: try again")
 
-    def _compare(self, which: LiteralString, *values: object) -> Inserted:
-        """Return the rows whose key exists, with an equal payload or with another one.
+    def _insert_once(self) -> Inserted:
+        existing = self.compare()
+        settled = existing.positions()
+        first: dict[str, int] = {}
+        again = []
+        for position, key in self.keys.items():
+            if position not in settled and first.setdefault(key, position) != position:
+                again.append(position)
+        if first:
+            self._store([*settled, *again], list(first.values()))
+        return existing + self._compare_repeated(again) if again else existing
+
+    def _store(self, others: Sequence[int], new: Sequence[int]) -> None:
+        """Insert all rows but the others, and check that the table has the new ones."""
+        stored = self._insert_all_but(others)
+        watched = triggers(self.connection, self.table)
+        if stored == len(new) and not watched:
+            return
+        if watched and self.absent(new):
+            raise NotStoredError
+        if stored != len(new):
+            raise _InterferenceError
+
+    def _compare_repeated(self, again: Sequence[int]) -> Inserted:
+        """Compare rows whose key an earlier row has, which was stored."""
+        compared = self.compare(again)
+        if len(compared.positions()) != len(again):
+            raise _InterferenceError
+        return compared
+
+    def compare(self, positions: Sequence[int] | None = None) -> Inserted:
+        """Return the rows, of all or those at some positions, whose key exists: equal ones and others.
 
         OFFSET 0 keeps the planner, which knows nothing of a fresh temporary table, from scanning the whole
         table: each key is looked up in the index.
         """
-        equal, unequal, stored = self._run(
+        equal, unequal, stored = self.run(
             "WITH compared AS MATERIALIZED (SELECT staged.position, "
-            "CASE WHEN ({staged_payload}) IS DISTINCT FROM ({stored_payload}) THEN stored::text END AS other "
+            "CASE WHEN {differ} THEN stored::text END AS other "
             "FROM {staging} staged CROSS JOIN LATERAL "
             "(SELECT * FROM {table} found WHERE found.{key} = staged.{key} OFFSET 0) AS stored "
-            f"WHERE {which}) SELECT array_agg(position) FILTER (WHERE other IS NULL), "
-            "array_agg(position) FILTER (WHERE other IS NOT NULL), "
-            "array_agg(other) FILTER (WHERE other IS NOT NULL) FROM compared",
-            *values,
-        ).fetchall()[0]
+            "WHERE %s::int[] IS NULL OR position = ANY(%s::int[])) "
+            "SELECT pg_catalog.array_agg(position) FILTER (WHERE other IS NULL), "
+            "pg_catalog.array_agg(position) FILTER (WHERE other IS NOT NULL), "
+            "pg_catalog.array_agg(other) FILTER (WHERE other IS NOT NULL) FROM compared",
+            positions and list(positions), positions and list(positions),
+        ).fetchall()[0]  # fmt: skip
         return Inserted(equal or [], list(map(Collision, unequal or [], stored or [])))
+
+    def absent(self, positions: Sequence[int]) -> list[int]:
+        """Return those of the positions whose key is not in the table."""
+        found = self.run(
+            "SELECT position FROM {staging} staged LEFT JOIN LATERAL (SELECT true AS here FROM {table} found "
+            "WHERE found.{key} = staged.{key} LIMIT 1) AS stored ON true "
+            "WHERE here IS NULL AND position = ANY(%s::int[]) ORDER BY position",
+            list(positions),
+        )
+        return [position for (position,) in found]
 
     def _insert_all_but(self, positions: Sequence[int]) -> int:
         """Insert in the order of the key; return how many rows are new."""
-        return self._run(
-            "INSERT INTO {table} ({columns}) SELECT {columns} FROM {staging} "
-            "WHERE NOT EXISTS (SELECT FROM unnest(%s::int[]) AS but WHERE but = position) "
+        return self.run(
+            "INSERT INTO {table} ({all}) SELECT {all} FROM {staging} "
+            "WHERE NOT EXISTS (SELECT FROM pg_catalog.unnest(%s::int[]) AS but WHERE but = position) "
             "ORDER BY {key} ON CONFLICT ({key}) DO NOTHING RETURNING 1",
             list(positions),
         ).rowcount  # of a statement that returns rows: the rows that came, not a command tag
 
-    def _run(self, statement: LiteralString, *values: object) -> psycopg.Cursor[Any]:
-        return self._connection.execute(sql.SQL(statement).format(**self._names), values)
+    def run(self, statement: LiteralString, *values: object, **names: sql.Composable) -> psycopg.Cursor[Any]:
+        """Execute a statement about this table. Raises psycopg.Error."""
+        return self.connection.execute(self.format(statement, **names), values)
+
+    def format(self, statement: LiteralString, **names: sql.Composable) -> sql.Composed:
+        """Return a statement with the names of the tables and columns."""
+        return sql.SQL(statement).format(**self._names, **names)
+
+
+_STALE: Final = (
+    "SELECT pg_catalog.to_regclass({staging_name}) IS NOT NULL AND EXISTS (SELECT FROM "
+    "pg_catalog.pg_attribute AS now LEFT JOIN pg_catalog.pg_attribute AS before ON before.attname = now.attname "
+    "AND before.attrelid = pg_catalog.to_regclass({staging_name})::pg_catalog.oid "
+    "AND before.atttypid = now.atttypid AND before.atttypmod = now.atttypmod "
+    "WHERE now.attrelid = pg_catalog.to_regclass({table_name})::pg_catalog.oid AND now.attname = ANY({all_columns}) "
+    "AND before.attname IS NULL)"
+)
 
 
 class StagingWriter:
-    """Sends rows with their positions, and notes the first position of each key."""
+    """Sends rows with their positions, and notes their keys."""
 
-    def __init__(self, rows: RowWriter) -> None:
-        self.first: dict[str, int] = {}
-        self.repeated: list[int] = []
-        """Positions of rows whose key an earlier row has."""
+    def __init__(self, rows: RowWriter, keys: dict[int, str]) -> None:
         self._rows = rows
-        self._position = 0
+        self._keys = keys
 
     def write(self, row: Row) -> None:
         """Raises psycopg.Error."""
-        position = self._position
-        if self.first.setdefault(row.event_id, position) != position:
-            self.repeated.append(position)
+        position = len(self._keys)
+        self._keys[position] = row.event_id
         self._rows.write(f"{position}\t{row.copy}")
-        self._position += 1
 
 
-def _payload(alias: str, table: Table) -> sql.Composable:
-    return sql.SQL(", ").join(sql.Identifier(alias, column) for column in table.payload)
+def _differ(table: Table) -> sql.Composable:
+    """Return the condition that two rows are not duplicates (tables.py), first by what costs least."""
+
+    def row(alias: str, details: LiteralString) -> sql.Composable:
+        # varchar has no operators of its own
+        columns = [
+            sql.SQL("{}::text").format(sql.Identifier(alias, column))
+            if column.endswith(("_name", "_type"))
+            else sql.Identifier(alias, column)
+            for column in table.payload
+        ]
+        detail = sql.SQL(details).format(sql.Identifier(alias, table.details), sql.Literal(list(FILLED_IN)))
+        return sql.SQL("({})").format(sql.SQL(", ").join([*columns, detail]))
+
+    whole, given = "{}", "{} - {}::text[]"
+    return sql.SQL("{} IS DISTINCT FROM {} AND {} IS DISTINCT FROM {}").format(
+        row("staged", whole), row("stored", whole), row("staged", given), row("stored", given)
+    )

@@ -1,4 +1,10 @@
-"""The two tables that are loaded: their columns in the order of COPY and the key that makes a row unique."""
+"""The two tables that are loaded: their columns in the order of COPY and the key that makes a row unique.
+
+Two rows with the same key are duplicates if their payloads are equal. The payload is what the application gave:
+the name, the user, the family unit, the session and `metadata`; of a metric its name, type, value and `labels`.
+What the emitter fills in by itself differs when the same call is made again, so it does not count: the timestamp
+and, at the top level of `metadata` or `labels`, the keys of `FILLED_IN`.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +20,27 @@ class Table:
     columns: tuple[str, ...]
     key: str
     kind: str
+    payload: tuple[str, ...]
+    """Columns of the payload but `details`."""
+    details: str
+    """The column that is an object, of which FILLED_IN does not count."""
 
-    @property
-    def payload(self) -> tuple[str, ...]:
-        """The columns that two rows with the same key must agree on to be duplicates."""
-        return tuple(column for column in self.columns if column not in ("id", "event_id"))
 
-
+FILLED_IN: Final = ("request_id", "role", "service", "release", "environment")
+"""What the emitter adds from its context and its process-wide defaults."""
 EVENTS: Final = Table(
     "analytics_events",
     ("id", "event_id", "event_type", "timestamp", "user_id", "family_unit_id", "session_id", "metadata"),
     "event_id",
     "event_type",
+    ("event_type", "user_id", "family_unit_id", "session_id"),
+    "metadata",
 )
 METRICS: Final = Table(
     "analytics_metrics",
     ("id", "metric_name", "metric_type", "value", "labels", "timestamp"),
     "id",
     "metric_name",
+    ("metric_name", "metric_type", "value"),
+    "labels",
 )

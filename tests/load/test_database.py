@@ -8,7 +8,7 @@ from loader.load.database import Connection, prepare
 from loader.load.decode import Row, decode
 from loader.load.schema import apply_schema
 from loader.load.sqlstate import explain
-from loader.load.staging import Inserted, insert
+from loader.load.staging import insert_staged
 from loader.load.tables import EVENTS, METRICS
 from tests.load import lines
 
@@ -37,14 +37,14 @@ def test_a_lock_that_is_held_for_long_is_told_and_not_waited_for_in_silence(conn
 
 def test_rows_that_are_loaded_twice_are_there_once(connection: Connection) -> None:
     rows = [event(n) for n in range(100)]
-    assert insert(connection, EVENTS, rows[:60]) == Inserted()
-    again = insert(connection, EVENTS, rows)
+    assert insert_staged(connection, EVENTS, rows[:60]).positions() == set()
+    again = insert_staged(connection, EVENTS, rows)
     assert (again.duplicates, again.collisions) == (list(range(60)), [])
     assert lines.number(connection, "SELECT count(*) FROM analytics_events") == 100
 
 
 def test_the_same_id_with_another_payload_is_a_collision(connection: Connection) -> None:
-    found = insert(connection, EVENTS, [event(1), event(2), event(1), event(1, "other")])
+    found = insert_staged(connection, EVENTS, [event(1), event(2), event(1), event(1, "other")])
     assert found.duplicates == [2]
     assert [collision.position for collision in found.collisions] == [3]
     assert "same" in found.collisions[0].existing
@@ -53,5 +53,5 @@ def test_the_same_id_with_another_payload_is_a_collision(connection: Connection)
 def test_metrics_are_idempotent_on_their_event_id(connection: Connection) -> None:
     row = decode(lines.metric(1))
     assert isinstance(row, Row)
-    assert insert(connection, METRICS, [row]) == Inserted()
-    assert insert(connection, METRICS, [row]).duplicates == [0]
+    assert insert_staged(connection, METRICS, [row]).positions() == set()
+    assert insert_staged(connection, METRICS, [row]).duplicates == [0]

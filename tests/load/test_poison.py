@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loader.files import rejects
-from loader.load import copying
 from loader.load.batch import load
 from loader.load.database import Connection
 from tests.load.lines import EVENT, as_owner, chunk, event, metric, rejected
@@ -67,26 +65,6 @@ def test_another_unique_index_is_a_reason_to_reject_not_a_duplicate(
         assert tally.counts.rejected == 1
         as_owner(connection, "TRUNCATE analytics_events, analytics_loads")
     assert {code for _, _, code in rejected(tmp_path)} == {"postgres_23505"}
-
-
-@pytest.mark.parametrize("offending", [1, 4, 16])
-def test_isolating_takes_tries_by_the_logarithm_of_the_rows(
-    connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offending: int
-) -> None:
-    as_owner(connection, USERS)
-    tries = []
-    copy = copying.copy
-
-    def counted(*arguments: Any) -> None:
-        tries.append(1)
-        copy(*arguments)
-
-    monkeypatch.setattr("loader.load.staging.copy", counted)
-    rows = 2048
-    strangers = set(range(5, rows, rows // offending))
-    lines = [event(n, **({"user_id": STRANGER} if n in strangers else {})) for n in range(rows)]
-    assert load(connection, [chunk(*lines)], tmp_path).counts.rejected == len(strangers)
-    assert len(tries) <= 4 + 2 * len(strangers) * math.ceil(math.log2(rows))
 
 
 @pytest.mark.parametrize("duplicates", [0.0, 0.1, 1.0], ids=["direct", "deduplicating", "comparing"])

@@ -1,0 +1,42 @@
+"""What may keep a row from being stored although Postgres reports no error: triggers, rules, policies."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from psycopg import sql
+
+from loader.load.database import Connection
+from loader.load.decode import Reject
+from loader.load.tables import Table
+
+NOT_STORED: Final = "not_stored"
+"""Code of a line whose row the table took and did not keep."""
+
+_FIND: Final = sql.SQL(
+    "WITH relations AS (SELECT {table}::pg_catalog.regclass::pg_catalog.oid AS relation UNION "
+    "SELECT relid FROM pg_catalog.pg_partition_tree({table}::pg_catalog.regclass)) "
+    "SELECT pg_catalog.format('trigger %%s', pg_catalog.quote_ident(tgname)) "
+    "FROM pg_catalog.pg_trigger JOIN relations ON tgrelid = relation "
+    "WHERE NOT tgisinternal AND tgenabled <> 'D' AND (tgtype::pg_catalog.int4 & 4) = 4 "
+    "UNION SELECT pg_catalog.format('rule %%s', pg_catalog.quote_ident(rulename)) "
+    "FROM pg_catalog.pg_rewrite JOIN relations ON ev_class = relation WHERE ev_type = '3' AND ev_enabled <> 'D' "
+    "UNION SELECT 'row-level security' FROM pg_catalog.pg_class JOIN relations ON oid = relation WHERE relrowsecurity "
+    "ORDER BY 1"
+)
+
+
+def triggers(connection: Connection, table: Table | str) -> list[str]:
+    """Return what runs for each row that is inserted, by kind and name. Raises psycopg.Error.
+
+    To be called after a statement that inserts: its lock keeps triggers from being added until COMMIT.
+    """
+    name = table if isinstance(table, str) else table.name
+    found = connection.execute(_FIND.format(table=sql.Literal(name)), ())
+    return [cause for (cause,) in found]
+
+
+def not_stored(table: Table, causes: list[str]) -> Reject:
+    """Return the reject of a row that the table did not keep, with what may be the cause."""
+    cause = ", ".join(causes) or "no trigger, rule or policy is the cause"
+    return Reject(NOT_STORED, f"{table.name} did not store the row and reported no error: see its {cause}")

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from spool.context import begin, end
 from spool.emitter import Emitter
-from spool.request import DISCONNECTED, UNMATCHED, Middleware, Watch, request_id
+from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -39,8 +39,8 @@ class AnalyticsMiddleware(Middleware[Application]):
             await self._app(scope, receive, send)
             return
         given = next((value for name, value in scope["headers"] if name == _HEADER), None)
-        made = request_id(None if given is None else given.decode("latin-1"))
-        exchange = _Exchange(self._emitter, scope, receive, send, made)
+        identifier = request_id(None if given is None else given.decode("latin-1"))
+        exchange = _Exchange(self._emitter, scope, receive, send, identifier)
         token = begin(request_id=exchange.request_id)
         try:
             await self._app(scope, exchange.receive, exchange.send)
@@ -63,7 +63,7 @@ class _Exchange:
         self._path = scope["path"]  # a mount may change the scope's
         self._receive = receive
         self._send = send
-        self._watch = Watch(emitter, scope["method"])
+        self._timer = RequestTimer(emitter, scope["method"])
         self._status = "500"
         self._disconnected = False
 
@@ -80,15 +80,15 @@ class _Exchange:
             message = {**message, "headers": [*headers, (_HEADER, self.request_id.encode())]}
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self._watch.end(self._endpoint(), self._status)
+            self._timer.end(self._endpoint(), self._status)
 
     def fail(self) -> None:
         """The application raised: whoever is outside answers with 500, unless the client is gone."""
-        self._watch.end(self._endpoint(), DISCONNECTED if self._disconnected else "500")
+        self._timer.end(self._endpoint(), DISCONNECTED if self._disconnected else "500")
 
     def abandon(self) -> None:
         """The application is done, or was cancelled; without a last byte nobody waits for one any more."""
-        self._watch.end(self._endpoint(), DISCONNECTED)
+        self._timer.end(self._endpoint(), DISCONNECTED)
 
     def _endpoint(self) -> str:
         try:
@@ -101,9 +101,9 @@ def template(scope: Message, path: str) -> str:
     """Return the template of the route that a request was given to, with those of the routers around it.
 
     Starlette leaves the innermost route in the scope, whose path is relative to where its router is mounted
-    or included; what stands before it in the request's path is made a template with the path's parameters.
+    or included; what stands before it in the request's path becomes a template with the path's parameters.
     """
-    route = _plain(getattr(scope.get("route"), "path", UNMATCHED))
+    route = _without_converters(getattr(scope.get("route"), "path", UNMATCHED))
     values = scope.get("path_params", {})
     actual = route.format_map(values)
     if path == actual or not path.endswith(actual):
@@ -115,6 +115,6 @@ def template(scope: Message, path: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _plain(route: str) -> str:
+def _without_converters(route: str) -> str:
     """A route's path without the converters of its parameters (`{id:int}`)."""
     return _CONVERTER.sub(r"{\1}", route)

@@ -7,7 +7,7 @@ the short way for what is usual:
     step              the short way                                   else
     context           nothing is bound                                what is bound fills the gaps
     time and id       the same millisecond as the last emit           `_new_tick`
-    who               the same objects as in the last emit            `record.encode_who`, which remembers
+    actor             the same objects as in the last emit            `record.encode_actor`, which remembers
     metadata, labels  flat, keys seen before, no escape, no null      `record.encode_object`
     bytes             fit into the current segment                    `Appender.append`
 
@@ -37,12 +37,10 @@ from spool.appender import Appender
 from spool.context import scope as scope_in_force
 from spool.drops import Drops
 from spool.housekeeper import Housekeeper
+from spool.metric_names import DROPPED_METRIC
 from spool.redaction import Redaction
 from spool.settings import Settings
 from spool.timer import Timer
-
-DROPPED_METRIC: Final = "spool_dropped_count"
-"""Counter that tells, once lines flow again, how many were dropped, by cause."""
 
 _BACKSLASH: Final = ord("\\")
 _MICROSECONDS: Final = tuple(b"%03dZ" % micro for micro in range(1000))
@@ -81,7 +79,7 @@ class Emitter:
         """The state of a process that has emitted nothing; also what a forked child begins with."""
         # Each of these two is one tuple that is replaced as a whole, so that threads never mix halves of two.
         self._tick: tuple[int, str, bytes] = (0, "", b"")
-        self._who: tuple[object, object, object, bytes] = (object(), None, None, b"")
+        self._actor: tuple[object, object, object, bytes] = (object(), None, None, b"")
         self._drops = Drops()
         self._housekeeper = Housekeeper(self._keep_house)
         self._appender = Appender(self.settings, self._housekeeper.wake)
@@ -115,14 +113,14 @@ class Emitter:
                 new_id = record.uuid_text(event_id, "event_id")
             if timestamp is not None:
                 moment, micros = record.encode_timestamp(timestamp), b""
-            last_user, last_family, last_session, who = self._who
+            last_user, last_family, last_session, actor = self._actor
             if (
                 user_id is not last_user
                 or family_unit_id is not last_family
                 or session_id is not last_session
             ):
-                who = record.encode_who(user_id, family_unit_id, session_id)
-                self._who = user_id, family_unit_id, session_id, who
+                actor = record.encode_actor(user_id, family_unit_id, session_id)
+                self._actor = user_id, family_unit_id, session_id, actor
             data = dumps(metadata)
             if (
                 _BACKSLASH in data
@@ -132,10 +130,10 @@ class Emitter:
             ):
                 data = record.encode_object(metadata, "metadata", self._redaction)
             try:
-                kind = record.EVENT_KINDS[event_type]
+                name = record.EVENT_NAMES[event_type]
             except KeyError:
-                kind = record.event_kind(event_type)
-            line = b"".join((b'{"event_id":"', new_id.encode(), kind, moment, micros, who, data, b"}\n"))
+                name = record.encode_event_name(event_type)
+            line = b"".join((b'{"event_id":"', new_id.encode(), name, moment, micros, actor, data, b"}\n"))
         except Exception as error:
             self.refuse(error)
             return None
@@ -155,10 +153,10 @@ class Emitter:
                 prefix, moment, past = self._new_tick(start + past)
             new_id = prefix + next(ids.tails)
             try:
-                kind = record.METRIC_KINDS[metric_type][metric_name]
+                name = record.METRIC_NAMES[metric_type][metric_name]
             except KeyError:
-                kind = record.metric_kind(metric_type, metric_name)
-            if (type(value) is int or type(value) is float) and 0 <= value < record.MAX_PLAIN:
+                name = record.encode_metric_name(metric_type, metric_name)
+            if (type(value) is int or type(value) is float) and 0 <= value < record.PLAIN_NUMBER_LIMIT:
                 number = dumps(value)
             else:
                 number = record.encode_number(value, metric_type)
@@ -171,7 +169,7 @@ class Emitter:
             ):
                 data = record.encode_object(labels, "labels", self._redaction)
             line = b"".join(
-                (b'{"event_id":"', new_id.encode(), kind, number, b',"labels":', data, b',"timestamp":"',
+                (b'{"event_id":"', new_id.encode(), name, number, b',"labels":', data, b',"timestamp":"',
                  moment, _MICROSECONDS[past // 1000], b'"}\n')
             )  # fmt: skip
         except Exception as error:

@@ -40,7 +40,7 @@ class Field:
     kind: type
     required: bool
 
-    def checked(self, name: str, value: Any) -> Any:
+    def validated(self, name: str, value: Any) -> Any:
         """Return the value as it is written. Raises `Refused` (cause `invalid_metadata`)."""
         if self.kind is UUID:
             return uuid_text(value, name)
@@ -76,7 +76,7 @@ class Event:
         """The same without await."""
         emitter = get_emitter()
         try:
-            checked = self.checked(metadata)
+            checked = self.validated(metadata)
         except Refused as refused:
             emitter.refuse(refused)
             return None
@@ -85,7 +85,7 @@ class Event:
             metadata=checked, event_id=event_id, timestamp=timestamp,
         )  # fmt: skip
 
-    def checked(self, metadata: dict[str, Any]) -> dict[str, Any]:
+    def validated(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Return the metadata as it is written, without what is None. Raises `Refused`."""
         unknown = metadata.keys() - self.fields.keys()
         if unknown:
@@ -95,7 +95,7 @@ class Event:
         for name, field in self.fields.items():
             value = metadata.get(name)
             if value is not None:
-                written[name] = field.checked(name, value)
+                written[name] = field.validated(name, value)
             elif field.required:
                 raise Refused("invalid_metadata", f"{self.name} needs {name}")
         return written
@@ -138,7 +138,7 @@ def emits(name: str, **sources: Source) -> Callable[[Function], Function]:
             try:
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
-                values = {each: _value(source, bound.arguments, result) for each, source in sources.items()}
+                values = {each: _resolve(source, bound.arguments, result) for each, source in sources.items()}
             except Exception as error:
                 get_emitter().refuse(error)
             else:
@@ -161,7 +161,7 @@ def emits(name: str, **sources: Source) -> Callable[[Function], Function]:
     return decorate
 
 
-def _value(source: Source, arguments: dict[str, Any], result: Any) -> Any:
+def _resolve(source: Source, arguments: dict[str, Any], result: Any) -> Any:
     if callable(source):
         return source(arguments, result)
     first, *rest = source.split(".")

@@ -39,7 +39,7 @@ NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,99}", re.ASCII)
 MEMO_SIZE: Final = 8192
 """Entries after which a memo starts anew; some 4 MiB, more users than are active within one second."""
 
-MAX_PLAIN: Final = 1 << 63
+PLAIN_NUMBER_LIMIT: Final = 1 << 63
 """A number from 0 to below this is a metric's value of any type as it stands."""
 
 
@@ -110,10 +110,10 @@ def encode_object(value: object, field: str, redaction: Redaction) -> bytes:
     if b"null" in data and not _all_finite(value):
         raise Refused("not_finite", f"{field} has a number that is not finite")
     decoded = orjson.loads(data)
-    mended = redaction.apply(decoded)
+    cleaned = redaction.apply(decoded)
     if b"\\u0000" in data:
-        mended = _without_nul(mended)
-    return data if mended is decoded else orjson.dumps(mended)
+        cleaned = _without_nul(cleaned)
+    return data if cleaned is decoded else orjson.dumps(cleaned)
 
 
 def _all_finite(value: object) -> bool:
@@ -163,20 +163,20 @@ def _remember(memo: dict[Any, bytes], key: object, part: bytes) -> bytes:
     return part
 
 
-EVENT_KINDS: Final[dict[Any, bytes]] = {}
-"""What `event_kind` returned lately, by type."""
-METRIC_KINDS: Final[dict[Any, dict[Any, bytes]]] = {metric_type: {} for metric_type in METRIC_TYPES}
-"""What `metric_kind` returned lately, by type and name."""
-_WHO: Final[dict[Any, bytes]] = {}
+EVENT_NAMES: Final[dict[Any, bytes]] = {}
+"""What `encode_event_name` returned lately, by type."""
+METRIC_NAMES: Final[dict[Any, dict[Any, bytes]]] = {metric_type: {} for metric_type in METRIC_TYPES}
+"""What `encode_metric_name` returned lately, by type and name."""
+_ACTORS: Final[dict[Any, bytes]] = {}
 
 
-def event_kind(event_type: object) -> bytes:
+def encode_event_name(event_type: object) -> bytes:
     """Return `","event_type":"...","timestamp":"`. Raises `Refused` (`invalid_name`)."""
     part = b'","event_type":"%b","timestamp":"' % _checked_name(event_type, "event_type")
-    return _remember(EVENT_KINDS, event_type, part)
+    return _remember(EVENT_NAMES, event_type, part)
 
 
-def metric_kind(metric_type: object, metric_name: object) -> bytes:
+def encode_metric_name(metric_type: object, metric_name: object) -> bytes:
     """Return `","metric_name":"...","metric_type":"...","value":`.
 
     Raises `Refused` (`invalid_type`, `invalid_name`).
@@ -185,7 +185,7 @@ def metric_kind(metric_type: object, metric_name: object) -> bytes:
         raise Refused("invalid_type", f"metric_type is unknown: {str(metric_type)[:100]!r}")
     names = _checked_name(metric_name, "metric_name"), metric_type.encode()
     part = b'","metric_name":"%b","metric_type":"%b","value":' % names
-    return _remember(METRIC_KINDS[metric_type], metric_name, part)
+    return _remember(METRIC_NAMES[metric_type], metric_name, part)
 
 
 def _checked_name(name: object, field: str) -> bytes:
@@ -195,7 +195,7 @@ def _checked_name(name: object, field: str) -> bytes:
     return name.encode()
 
 
-def encode_who(user_id: Any, family_unit_id: Any, session_id: Any) -> bytes:
+def encode_actor(user_id: Any, family_unit_id: Any, session_id: Any) -> bytes:
     """Return `","user_id":"...","family_unit_id":"...","session_id":...,"metadata":`.
 
     Raises `Refused` (see `uuid_text`).
@@ -206,9 +206,9 @@ def encode_who(user_id: Any, family_unit_id: Any, session_id: Any) -> bytes:
         family_unit_id.int if type(family_unit_id) is UUID else family_unit_id,
         session_id.int if type(session_id) is UUID else session_id,
     )
-    if (who := _WHO.get(key)) is not None:
-        return who
+    if (actor := _ACTORS.get(key)) is not None:
+        return actor
     user, family = uuid_text(user_id, "user_id"), uuid_text(family_unit_id, "family_unit_id")
     session = "null" if session_id is None else f'"{uuid_text(session_id, "session_id")}"'
     text = f'","user_id":"{user}","family_unit_id":"{family}","session_id":{session},"metadata":'
-    return _remember(_WHO, key, text.encode())
+    return _remember(_ACTORS, key, text.encode())

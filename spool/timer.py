@@ -25,16 +25,16 @@ class Timer:
 
     def __init__(self, record: Callable[[float], object]) -> None:
         self._record = record
-        self._begins: list[int] = []
+        self._started: list[int] = []
 
     def __enter__(self) -> Timer:
-        self._begins.append(time.perf_counter_ns())
+        self._started.append(time.perf_counter_ns())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end(self._begins.pop())
+        self._end(self._started.pop())
 
     async def __aenter__(self) -> Timer:
         return self.__enter__()

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from spool.context import begin, end
 from spool.emitter import Emitter
+from spool.record import is_foreign
 from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id
 
 Message = MutableMapping[str, Any]
@@ -25,6 +26,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _HEADER: Final = b"x-request-id"
+_LONGEST_ROUTE: Final = 1024
 _CONVERTER: Final = re.compile(r"\{(\w+):\w+\}")
 
 
@@ -41,7 +43,7 @@ class AnalyticsMiddleware(Middleware[Application]):
         given = next((value for name, value in scope["headers"] if name == _HEADER), None)
         identifier = request_id(None if given is None else given.decode("latin-1"))
         exchange = _Exchange(self._emitter, scope, receive, send, identifier)
-        token = begin(request_id=exchange.request_id)
+        begun = begin(request_id=exchange.request_id)
         try:
             await self._app(scope, exchange.receive, exchange.send)
         except Exception:
@@ -49,7 +51,7 @@ class AnalyticsMiddleware(Middleware[Application]):
             raise
         finally:
             exchange.abandon()
-            end(token)
+            end(begun)
 
 
 class _Exchange:
@@ -93,7 +95,9 @@ class _Exchange:
     def _endpoint(self) -> str:
         try:
             return template(self._scope, self._path)
-        except Exception:  # a framework that keeps its routes otherwise
+        except Exception as error:  # a framework that keeps its routes in another way
+            if is_foreign(error):
+                raise
             return UNMATCHED
 
 
@@ -114,7 +118,12 @@ def template(scope: Message, path: str) -> str:
     return "/".join(parts) + route
 
 
-@lru_cache(maxsize=1024)
 def _without_converters(route: str) -> str:
     """A route's path without the converters of its parameters (`{id:int}`)."""
+    # A longer one is not kept: a router that takes the client's path for its route would fill the memory.
+    return _remembered(route) if len(route) <= _LONGEST_ROUTE else _CONVERTER.sub(r"{\1}", route)
+
+
+@lru_cache(maxsize=1024)
+def _remembered(route: str) -> str:
     return _CONVERTER.sub(r"{\1}", route)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import logging
 import os
 import threading
 import time
@@ -38,9 +39,12 @@ from spool.context import scope as scope_in_force
 from spool.drops import Drops
 from spool.housekeeper import Housekeeper
 from spool.metric_names import DROPPED_METRIC
+from spool.record import EVENT_NAMES, METRIC_NAMES, PLAIN_NUMBER_LIMIT
 from spool.redaction import Redaction
 from spool.settings import Settings
 from spool.timer import Timer
+
+log = logging.getLogger("spool")
 
 _BACKSLASH: Final = ord("\\")
 _MICROSECONDS: Final = tuple(b"%03dZ" % micro for micro in range(1000))
@@ -62,16 +66,17 @@ class Emitter:
         emitter = Emitter("/var/spool/analytics", max_age=1.0)
         emitter.emit_event(event_type="memory_posted", user_id=user, family_unit_id=family)
 
-    `emit_event` and the metric calls never raise (but ValueError with `strict`) and never wait. An emit after
-    `close` is kept, too: its segment is sealed by the loader when the process has ended.
+    `emit_event` and the metric calls never raise (except ValueError with `strict`) and never wait. An emit
+    after `close` is kept, too: its segment is sealed by the loader when the process has ended.
 
-    Raises ValueError for a setting that can't be; see `Settings` for all of them.
+    Raises ValueError for an invalid setting; see `Settings` for all of them.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, **settings: Any) -> None:
         self.settings = Settings.of(directory=directory, **settings)
         self._redaction = Redaction(self.settings.redact)
-        self._harmless: Any = self._redaction.harmless  # a set, asked about objects alone: None has no brace
+        self._harmless = self._redaction.harmless
+        self._context_is_harmless = self._redaction.spares_context
         self._start_afresh()
         _emitters.add(self)
 
@@ -96,13 +101,24 @@ class Emitter:
         context. `event_id` is for callers with their own idempotency; `timestamp` is an aware datetime.
         """
         try:
+            encoded = None
             if (scope := scope_in_force()) is not None:
                 bound = scope.context
-                user_id = user_id or bound.user_id
-                family_unit_id = family_unit_id or bound.family_unit_id
-                session_id = session_id or bound.session_id
-                if extra := bound.metadata():
-                    metadata = extra | metadata if metadata else extra
+                encoded = bound.encoded
+                if (
+                    encoded is None
+                    or not self._context_is_harmless
+                    or user_id is not None
+                    or family_unit_id is not None
+                    or session_id is not None
+                    or (metadata and ("role" in metadata or "request_id" in metadata))
+                ):
+                    # What the call gives wins. Only None means "from the context": "" and 0 are invalid ids.
+                    user_id = bound.user_id if user_id is None else user_id
+                    family_unit_id = bound.family_unit_id if family_unit_id is None else family_unit_id
+                    session_id = bound.session_id if session_id is None else session_id
+                    metadata = bound.merged(metadata)
+                    encoded = None
             start, prefix, moment = self._tick
             past = time_ns() - start
             if not 0 <= past < 1_000_000:
@@ -113,24 +129,38 @@ class Emitter:
                 new_id = record.uuid_text(event_id, "event_id")
             if timestamp is not None:
                 moment, micros = record.encode_timestamp(timestamp), b""
-            last_user, last_family, last_session, actor = self._actor
-            if (
-                user_id is not last_user
-                or family_unit_id is not last_family
-                or session_id is not last_session
-            ):
-                actor = record.encode_actor(user_id, family_unit_id, session_id)
-                self._actor = user_id, family_unit_id, session_id, actor
-            data = dumps(metadata)
-            if (
-                _BACKSLASH in data
-                or data.rfind(b"{")  # no object, or one inside
-                or data.partition(b"null")[1]  # which a number that is not finite becomes, too
-                or not self._harmless.issuperset(metadata)
-            ):
+            if metadata is None:
+                data = b"{}"
+            elif type(metadata) is dict:
+                for value in metadata.values():  # a loop of exact types costs less than any search in `data`
+                    kind = type(value)
+                    if kind is not str and kind is not int and kind is not bool and value is not None:
+                        data = record.encode_object(metadata, "metadata", self._redaction)
+                        break
+                else:
+                    data = dumps(metadata)
+                    if _BACKSLASH in data or not self._harmless.issuperset(metadata):
+                        data = record.encode_object(metadata, "metadata", self._redaction)
+            else:
                 data = record.encode_object(metadata, "metadata", self._redaction)
+            if encoded is None:
+                last_user, last_family, last_session, actor = self._actor
+                if (
+                    user_id is not last_user
+                    or family_unit_id is not last_family
+                    or session_id is not last_session
+                ):
+                    actor = record.encode_actor(user_id, family_unit_id, session_id)
+                    self._actor = user_id, family_unit_id, session_id, actor
+            else:
+                if metadata:
+                    actor, data = encoded, data[1:]
+                else:
+                    actor, data = encoded.removesuffix(b","), b"}"
             try:
-                name = record.EVENT_NAMES[event_type]
+                if type(event_type) is not str:
+                    raise KeyError
+                name = EVENT_NAMES[event_type]
             except KeyError:
                 name = record.encode_event_name(event_type)
             line = b"".join((b'{"event_id":"', new_id.encode(), name, moment, micros, actor, data, b"}\n"))
@@ -153,20 +183,26 @@ class Emitter:
                 prefix, moment, past = self._new_tick(start + past)
             new_id = prefix + next(ids.tails)
             try:
-                name = record.METRIC_NAMES[metric_type][metric_name]
+                if type(metric_name) is not str or type(metric_type) is not str:
+                    raise KeyError
+                name = METRIC_NAMES[metric_type][metric_name]
             except KeyError:
                 name = record.encode_metric_name(metric_type, metric_name)
-            if (type(value) is int or type(value) is float) and 0 <= value < record.PLAIN_NUMBER_LIMIT:
+            if (type(value) is int or type(value) is float) and 0 <= value < PLAIN_NUMBER_LIMIT:
                 number = dumps(value)
             else:
                 number = record.encode_number(value, metric_type)
-            data = dumps(labels)
-            if (
-                _BACKSLASH in data
-                or data.rfind(b"{")
-                or data.partition(b"null")[1]
-                or not self._harmless.issuperset(labels)
-            ):
+            if type(labels) is dict:
+                for label in labels.values():
+                    kind = type(label)
+                    if kind is not str and kind is not int and kind is not bool and label is not None:
+                        data = record.encode_object(labels, "labels", self._redaction)
+                        break
+                else:
+                    data = dumps(labels)
+                    if _BACKSLASH in data or not self._harmless.issuperset(labels):
+                        data = record.encode_object(labels, "labels", self._redaction)
+            else:
                 data = record.encode_object(labels, "labels", self._redaction)
             line = b"".join(
                 (b'{"event_id":"', new_id.encode(), name, number, b',"labels":', data, b',"timestamp":"',
@@ -339,5 +375,46 @@ atexit.register(_close_all)
 
 @cache
 def get_emitter() -> Emitter:
-    """Return the process-wide emitter, set up from the environment. Raises ValueError for a bad setting."""
-    return Emitter()
+    """Return the process-wide emitter, set up from the environment.
+
+    Never raises, because it is first called inside a request: with a setting that is invalid, the emitter it
+    returns drops everything under the cause `settings`, after one warning. An application that wants to fail
+    at its start creates an `Emitter` there.
+    """
+    try:
+        return Emitter()
+    except ValueError as error:
+        log.warning("cannot emit analytics: %s; correct it and start the process again", error)
+        return _MisconfiguredEmitter(str(error))
+
+
+class _MisconfiguredEmitter(Emitter):
+    """Drops and counts whatever it is asked to emit. It has no file and no thread, and never raises."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(**vars(Settings()))
+        self._problem = problem
+        self._lock = threading.RLock()
+        self._dropped = 0
+
+    def emit_event(self, **_: Any) -> None:
+        """Count a drop."""
+        with self._lock:
+            self._dropped += 1
+
+    def _metric(self, *_: Any) -> None:
+        self.emit_event()
+
+    def refuse(self, error: Exception) -> None:
+        """Count a drop."""
+        self.emit_event()
+
+    def stats(self) -> Stats:
+        """Return the number of drops, under the cause `settings`."""
+        return Stats(0, {"settings": self._dropped} if self._dropped else {}, 0, 0)
+
+    @contextmanager
+    def diverted(self, write: Callable[[bytes], int], *, strict: bool) -> Iterator[None]:
+        """Raise ValueError: a test that records should learn of the setting."""
+        raise ValueError(self._problem)
+        yield

@@ -23,7 +23,7 @@ from typing import Any, Final, TypeVar, cast, get_args
 from uuid import UUID
 
 from spool.emitter import get_emitter
-from spool.record import Refused, uuid_text
+from spool.record import Refused, is_foreign, uuid_text
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Source = str | Callable[[dict[str, Any], Any], Any]
@@ -77,8 +77,8 @@ class Event:
         emitter = get_emitter()
         try:
             checked = self.validated(metadata)
-        except Refused as refused:
-            emitter.refuse(refused)
+        except Exception as error:
+            emitter.refuse(error)
             return None
         return emitter.emit_event(
             event_type=self.name, user_id=user_id, family_unit_id=family_unit_id, session_id=session_id,
@@ -140,7 +140,10 @@ def emits(name: str, **sources: Source) -> Callable[[Function], Function]:
                 bound.apply_defaults()
                 values = {each: _resolve(source, bound.arguments, result) for each, source in sources.items()}
             except Exception as error:
-                get_emitter().refuse(error)
+                if is_foreign(error):
+                    raise
+                problem = f"cannot take the metadata of {name} from the call: {type(error).__name__}: {error}"
+                get_emitter().refuse(Refused("invalid_metadata", problem))
             else:
                 wanted.emit(**values)
 

@@ -58,5 +58,5 @@ class AnalyticsService:
 
 @cache
 def get_analytics_service() -> AnalyticsService:
-    """Return the process-wide service, set up from the environment. Raises ValueError for a bad setting."""
+    """Return the process-wide service, set up from the environment. Never raises; see `get_emitter`."""
     return AnalyticsService(get_emitter())

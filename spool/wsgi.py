@@ -16,6 +16,7 @@ from typing import Any
 
 from spool.context import begin
 from spool.emitter import Emitter
+from spool.record import is_foreign
 from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id
 
 Environment = dict[str, Any]
@@ -102,7 +103,9 @@ class _Exchange:
     def _endpoint(self) -> str:
         try:
             return self._template or self._context.run(_resolve, self._app, self._environ)
-        except Exception:  # no such path, or a framework that keeps its routes otherwise
+        except Exception as error:  # no such path, or a framework that keeps its routes in another way
+            if is_foreign(error):
+                raise
             return UNMATCHED
 
 

@@ -25,7 +25,7 @@ def test_an_event_and_a_metric_become_their_columns() -> None:
     assert columns(orjson.dumps(EVENT)) == [
         ID, ID, "memory_posted", "2026-01-20T12:00:00.000001Z", ID, ID, "\\N", '{"a":1}'
     ]  # fmt: skip
-    assert columns(orjson.dumps(METRIC)) == [ID, "hits", "counter", "1", "{}", "2026-01-20T12:00:00+01:00"]
+    assert columns(orjson.dumps(METRIC)) == [ID, "hits", "counter", "1", "{}", "2026-01-20T11:00:00.000000Z"]
 
 
 def test_any_uuid_loads_and_the_primary_key_is_a_uuid7() -> None:

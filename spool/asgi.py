@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from spool.context import begin, end
 from spool.emitter import Emitter
-from spool.record import is_foreign
+from spool.interruption import is_foreign
 from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id
 
 Message = MutableMapping[str, Any]

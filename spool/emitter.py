@@ -224,29 +224,45 @@ class Emitter:
 
         `metric_type` is counter (never below zero), gauge, timer (milliseconds) or histogram.
         """
-        return self._metric(metric_name, metric_type, value, labels)
+        try:
+            return self._metric(metric_name, metric_type, value, labels)
+        except RecursionError:
+            self._drops.too_deep += 1
+            return None
 
     def increment_counter(
         self, *, metric_name: str, value: Any = 1, labels: dict[str, Any] | None = None
     ) -> str | None:
         """See `record_metric`; the value must not be below zero."""
-        return self._metric(metric_name, "counter", value, labels)
+        try:
+            return self._metric(metric_name, "counter", value, labels)
+        except RecursionError:
+            self._drops.too_deep += 1
+            return None
 
     def record_gauge(
         self, *, metric_name: str, value: Any, labels: dict[str, Any] | None = None
     ) -> str | None:
         """See `record_metric`."""
-        return self._metric(metric_name, "gauge", value, labels)
+        try:
+            return self._metric(metric_name, "gauge", value, labels)
+        except RecursionError:
+            self._drops.too_deep += 1
+            return None
 
     def record_timer(
         self, *, metric_name: str, duration_ms: Any, labels: dict[str, Any] | None = None
     ) -> str | None:
         """See `record_metric`; the duration is in milliseconds."""
-        return self._metric(metric_name, "timer", duration_ms, labels)
+        try:
+            return self._metric(metric_name, "timer", duration_ms, labels)
+        except RecursionError:
+            self._drops.too_deep += 1
+            return None
 
     def timer(self, metric_name: str, labels: dict[str, Any] | None = None) -> Timer:
         """Return a context manager and decorator that records a timer; see `Timer`."""
-        return Timer(lambda duration: self._metric(metric_name, "timer", duration, labels))
+        return Timer(self, metric_name, labels)
 
     # ---- the long way -------------------------------------------------------------------------------
 

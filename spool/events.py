@@ -23,7 +23,8 @@ from typing import Any, Final, TypeVar, cast, get_args
 from uuid import UUID
 
 from spool.emitter import get_emitter
-from spool.record import Refused, is_foreign, uuid_text
+from spool.interruption import is_foreign
+from spool.record import Refused, uuid_text
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Source = str | Callable[[dict[str, Any], Any], Any]
@@ -64,10 +65,15 @@ class Event:
         event_id: Any = None, timestamp: Any = None, **metadata: Any,
     ) -> str | None:  # fmt: skip
         """Emit one; what is not given comes from the context. Returns its id, None where it was dropped."""
-        return self.emit(
-            user_id=user_id, family_unit_id=family_unit_id, session_id=session_id, event_id=event_id,
-            timestamp=timestamp, **metadata,
-        )  # fmt: skip
+        emitter = get_emitter()
+        try:
+            return self.emit(
+                user_id=user_id, family_unit_id=family_unit_id, session_id=session_id, event_id=event_id,
+                timestamp=timestamp, **metadata,
+            )  # fmt: skip
+        except RecursionError:
+            emitter._drops.too_deep += 1
+            return None
 
     def emit(
         self, *, user_id: Any = None, family_unit_id: Any = None, session_id: Any = None,
@@ -76,14 +82,18 @@ class Event:
         """The same without await."""
         emitter = get_emitter()
         try:
-            checked = self.validated(metadata)
-        except Exception as error:
-            emitter.refuse(error)
+            try:
+                checked = self.validated(metadata)
+            except Exception as error:
+                emitter.refuse(error)
+                return None
+            return emitter.emit_event(
+                event_type=self.name, user_id=user_id, family_unit_id=family_unit_id, session_id=session_id,
+                metadata=checked, event_id=event_id, timestamp=timestamp,
+            )  # fmt: skip
+        except RecursionError:
+            emitter._drops.too_deep += 1
             return None
-        return emitter.emit_event(
-            event_type=self.name, user_id=user_id, family_unit_id=family_unit_id, session_id=session_id,
-            metadata=checked, event_id=event_id, timestamp=timestamp,
-        )  # fmt: skip
 
     def validated(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Return the metadata as it is written, without what is None. Raises `Refused`."""
@@ -150,13 +160,19 @@ def emits(name: str, **sources: Source) -> Callable[[Function], Function]:
         @functools.wraps(function)
         async def awaited(*args: Any, **kwargs: Any) -> Any:
             result = await function(*args, **kwargs)
-            emit(args, kwargs, result)
+            try:
+                emit(args, kwargs, result)
+            except RecursionError:
+                get_emitter()._drops.too_deep += 1
             return result
 
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
-            emit(args, kwargs, result)
+            try:
+                emit(args, kwargs, result)
+            except RecursionError:
+                get_emitter()._drops.too_deep += 1
             return result
 
         return cast(Function, awaited if inspect.iscoroutinefunction(function) else called)

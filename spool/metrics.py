@@ -34,12 +34,16 @@ async def log_feed_interaction(
     Returns the event's id, or None where it was dropped.
     """
     emitter = get_emitter()
-    emitter.increment_counter(
-        metric_name=FEED_INTERACTION_COUNT, labels={"interaction_type": interaction_type}
-    )
-    return emitter.emit_event(
-        event_type=FEED_INTERACTION,
-        user_id=user_id,
-        family_unit_id=family_unit_id,
-        metadata={**(metadata or {}), "interaction_type": interaction_type},
-    )
+    try:
+        emitter.increment_counter(
+            metric_name=FEED_INTERACTION_COUNT, labels={"interaction_type": interaction_type}
+        )
+        return emitter.emit_event(
+            event_type=FEED_INTERACTION,
+            user_id=user_id,
+            family_unit_id=family_unit_id,
+            metadata={**(metadata or {}), "interaction_type": interaction_type},
+        )
+    except RecursionError:
+        emitter._drops.too_deep += 1
+        return None

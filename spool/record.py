@@ -24,19 +24,16 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import math
 import re
-import signal
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
-from types import CodeType, TracebackType
 from typing import Any, Final
 from uuid import UUID
 
 import orjson
 
+from spool.interruption import is_foreign
 from spool.redaction import Redaction
 
 EVENT_KEYS: Final = (
@@ -72,63 +69,21 @@ class Refused(ValueError):
 
 # ---- errors -------------------------------------------------------------------------------------------
 
-_ENCODING_ERRORS: Final = (
-    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
-)  # fmt: skip
-"""What can be raised in here. RuntimeError includes RecursionError and a dict that another thread changes."""
-
 
 def refusal(error: Exception) -> Refused:
     """Return why a line could not be made as one of ours.
 
-    Raises `error` itself if it is not about the line: see `is_foreign`.
+    Raises `error` itself if it belongs to the application: see `is_foreign`.
     """
     if isinstance(error, Refused):
         return error
+    if isinstance(error, RecursionError):  # first, because there may be no frame left to ask more
+        return Refused("recursion", "the recursion limit is too near to encode a line")
     if is_foreign(error):
         raise error
-    if isinstance(error, RecursionError):
-        return Refused("recursion", "the recursion limit is too near to encode a line")
     if isinstance(error, orjson.JSONEncodeError):
         return Refused("not_json", f"metadata or labels cannot be written as JSON: {error}")
     return Refused("invalid", f"{type(error).__name__}: {error}")
-
-
-def is_foreign(error: BaseException) -> bool:
-    """Whether an exception came between the instructions of a call and is meant for the application.
-
-    Signal handlers raise such (Celery's SoftTimeLimitExceeded), and so does another thread through
-    `PyThreadState_SetAsyncExc` (RQ's timeout). The first are known by the handler's code in the traceback,
-    the second by a type that the interrupted code cannot raise.
-    """
-    codes = list(_codes(error.__traceback__))
-    others = [code for code in codes if not code.co_filename.startswith(_PACKAGE)]
-    if others and not _handler_codes().isdisjoint(others):
-        return True
-    return codes[-1:] != others[-1:] and not isinstance(error, _ENCODING_ERRORS)
-
-
-_PACKAGE: Final = __file__.removesuffix("record.py")
-
-
-def _codes(trace: TracebackType | None) -> Iterator[CodeType]:
-    while trace is not None:
-        yield trace.tb_frame.f_code
-        trace = trace.tb_next
-
-
-def _handler_codes() -> set[CodeType]:
-    """Return the code of each signal handler that is written in Python."""
-    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    return {code for handler in handlers.values() if (code := _code_of(handler)) is not None}
-
-
-def _code_of(handler: object) -> CodeType | None:
-    while isinstance(handler, functools.partial):
-        handler = handler.func
-    function = getattr(handler, "__func__", handler)
-    code = getattr(function, "__code__", None) or getattr(type(handler).__call__, "__code__", None)
-    return code if isinstance(code, CodeType) else None
 
 
 def _shown(value: object) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from spool.context import begin
 from spool.emitter import Emitter
-from spool.record import is_foreign
+from spool.interruption import is_foreign
 from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id
 
 Environment = dict[str, Any]

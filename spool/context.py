@@ -25,6 +25,7 @@ from weakref import WeakSet
 
 import orjson
 
+from spool.interruption import is_foreign
 from spool.record import Refused, encode_actor
 
 
@@ -86,7 +87,9 @@ class Context:
         try:
             actor = encode_actor(self.user_id, self.family_unit_id, self.session_id)
             extra = orjson.dumps(self.metadata())[:-1]
-        except (Refused, TypeError):  # TypeError for half of a surrogate pair
+        except (Refused, TypeError) as error:  # TypeError for half of a surrogate pair
+            if is_foreign(error):
+                raise
             return
         if b"\\u0000" not in extra:
             self.encoded = actor + extra if len(extra) == 1 else b"%b%b," % (actor, extra)

@@ -427,7 +427,8 @@ class _MisconfiguredEmitter(Emitter):
 
     def stats(self) -> Stats:
         """Return the number of drops, under the cause `settings`."""
-        return Stats(0, {"settings": self._dropped} if self._dropped else {}, 0, 0)
+        dropped = self._dropped + self._drops.too_deep
+        return Stats(0, {"settings": dropped} if dropped else {}, 0, 0)
 
     @contextmanager
     def diverted(self, write: Callable[[bytes], int], *, strict: bool) -> Iterator[None]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast, get_args
 from uuid import UUID
 
-from spool.emitter import get_emitter
+from spool.emitter import Emitter, get_emitter
 from spool.interruption import is_foreign
 from spool.record import Refused, uuid_text
 
@@ -65,14 +65,16 @@ class Event:
         event_id: Any = None, timestamp: Any = None, **metadata: Any,
     ) -> str | None:  # fmt: skip
         """Emit one; what is not given comes from the context. Returns its id, None where it was dropped."""
-        emitter = get_emitter()
+        emitter = None
         try:
+            emitter = get_emitter()
             return self.emit(
                 user_id=user_id, family_unit_id=family_unit_id, session_id=session_id, event_id=event_id,
                 timestamp=timestamp, **metadata,
             )  # fmt: skip
         except RecursionError:
-            emitter._drops.too_deep += 1
+            if emitter is not None:
+                emitter._drops.too_deep += 1
             return None
 
     def emit(
@@ -80,8 +82,9 @@ class Event:
         event_id: Any = None, timestamp: Any = None, **metadata: Any,
     ) -> str | None:  # fmt: skip
         """The same without await."""
-        emitter = get_emitter()
+        emitter = None
         try:
+            emitter = get_emitter()
             try:
                 checked = self.validated(metadata)
             except Exception as error:
@@ -92,7 +95,8 @@ class Event:
                 metadata=checked, event_id=event_id, timestamp=timestamp,
             )  # fmt: skip
         except RecursionError:
-            emitter._drops.too_deep += 1
+            if emitter is not None:
+                emitter._drops.too_deep += 1
             return None
 
     def validated(self, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +148,7 @@ def emits(name: str, **sources: Source) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
 
-        def emit(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        def emit(emitter: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             try:
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
@@ -153,26 +157,32 @@ def emits(name: str, **sources: Source) -> Callable[[Function], Function]:
                 if is_foreign(error):
                     raise
                 problem = f"cannot take the metadata of {name} from the call: {type(error).__name__}: {error}"
-                get_emitter().refuse(Refused("invalid_metadata", problem))
+                emitter.refuse(Refused("invalid_metadata", problem))
             else:
                 wanted.emit(**values)
 
         @functools.wraps(function)
         async def awaited(*args: Any, **kwargs: Any) -> Any:
             result = await function(*args, **kwargs)
+            emitter = None
             try:
-                emit(args, kwargs, result)
+                emitter = get_emitter()
+                emit(emitter, args, kwargs, result)
             except RecursionError:
-                get_emitter()._drops.too_deep += 1
+                if emitter is not None:
+                    emitter._drops.too_deep += 1
             return result
 
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
+            emitter = None
             try:
-                emit(args, kwargs, result)
+                emitter = get_emitter()
+                emit(emitter, args, kwargs, result)
             except RecursionError:
-                get_emitter()._drops.too_deep += 1
+                if emitter is not None:
+                    emitter._drops.too_deep += 1
             return result
 
         return cast(Function, awaited if inspect.iscoroutinefunction(function) else called)

@@ -33,8 +33,9 @@ async def log_feed_interaction(
 
     Returns the event's id, or None where it was dropped.
     """
-    emitter = get_emitter()
+    emitter = None
     try:
+        emitter = get_emitter()
         emitter.increment_counter(
             metric_name=FEED_INTERACTION_COUNT, labels={"interaction_type": interaction_type}
         )
@@ -45,5 +46,6 @@ async def log_feed_interaction(
             metadata={**(metadata or {}), "interaction_type": interaction_type},
         )
     except RecursionError:
-        emitter._drops.too_deep += 1
+        if emitter is not None:
+            emitter._drops.too_deep += 1
         return None

@@ -201,7 +201,9 @@ def encode_timestamp(value: object) -> bytes:
     """
     try:
         moment = value if isinstance(value, datetime) else parse_timestamp(_plain_str(value))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError) as error:
+        if is_foreign(error):
+            raise
         raise Refused("invalid_timestamp", f"timestamp is not RFC 3339: {_shown(value)}") from None
     if moment.utcoffset() is None:
         raise Refused("invalid_timestamp", f"timestamp has no offset: {_shown(value)}; add tzinfo")
@@ -225,8 +227,9 @@ def encode_object(value: object, field: str, redaction: Redaction) -> bytes:
     What orjson writes is read and written again. Only `orjson.Fragment` makes a difference: it may hold
     newlines, keys given twice, or no JSON at all.
 
-    Raises `Refused`: `not_json` (a type JSON does not have, a key that is not a string, a lone surrogate, an
-    integer beyond 64 bits, a recursive or too deeply nested value), `not_finite` (NaN or infinity).
+    Raises TypeError for what orjson does not write (a type JSON does not have, a key that is not a string, a
+    lone surrogate, an integer beyond 64 bits, a recursive or too deeply nested value), and `Refused`:
+    `not_json` (not an object, or with such a fragment), `not_finite` (NaN or infinity).
     """
     if value is None:
         return b"{}"
@@ -237,8 +240,6 @@ def encode_object(value: object, field: str, redaction: Redaction) -> bytes:
         decoded = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise Refused("not_json", f"{field} has an orjson.Fragment that is not JSON: {error}") from None
-    except TypeError as error:
-        raise Refused("not_json", f"{field} cannot be written as JSON: {error}") from None
     if b"null" in data and not _all_finite(value):
         raise Refused("not_finite", f"{field} has a number that is not finite")
     cleaned = redaction.apply(decoded)

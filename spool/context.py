@@ -67,6 +67,10 @@ class Context:
             extra["request_id"] = self.request_id
         return extra
 
+    def actor(self) -> tuple[Any, Any, Any]:
+        """Return the ids of user, family and session."""
+        return self.user_id, self.family_unit_id, self.session_id
+
     def merged(self, metadata: Any) -> Any:
         """Return an event's metadata with what is bound beside it; a key of the event's own wins."""
         if metadata is None:
@@ -122,6 +126,14 @@ class Scope:
 _scope: ContextVar[Scope | None] = ContextVar("analytics", default=None)
 scope = _scope.get
 """The scope in force, or None."""
+
+
+def scope_to_redact() -> Scope | None:
+    """Return a copy of the scope in force without what is encoded, for an emitter that redacts some of it."""
+    inner = _scope.get()
+    if inner is None:
+        return None
+    return Scope(inner.context.replaced())
 
 
 def current() -> Context:

@@ -5,10 +5,12 @@ written out flat, since a call of a function costs a twentieth of a whole emit (
 the short way for what is usual:
 
     step              the short way                                   else
-    context           nothing is bound                                what is bound fills the gaps
+    context           nothing is bound, or what is bound is encoded   what is bound fills the gaps
     time and id       the same millisecond as the last emit           `_new_tick`
     actor             the same objects as in the last emit            `record.encode_actor`, which remembers
-    metadata, labels  flat, keys seen before, no escape, no null      `record.encode_object`
+    metadata, labels  flat, of exact types, keys seen before, no      `record.encode_object`
+                      escape
+    names             an exact `str` that was seen before             `record.encode_event_name`, ...
     bytes             fit into the current segment                    `Appender.append`
 
 Whatever goes wrong in there ends in `refuse` (the line can't be made) or `_drop` (there is no room for it),
@@ -36,6 +38,7 @@ from orjson import dumps
 from spool import ids, record
 from spool.appender import Appender
 from spool.context import scope as scope_in_force
+from spool.context import scope_to_redact
 from spool.drops import Drops
 from spool.housekeeper import Housekeeper
 from spool.metric_names import DROPPED_METRIC
@@ -76,7 +79,8 @@ class Emitter:
         self.settings = Settings.of(directory=directory, **settings)
         self._redaction = Redaction(self.settings.redact)
         self._harmless = self._redaction.harmless
-        self._context_is_harmless = self._redaction.spares_context
+        self._harmless_beside_context = self._redaction.harmless_beside_context
+        self._scope_in_force = scope_in_force if self._redaction.spares_context else scope_to_redact
         self._start_afresh()
         _emitters.add(self)
 
@@ -101,24 +105,22 @@ class Emitter:
         context. `event_id` is for callers with their own idempotency; `timestamp` is an aware datetime.
         """
         try:
-            encoded = None
-            if (scope := scope_in_force()) is not None:
+            encoded, harmless = None, self._harmless
+            if (scope := self._scope_in_force()) is not None:
                 bound = scope.context
-                encoded = bound.encoded
+                encoded, harmless = bound.encoded, self._harmless_beside_context
                 if (
                     encoded is None
-                    or not self._context_is_harmless
                     or user_id is not None
                     or family_unit_id is not None
                     or session_id is not None
-                    or (metadata and ("role" in metadata or "request_id" in metadata))
                 ):
                     # What the call gives wins. Only None means "from the context": "" and 0 are invalid ids.
                     user_id = bound.user_id if user_id is None else user_id
                     family_unit_id = bound.family_unit_id if family_unit_id is None else family_unit_id
                     session_id = bound.session_id if session_id is None else session_id
                     metadata = bound.merged(metadata)
-                    encoded = None
+                    encoded, harmless = None, self._harmless
             start, prefix, moment = self._tick
             past = time_ns() - start
             if not 0 <= past < 1_000_000:
@@ -129,19 +131,22 @@ class Emitter:
                 new_id = record.uuid_text(event_id, "event_id")
             if timestamp is not None:
                 moment, micros = record.encode_timestamp(timestamp), b""
-            if metadata is None:
-                data = b"{}"
-            elif type(metadata) is dict:
-                for value in metadata.values():  # a loop of exact types costs less than any search in `data`
+            data = None
+            if type(metadata) is dict:
+                for value in metadata.values():  # a loop over types costs less than any search in `data`
                     kind = type(value)
                     if kind is not str and kind is not int and kind is not bool and value is not None:
-                        data = record.encode_object(metadata, "metadata", self._redaction)
                         break
                 else:
                     data = dumps(metadata)
-                    if _BACKSLASH in data or not self._harmless.issuperset(metadata):
-                        data = record.encode_object(metadata, "metadata", self._redaction)
-            else:
+                    if _BACKSLASH in data or not harmless.issuperset(metadata):
+                        data = None
+            elif metadata is None:
+                data = b"{}"
+            if data is None:
+                if encoded is not None:  # a key of the context may be among the event's own
+                    user_id, family_unit_id, session_id = bound.actor()
+                    encoded, metadata = None, bound.merged(metadata)
                 data = record.encode_object(metadata, "metadata", self._redaction)
             if encoded is None:
                 last_user, last_family, last_session, actor = self._actor
@@ -152,11 +157,10 @@ class Emitter:
                 ):
                     actor = record.encode_actor(user_id, family_unit_id, session_id)
                     self._actor = user_id, family_unit_id, session_id, actor
+            elif metadata:
+                actor, data = encoded, data[1:]
             else:
-                if metadata:
-                    actor, data = encoded, data[1:]
-                else:
-                    actor, data = encoded.removesuffix(b","), b"}"
+                actor, data = encoded.removesuffix(b","), b"}"
             try:
                 if type(event_type) is not str:
                     raise KeyError
@@ -192,17 +196,19 @@ class Emitter:
                 number = dumps(value)
             else:
                 number = record.encode_number(value, metric_type)
+            data = None
             if type(labels) is dict:
                 for label in labels.values():
                     kind = type(label)
                     if kind is not str and kind is not int and kind is not bool and label is not None:
-                        data = record.encode_object(labels, "labels", self._redaction)
                         break
                 else:
                     data = dumps(labels)
                     if _BACKSLASH in data or not self._harmless.issuperset(labels):
-                        data = record.encode_object(labels, "labels", self._redaction)
-            else:
+                        data = None
+            elif labels is None:
+                data = b"{}"
+            if data is None:
                 data = record.encode_object(labels, "labels", self._redaction)
             line = b"".join(
                 (b'{"event_id":"', new_id.encode(), name, number, b',"labels":', data, b',"timestamp":"',

@@ -11,6 +11,7 @@ from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from spool import Emitter
@@ -90,6 +91,7 @@ def test_what_is_bound_is_spliced_into_each_line_and_what_the_call_gives_wins(
         emitter.emit_event(event_type="one", metadata={})
         emitter.emit_event(event_type="one", metadata={"a": 1, "role": "own"})
         emitter.emit_event(event_type="one", user_id=other, metadata={"a": {"b": None}})
+        emitter.emit_event(event_type="one", metadata={"a": orjson.Fragment(b'1,"role":"own"')})
     with bind(user_id=user, family_unit_id=user):
         emitter.emit_event(event_type="one", session_id=other)
         emitter.emit_event(event_type="one", metadata={"a": {"b": None}})
@@ -99,6 +101,7 @@ def test_what_is_bound_is_spliced_into_each_line_and_what_the_call_gives_wins(
         (str(user), None, given),
         (str(user), None, given | {"a": 1, "role": "own"}),
         (str(other), None, given | {"a": {"b": None}}),
+        (str(user), None, given | {"a": 1, "role": "own"}),
         (str(user), str(other), {}),
         (str(user), None, {"a": {"b": None}}),
     ]

@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from spool.context import begin, end
 from spool.emitter import Emitter
-from spool.request import DISCONNECTED, UNMATCHED, Middleware, Watch, request_id
+from spool.interruption import is_foreign
+from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -25,6 +26,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _HEADER: Final = b"x-request-id"
+_LONGEST_ROUTE: Final = 1024
 _CONVERTER: Final = re.compile(r"\{(\w+):\w+\}")
 
 
@@ -39,9 +41,9 @@ class AnalyticsMiddleware(Middleware[Application]):
             await self._app(scope, receive, send)
             return
         given = next((value for name, value in scope["headers"] if name == _HEADER), None)
-        made = request_id(None if given is None else given.decode("latin-1"))
-        exchange = _Exchange(self._emitter, scope, receive, send, made)
-        token = begin(request_id=exchange.request_id)
+        identifier = request_id(None if given is None else given.decode("latin-1"))
+        exchange = _Exchange(self._emitter, scope, receive, send, identifier)
+        begun = begin(request_id=exchange.request_id)
         try:
             await self._app(scope, exchange.receive, exchange.send)
         except Exception:
@@ -49,7 +51,7 @@ class AnalyticsMiddleware(Middleware[Application]):
             raise
         finally:
             exchange.abandon()
-            end(token)
+            end(begun)
 
 
 class _Exchange:
@@ -63,7 +65,7 @@ class _Exchange:
         self._path = scope["path"]  # a mount may change the scope's
         self._receive = receive
         self._send = send
-        self._watch = Watch(emitter, scope["method"])
+        self._timer = RequestTimer(emitter, scope["method"])
         self._status = "500"
         self._disconnected = False
 
@@ -80,20 +82,22 @@ class _Exchange:
             message = {**message, "headers": [*headers, (_HEADER, self.request_id.encode())]}
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self._watch.end(self._endpoint(), self._status)
+            self._timer.end(self._endpoint(), self._status)
 
     def fail(self) -> None:
         """The application raised: whoever is outside answers with 500, unless the client is gone."""
-        self._watch.end(self._endpoint(), DISCONNECTED if self._disconnected else "500")
+        self._timer.end(self._endpoint(), DISCONNECTED if self._disconnected else "500")
 
     def abandon(self) -> None:
         """The application is done, or was cancelled; without a last byte nobody waits for one any more."""
-        self._watch.end(self._endpoint(), DISCONNECTED)
+        self._timer.end(self._endpoint(), DISCONNECTED)
 
     def _endpoint(self) -> str:
         try:
             return template(self._scope, self._path)
-        except Exception:  # a framework that keeps its routes otherwise
+        except Exception as error:  # a framework that keeps its routes in another way
+            if is_foreign(error):
+                raise
             return UNMATCHED
 
 
@@ -101,9 +105,9 @@ def template(scope: Message, path: str) -> str:
     """Return the template of the route that a request was given to, with those of the routers around it.
 
     Starlette leaves the innermost route in the scope, whose path is relative to where its router is mounted
-    or included; what stands before it in the request's path is made a template with the path's parameters.
+    or included; what stands before it in the request's path becomes a template with the path's parameters.
     """
-    route = _plain(getattr(scope.get("route"), "path", UNMATCHED))
+    route = _without_converters(getattr(scope.get("route"), "path", UNMATCHED))
     values = scope.get("path_params", {})
     actual = route.format_map(values)
     if path == actual or not path.endswith(actual):
@@ -114,7 +118,12 @@ def template(scope: Message, path: str) -> str:
     return "/".join(parts) + route
 
 
-@lru_cache(maxsize=1024)
-def _plain(route: str) -> str:
+def _without_converters(route: str) -> str:
     """A route's path without the converters of its parameters (`{id:int}`)."""
+    # A longer one is not kept: a router that takes the client's path for its route would fill the memory.
+    return _remembered(route) if len(route) <= _LONGEST_ROUTE else _CONVERTER.sub(r"{\1}", route)
+
+
+@lru_cache(maxsize=1024)
+def _remembered(route: str) -> str:
     return _CONVERTER.sub(r"{\1}", route)

@@ -39,6 +39,8 @@ class Drops:
         self._counts: defaultdict[str, int] = defaultdict(int)
         self._untold: defaultdict[str, int] = defaultdict(int)
         self._warnings = Warnings()
+        self.too_deep = 0
+        """Lines dropped where the recursion limit left no room for a call, not even one of `add`."""
 
     def add(self, cause: str, message: str, *, tell: bool) -> None:
         """Count a dropped line; `tell` those that an operator should see among the metrics, too."""
@@ -51,7 +53,8 @@ class Drops:
 
     def counts(self) -> Mapping[str, int]:
         """Return how many lines were dropped, by cause."""
-        return dict(self._counts)
+        counts = dict(self._counts)
+        return counts | {"recursion": self.too_deep} if self.too_deep else counts
 
     def waiting(self) -> bool:
         """Whether there are drops that no metric has told yet."""

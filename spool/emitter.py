@@ -5,10 +5,12 @@ written out flat, since a call of a function costs a twentieth of a whole emit (
 the short way for what is usual:
 
     step              the short way                                   else
-    context           nothing is bound                                what is bound fills the gaps
+    context           nothing is bound, or what is bound is encoded   what is bound fills the gaps
     time and id       the same millisecond as the last emit           `_new_tick`
-    who               the same objects as in the last emit            `record.encode_who`, which remembers
-    metadata, labels  flat, keys seen before, no escape, no null      `record.encode_object`
+    actor             the same objects as in the last emit            `record.encode_actor`, which remembers
+    metadata, labels  flat, of exact types, keys seen before, no      `record.encode_object`
+                      escape
+    names             an exact `str` that was seen before             `record.encode_event_name`, ...
     bytes             fit into the current segment                    `Appender.append`
 
 Whatever goes wrong in there ends in `refuse` (the line can't be made) or `_drop` (there is no room for it),
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import logging
 import os
 import threading
 import time
@@ -35,14 +38,16 @@ from orjson import dumps
 from spool import ids, record
 from spool.appender import Appender
 from spool.context import scope as scope_in_force
+from spool.context import scope_to_redact
 from spool.drops import Drops
 from spool.housekeeper import Housekeeper
+from spool.metric_names import DROPPED_METRIC
+from spool.record import EVENT_NAMES, METRIC_NAMES, PLAIN_NUMBER_LIMIT
 from spool.redaction import Redaction
 from spool.settings import Settings
 from spool.timer import Timer
 
-DROPPED_METRIC: Final = "spool_dropped_count"
-"""Counter that tells, once lines flow again, how many were dropped, by cause."""
+log = logging.getLogger("spool")
 
 _BACKSLASH: Final = ord("\\")
 _MICROSECONDS: Final = tuple(b"%03dZ" % micro for micro in range(1000))
@@ -64,16 +69,18 @@ class Emitter:
         emitter = Emitter("/var/spool/analytics", max_age=1.0)
         emitter.emit_event(event_type="memory_posted", user_id=user, family_unit_id=family)
 
-    `emit_event` and the metric calls never raise (but ValueError with `strict`) and never wait. An emit after
-    `close` is kept, too: its segment is sealed by the loader when the process has ended.
+    `emit_event` and the metric calls never raise (except ValueError with `strict`) and never wait. An emit
+    after `close` is kept, too: its segment is sealed by the loader when the process has ended.
 
-    Raises ValueError for a setting that can't be; see `Settings` for all of them.
+    Raises ValueError for an invalid setting; see `Settings` for all of them.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, **settings: Any) -> None:
         self.settings = Settings.of(directory=directory, **settings)
         self._redaction = Redaction(self.settings.redact)
-        self._harmless: Any = self._redaction.harmless  # a set, asked about objects alone: None has no brace
+        self._harmless = self._redaction.harmless
+        self._harmless_beside_context = self._redaction.harmless_beside_context
+        self._scope_in_force = scope_in_force if self._redaction.spares_context else scope_to_redact
         self._start_afresh()
         _emitters.add(self)
 
@@ -81,7 +88,7 @@ class Emitter:
         """The state of a process that has emitted nothing; also what a forked child begins with."""
         # Each of these two is one tuple that is replaced as a whole, so that threads never mix halves of two.
         self._tick: tuple[int, str, bytes] = (0, "", b"")
-        self._who: tuple[object, object, object, bytes] = (object(), None, None, b"")
+        self._actor: tuple[object, object, object, bytes] = (object(), None, None, b"")
         self._drops = Drops()
         self._housekeeper = Housekeeper(self._keep_house)
         self._appender = Appender(self.settings, self._housekeeper.wake)
@@ -98,13 +105,22 @@ class Emitter:
         context. `event_id` is for callers with their own idempotency; `timestamp` is an aware datetime.
         """
         try:
-            if (scope := scope_in_force()) is not None:
+            encoded, harmless = None, self._harmless
+            if (scope := self._scope_in_force()) is not None:
                 bound = scope.context
-                user_id = user_id or bound.user_id
-                family_unit_id = family_unit_id or bound.family_unit_id
-                session_id = session_id or bound.session_id
-                if extra := bound.metadata():
-                    metadata = extra | metadata if metadata else extra
+                encoded, harmless = bound.encoded, self._harmless_beside_context
+                if (
+                    encoded is None
+                    or user_id is not None
+                    or family_unit_id is not None
+                    or session_id is not None
+                ):
+                    # What the call gives wins. Only None means "from the context": "" and 0 are invalid ids.
+                    user_id = bound.user_id if user_id is None else user_id
+                    family_unit_id = bound.family_unit_id if family_unit_id is None else family_unit_id
+                    session_id = bound.session_id if session_id is None else session_id
+                    metadata = bound.merged(metadata)
+                    encoded, harmless = None, self._harmless
             start, prefix, moment = self._tick
             past = time_ns() - start
             if not 0 <= past < 1_000_000:
@@ -115,27 +131,43 @@ class Emitter:
                 new_id = record.uuid_text(event_id, "event_id")
             if timestamp is not None:
                 moment, micros = record.encode_timestamp(timestamp), b""
-            last_user, last_family, last_session, who = self._who
-            if (
-                user_id is not last_user
-                or family_unit_id is not last_family
-                or session_id is not last_session
-            ):
-                who = record.encode_who(user_id, family_unit_id, session_id)
-                self._who = user_id, family_unit_id, session_id, who
-            data = dumps(metadata)
-            if (
-                _BACKSLASH in data
-                or data.rfind(b"{")  # no object, or one inside
-                or data.partition(b"null")[1]  # which a number that is not finite becomes, too
-                or not self._harmless.issuperset(metadata)
-            ):
+            data = None
+            if type(metadata) is dict:
+                for value in metadata.values():  # a loop over types costs less than any search in `data`
+                    kind = type(value)
+                    if kind is not str and kind is not int and kind is not bool and value is not None:
+                        break
+                else:
+                    data = dumps(metadata)
+                    if _BACKSLASH in data or not harmless.issuperset(metadata):
+                        data = None
+            elif metadata is None:
+                data = b"{}"
+            if data is None:
+                if encoded is not None:  # a key of the context may be among the event's own
+                    user_id, family_unit_id, session_id = bound.actor()
+                    encoded, metadata = None, bound.merged(metadata)
                 data = record.encode_object(metadata, "metadata", self._redaction)
+            if encoded is None:
+                last_user, last_family, last_session, actor = self._actor
+                if (
+                    user_id is not last_user
+                    or family_unit_id is not last_family
+                    or session_id is not last_session
+                ):
+                    actor = record.encode_actor(user_id, family_unit_id, session_id)
+                    self._actor = user_id, family_unit_id, session_id, actor
+            elif metadata:
+                actor, data = encoded, data[1:]
+            else:
+                actor, data = encoded.removesuffix(b","), b"}"
             try:
-                kind = record.EVENT_KINDS[event_type]
+                if type(event_type) is not str:
+                    raise KeyError
+                name = EVENT_NAMES[event_type]
             except KeyError:
-                kind = record.event_kind(event_type)
-            line = b"".join((b'{"event_id":"', new_id.encode(), kind, moment, micros, who, data, b"}\n"))
+                name = record.encode_event_name(event_type)
+            line = b"".join((b'{"event_id":"', new_id.encode(), name, moment, micros, actor, data, b"}\n"))
         except Exception as error:
             self.refuse(error)
             return None
@@ -155,23 +187,31 @@ class Emitter:
                 prefix, moment, past = self._new_tick(start + past)
             new_id = prefix + next(ids.tails)
             try:
-                kind = record.METRIC_KINDS[metric_type][metric_name]
+                if type(metric_name) is not str or type(metric_type) is not str:
+                    raise KeyError
+                name = METRIC_NAMES[metric_type][metric_name]
             except KeyError:
-                kind = record.metric_kind(metric_type, metric_name)
-            if (type(value) is int or type(value) is float) and 0 <= value < record.MAX_PLAIN:
+                name = record.encode_metric_name(metric_type, metric_name)
+            if (type(value) is int or type(value) is float) and 0 <= value < PLAIN_NUMBER_LIMIT:
                 number = dumps(value)
             else:
                 number = record.encode_number(value, metric_type)
-            data = dumps(labels)
-            if (
-                _BACKSLASH in data
-                or data.rfind(b"{")
-                or data.partition(b"null")[1]
-                or not self._harmless.issuperset(labels)
-            ):
+            data = None
+            if type(labels) is dict:
+                for label in labels.values():
+                    kind = type(label)
+                    if kind is not str and kind is not int and kind is not bool and label is not None:
+                        break
+                else:
+                    data = dumps(labels)
+                    if _BACKSLASH in data or not self._harmless.issuperset(labels):
+                        data = None
+            elif labels is None:
+                data = b"{}"
+            if data is None:
                 data = record.encode_object(labels, "labels", self._redaction)
             line = b"".join(
-                (b'{"event_id":"', new_id.encode(), kind, number, b',"labels":', data, b',"timestamp":"',
+                (b'{"event_id":"', new_id.encode(), name, number, b',"labels":', data, b',"timestamp":"',
                  moment, _MICROSECONDS[past // 1000], b'"}\n')
             )  # fmt: skip
         except Exception as error:
@@ -190,29 +230,45 @@ class Emitter:
 
         `metric_type` is counter (never below zero), gauge, timer (milliseconds) or histogram.
         """
-        return self._metric(metric_name, metric_type, value, labels)
+        try:
+            return self._metric(metric_name, metric_type, value, labels)
+        except RecursionError:
+            self._drops.too_deep += 1
+            return None
 
     def increment_counter(
         self, *, metric_name: str, value: Any = 1, labels: dict[str, Any] | None = None
     ) -> str | None:
         """See `record_metric`; the value must not be below zero."""
-        return self._metric(metric_name, "counter", value, labels)
+        try:
+            return self._metric(metric_name, "counter", value, labels)
+        except RecursionError:
+            self._drops.too_deep += 1
+            return None
 
     def record_gauge(
         self, *, metric_name: str, value: Any, labels: dict[str, Any] | None = None
     ) -> str | None:
         """See `record_metric`."""
-        return self._metric(metric_name, "gauge", value, labels)
+        try:
+            return self._metric(metric_name, "gauge", value, labels)
+        except RecursionError:
+            self._drops.too_deep += 1
+            return None
 
     def record_timer(
         self, *, metric_name: str, duration_ms: Any, labels: dict[str, Any] | None = None
     ) -> str | None:
         """See `record_metric`; the duration is in milliseconds."""
-        return self._metric(metric_name, "timer", duration_ms, labels)
+        try:
+            return self._metric(metric_name, "timer", duration_ms, labels)
+        except RecursionError:
+            self._drops.too_deep += 1
+            return None
 
     def timer(self, metric_name: str, labels: dict[str, Any] | None = None) -> Timer:
         """Return a context manager and decorator that records a timer; see `Timer`."""
-        return Timer(lambda duration: self._metric(metric_name, "timer", duration, labels))
+        return Timer(self, metric_name, labels)
 
     # ---- the long way -------------------------------------------------------------------------------
 
@@ -341,5 +397,47 @@ atexit.register(_close_all)
 
 @cache
 def get_emitter() -> Emitter:
-    """Return the process-wide emitter, set up from the environment. Raises ValueError for a bad setting."""
-    return Emitter()
+    """Return the process-wide emitter, set up from the environment.
+
+    Never raises, because it is first called inside a request: with a setting that is invalid, the emitter it
+    returns drops everything under the cause `settings`, after one warning. An application that wants to fail
+    at its start creates an `Emitter` there.
+    """
+    try:
+        return Emitter()
+    except ValueError as error:
+        log.warning("cannot emit analytics: %s; correct it and start the process again", error)
+        return _MisconfiguredEmitter(str(error))
+
+
+class _MisconfiguredEmitter(Emitter):
+    """Drops and counts whatever it is asked to emit. It has no file and no thread, and never raises."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(**vars(Settings()))
+        self._problem = problem
+        self._lock = threading.RLock()
+        self._dropped = 0
+
+    def emit_event(self, **_: Any) -> None:
+        """Count a drop."""
+        with self._lock:
+            self._dropped += 1
+
+    def _metric(self, *_: Any) -> None:
+        self.emit_event()
+
+    def refuse(self, error: Exception) -> None:
+        """Count a drop."""
+        self.emit_event()
+
+    def stats(self) -> Stats:
+        """Return the number of drops, under the cause `settings`."""
+        dropped = self._dropped + self._drops.too_deep
+        return Stats(0, {"settings": dropped} if dropped else {}, 0, 0)
+
+    @contextmanager
+    def diverted(self, write: Callable[[bytes], int], *, strict: bool) -> Iterator[None]:
+        """Raise ValueError: a test that records should learn of the setting."""
+        raise ValueError(self._problem)
+        yield

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar, cast, get_args
 from uuid import UUID
 
-from spool.emitter import get_emitter
+from spool.emitter import Emitter, get_emitter
+from spool.interruption import is_foreign
 from spool.record import Refused, uuid_text
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -40,7 +41,7 @@ class Field:
     kind: type
     required: bool
 
-    def checked(self, name: str, value: Any) -> Any:
+    def validated(self, name: str, value: Any) -> Any:
         """Return the value as it is written. Raises `Refused` (cause `invalid_metadata`)."""
         if self.kind is UUID:
             return uuid_text(value, name)
@@ -64,28 +65,41 @@ class Event:
         event_id: Any = None, timestamp: Any = None, **metadata: Any,
     ) -> str | None:  # fmt: skip
         """Emit one; what is not given comes from the context. Returns its id, None where it was dropped."""
-        return self.emit(
-            user_id=user_id, family_unit_id=family_unit_id, session_id=session_id, event_id=event_id,
-            timestamp=timestamp, **metadata,
-        )  # fmt: skip
+        emitter = None
+        try:
+            emitter = get_emitter()
+            return self.emit(
+                user_id=user_id, family_unit_id=family_unit_id, session_id=session_id, event_id=event_id,
+                timestamp=timestamp, **metadata,
+            )  # fmt: skip
+        except RecursionError:
+            if emitter is not None:
+                emitter._drops.too_deep += 1
+            return None
 
     def emit(
         self, *, user_id: Any = None, family_unit_id: Any = None, session_id: Any = None,
         event_id: Any = None, timestamp: Any = None, **metadata: Any,
     ) -> str | None:  # fmt: skip
         """The same without await."""
-        emitter = get_emitter()
+        emitter = None
         try:
-            checked = self.checked(metadata)
-        except Refused as refused:
-            emitter.refuse(refused)
+            emitter = get_emitter()
+            try:
+                checked = self.validated(metadata)
+            except Exception as error:
+                emitter.refuse(error)
+                return None
+            return emitter.emit_event(
+                event_type=self.name, user_id=user_id, family_unit_id=family_unit_id, session_id=session_id,
+                metadata=checked, event_id=event_id, timestamp=timestamp,
+            )  # fmt: skip
+        except RecursionError:
+            if emitter is not None:
+                emitter._drops.too_deep += 1
             return None
-        return emitter.emit_event(
-            event_type=self.name, user_id=user_id, family_unit_id=family_unit_id, session_id=session_id,
-            metadata=checked, event_id=event_id, timestamp=timestamp,
-        )  # fmt: skip
 
-    def checked(self, metadata: dict[str, Any]) -> dict[str, Any]:
+    def validated(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Return the metadata as it is written, without what is None. Raises `Refused`."""
         unknown = metadata.keys() - self.fields.keys()
         if unknown:
@@ -95,7 +109,7 @@ class Event:
         for name, field in self.fields.items():
             value = metadata.get(name)
             if value is not None:
-                written[name] = field.checked(name, value)
+                written[name] = field.validated(name, value)
             elif field.required:
                 raise Refused("invalid_metadata", f"{self.name} needs {name}")
         return written
@@ -134,26 +148,41 @@ def emits(name: str, **sources: Source) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
 
-        def emit(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        def emit(emitter: Emitter, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             try:
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
-                values = {each: _value(source, bound.arguments, result) for each, source in sources.items()}
+                values = {each: _resolve(source, bound.arguments, result) for each, source in sources.items()}
             except Exception as error:
-                get_emitter().refuse(error)
+                if is_foreign(error):
+                    raise
+                problem = f"cannot take the metadata of {name} from the call: {type(error).__name__}: {error}"
+                emitter.refuse(Refused("invalid_metadata", problem))
             else:
                 wanted.emit(**values)
 
         @functools.wraps(function)
         async def awaited(*args: Any, **kwargs: Any) -> Any:
             result = await function(*args, **kwargs)
-            emit(args, kwargs, result)
+            emitter = None
+            try:
+                emitter = get_emitter()
+                emit(emitter, args, kwargs, result)
+            except RecursionError:
+                if emitter is not None:
+                    emitter._drops.too_deep += 1
             return result
 
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
-            emit(args, kwargs, result)
+            emitter = None
+            try:
+                emitter = get_emitter()
+                emit(emitter, args, kwargs, result)
+            except RecursionError:
+                if emitter is not None:
+                    emitter._drops.too_deep += 1
             return result
 
         return cast(Function, awaited if inspect.iscoroutinefunction(function) else called)
@@ -161,7 +190,7 @@ def emits(name: str, **sources: Source) -> Callable[[Function], Function]:
     return decorate
 
 
-def _value(source: Source, arguments: dict[str, Any], result: Any) -> Any:
+def _resolve(source: Source, arguments: dict[str, Any], result: Any) -> Any:
     if callable(source):
         return source(arguments, result)
     first, *rest = source.split(".")

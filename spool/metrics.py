@@ -1,11 +1,17 @@
-"""The names of the metrics that come by themselves, and helpers for those of the application."""
+"""The names of the metrics that the package records itself, and helpers for those of the application."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from spool.emitter import DROPPED_METRIC, get_emitter
-from spool.request import REQUEST_COUNT, REQUEST_DURATION, REQUEST_ERRORS
+from spool.emitter import get_emitter
+from spool.metric_names import (
+    DROPPED_METRIC,
+    FEED_INTERACTION_COUNT,
+    REQUEST_COUNT,
+    REQUEST_DURATION,
+    REQUEST_ERRORS,
+)
 
 __all__ = [
     "DROPPED_METRIC", "FEED_INTERACTION", "FEED_INTERACTION_COUNT", "REQUEST_COUNT", "REQUEST_DURATION",
@@ -13,9 +19,7 @@ __all__ = [
 ]  # fmt: skip
 
 FEED_INTERACTION: Final = "feed_interaction"
-"""Event, one per interaction, with who it was."""
-FEED_INTERACTION_COUNT: Final = "feed_interaction_count"
-"""Counter, one per interaction, labelled interaction_type."""
+"""Event, one per interaction, with the user and the family."""
 
 
 async def log_feed_interaction(
@@ -29,13 +33,19 @@ async def log_feed_interaction(
 
     Returns the event's id, or None where it was dropped.
     """
-    emitter = get_emitter()
-    emitter.increment_counter(
-        metric_name=FEED_INTERACTION_COUNT, labels={"interaction_type": interaction_type}
-    )
-    return emitter.emit_event(
-        event_type=FEED_INTERACTION,
-        user_id=user_id,
-        family_unit_id=family_unit_id,
-        metadata={**(metadata or {}), "interaction_type": interaction_type},
-    )
+    emitter = None
+    try:
+        emitter = get_emitter()
+        emitter.increment_counter(
+            metric_name=FEED_INTERACTION_COUNT, labels={"interaction_type": interaction_type}
+        )
+        return emitter.emit_event(
+            event_type=FEED_INTERACTION,
+            user_id=user_id,
+            family_unit_id=family_unit_id,
+            metadata={**(metadata or {}), "interaction_type": interaction_type},
+        )
+    except RecursionError:
+        if emitter is not None:
+            emitter._drops.too_deep += 1
+        return None

@@ -21,7 +21,12 @@ SENSITIVE_KEYS: Final = frozenset(
     }
 )  # fmt: skip
 
+CONTEXT_KEYS: Final = frozenset({"role", "request_id"})
+"""The keys that a bound context adds to the metadata of events (spool/context.py)."""
+
 _MEMO_SIZE: Final = 4096
+_MEMO_KEY_LENGTH: Final = 128
+"""Longer keys are checked each time: clients may choose them, and a full memo must stay below 3 MiB."""
 _SEPARATORS: Final = str.maketrans("", "", "-_ .")
 
 
@@ -34,20 +39,32 @@ class Redaction:
 
     def __init__(self, words: Iterable[str] = SENSITIVE_KEYS) -> None:
         self.words = frozenset(filter(None, map(_normal, words)))
+        self.spares_context = not any(map(self._contains_word, CONTEXT_KEYS))
+        """Whether the keys that a bound context adds to metadata are not sensitive."""
         self.harmless: set[object] = set()
-        """Keys that were asked about lately and are not sensitive."""
+        """Keys that were asked about recently and are not sensitive."""
+
+        self.harmless_beside_context: set[object] = set()
+        """The same without those that a bound context adds to an event's metadata."""
 
     def sensitive(self, key: str) -> bool:
-        """Whether the value under `key` must not be written."""
+        """Whether the value under `key`, an exact `str`, must not be written."""
         if key in self.harmless:
             return False
-        normal = _normal(key)
-        if any(word in normal for word in self.words):
+        if self._contains_word(key):
             return True
-        if len(self.harmless) >= _MEMO_SIZE:
-            self.harmless.clear()
-        self.harmless.add(key)
+        if len(key) <= _MEMO_KEY_LENGTH:
+            if len(self.harmless) >= _MEMO_SIZE:
+                self.harmless.clear()
+                self.harmless_beside_context.clear()
+            self.harmless.add(key)
+            if key not in CONTEXT_KEYS:
+                self.harmless_beside_context.add(key)
         return False
+
+    def _contains_word(self, key: str) -> bool:
+        normal = _normal(key)
+        return any(word in normal for word in self.words)
 
     def apply(self, value: Any) -> Any:
         """Return decoded JSON with every sensitive value replaced; `value` itself where there is none."""

@@ -9,15 +9,9 @@ from typing import Final, Generic, TypeVar
 
 from spool import ids
 from spool.emitter import Emitter, get_emitter
+from spool.metric_names import REQUEST_COUNT, REQUEST_DURATION, REQUEST_ERRORS
 
 Application = TypeVar("Application")
-
-REQUEST_COUNT: Final = "api_request_count"
-"""Counter, one per request."""
-REQUEST_DURATION: Final = "api_request_duration_ms"
-"""Timer, from the request's arrival to the last byte of the response."""
-REQUEST_ERRORS: Final = "api_request_error_count"
-"""Counter, one per response of 500 and above and per exception that the application did not handle."""
 
 UNMATCHED: Final = "unmatched"
 """Label of a request that no route matched: its path is whatever a client asked for."""
@@ -25,12 +19,12 @@ DISCONNECTED: Final = "499"
 """Status of a request whose client went away before the last byte, as nginx logs it."""
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
-_SANE_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_VALID_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def request_id(given: str | None) -> str:
     """Return the id that a proxy or client gave where it is sane, else a new UUIDv7."""
-    if given is not None and _SANE_ID.fullmatch(given):
+    if given is not None and _VALID_ID.fullmatch(given):
         return given
     return ids.uuid7(time.time_ns() // 1_000_000)
 
@@ -50,7 +44,7 @@ class Middleware(Generic[Application]):
         return any(path == each or path.startswith(each.rstrip("/") + "/") for each in self._exclude)
 
 
-class Watch:
+class RequestTimer:
     """Times one request and records its metrics, once."""
 
     def __init__(self, emitter: Emitter, method: str) -> None:

@@ -20,10 +20,14 @@ class AnalyticsService:
         metadata: dict[str, Any] | None = None, event_id: Any = None, timestamp: Any = None,
     ) -> str | None:  # fmt: skip
         """See `Emitter.emit_event`."""
-        return self.emitter.emit_event(
-            event_type=event_type, user_id=user_id, family_unit_id=family_unit_id, session_id=session_id,
-            metadata=metadata, event_id=event_id, timestamp=timestamp,
-        )  # fmt: skip
+        try:
+            return self.emitter.emit_event(
+                event_type=event_type, user_id=user_id, family_unit_id=family_unit_id, session_id=session_id,
+                metadata=metadata, event_id=event_id, timestamp=timestamp,
+            )  # fmt: skip
+        except RecursionError:
+            self.emitter._drops.too_deep += 1
+            return None
 
     def timer(self, metric_name: str, labels: dict[str, Any] | None = None) -> Timer:
         """See `Emitter.timer`."""
@@ -33,30 +37,46 @@ class AnalyticsService:
         self, *, metric_name: str, value: Any = 1, labels: dict[str, Any] | None = None
     ) -> str | None:
         """See `Emitter.record_metric`; the value must not be below zero."""
-        return self.emitter.increment_counter(metric_name=metric_name, value=value, labels=labels)
+        try:
+            return self.emitter.increment_counter(metric_name=metric_name, value=value, labels=labels)
+        except RecursionError:
+            self.emitter._drops.too_deep += 1
+            return None
 
     async def record_gauge(
         self, *, metric_name: str, value: Any, labels: dict[str, Any] | None = None
     ) -> str | None:
         """See `Emitter.record_metric`."""
-        return self.emitter.record_gauge(metric_name=metric_name, value=value, labels=labels)
+        try:
+            return self.emitter.record_gauge(metric_name=metric_name, value=value, labels=labels)
+        except RecursionError:
+            self.emitter._drops.too_deep += 1
+            return None
 
     async def record_timer(
         self, *, metric_name: str, duration_ms: Any, labels: dict[str, Any] | None = None
     ) -> str | None:
         """See `Emitter.record_metric`; the duration is in milliseconds."""
-        return self.emitter.record_timer(metric_name=metric_name, duration_ms=duration_ms, labels=labels)
+        try:
+            return self.emitter.record_timer(metric_name=metric_name, duration_ms=duration_ms, labels=labels)
+        except RecursionError:
+            self.emitter._drops.too_deep += 1
+            return None
 
     async def record_metric(
         self, *, metric_name: str, metric_type: str, value: Any, labels: dict[str, Any] | None = None
     ) -> str | None:
         """See `Emitter.record_metric`."""
-        return self.emitter.record_metric(
-            metric_name=metric_name, metric_type=metric_type, value=value, labels=labels
-        )
+        try:
+            return self.emitter.record_metric(
+                metric_name=metric_name, metric_type=metric_type, value=value, labels=labels
+            )
+        except RecursionError:
+            self.emitter._drops.too_deep += 1
+            return None
 
 
 @cache
 def get_analytics_service() -> AnalyticsService:
-    """Return the process-wide service, set up from the environment. Raises ValueError for a bad setting."""
+    """Return the process-wide service, set up from the environment. Never raises; see `get_emitter`."""
     return AnalyticsService(get_emitter())

@@ -1,73 +1,144 @@
-"""Where and how an emitter writes: arguments and `SPOOL_*` variables as one frozen value."""
+"""Where and how an emitter writes: arguments and `SPOOL_*` variables as one frozen value.
+
+An empty variable counts as unset. A value that cannot be read, or with which no line could be kept, raises
+ValueError here, before anything is written; `get_emitter` then logs it
+once and drops.
+"""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from spool.record import MAX_LINE_BYTES
 from spool.redaction import SENSITIVE_KEYS
 from spool.segment import DEFAULT_DIRECTORY
 
-_TRUE = frozenset({"1", "true", "yes", "on"})
-_FALSE = frozenset({"0", "false", "no", "off", ""})
+_TRUE: Final = frozenset({"1", "true", "yes", "on"})
+_FALSE: Final = frozenset({"0", "false", "no", "off"})
+
+_MIN_BYTES: Final = 4096
+_MAX_SEGMENT_BYTES: Final = 1 << 30
+"""A process keeps two segments mapped; address space and `posix_fallocate` bear this on every platform."""
+_MAX_AGE: Final = 7 * 86_400.0
+"""A week. Some multiples of it are waited for, and a wait is limited (`threading.TIMEOUT_MAX`)."""
+
+
+class SettingError(ValueError):
+    """A setting that cannot be: `name` is the field of `Settings`."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"{name} {problem}")
+        self.name = name
+        self.problem = problem
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of an emitter, in bytes and seconds. Raises ValueError where one is impossible."""
+    """Settings of an emitter, in bytes and seconds. Raises ValueError if one is impossible."""
 
     directory: Path = DEFAULT_DIRECTORY
     max_age: float = 1.0
-    """A segment with lines is sealed this long after its first line: the bound on freshness."""
+    """A segment with lines is sealed so long after its first line: the bound on freshness. At most a week."""
     segment_bytes: int = 4 << 20
-    """Capacity that is reserved for a segment; sealing cuts it to what was written. Below 4 MiB a busy
-    process rotates before the next segment is ready, which makes the median emit 10 % slower."""
+    """Capacity that is reserved for a segment, at most 1 GiB; sealing cuts it to what was written. Below
+    4 MiB a busy process rotates before the next segment is ready, which makes the median emit 10 % slower."""
     max_line_bytes: int = 1 << 20
-    """A longer line is dropped and counted."""
+    """A longer line is dropped and counted. At most 4 MiB, the longest line that the loader reads."""
     max_spool_bytes: int = 10 << 30
     """No segment is made that would bring the spool's segments above this: newer lines are dropped and
-    counted. 0 is no limit."""
+    counted. At least two segments, because one is prepared while another is written; 0 is no limit."""
     fsync: bool = False
     """Sync each segment before it is sealed: power loss then costs at most the last `max_age` seconds."""
     redact: frozenset[str] = SENSITIVE_KEYS
     """Words; a value under a key that contains one is not written (see spool/redaction.py). In the
     environment, `nickname,school` replaces the list and `+nickname,school` adds to it."""
     strict: bool = False
-    """Raise ValueError for what can't be written, for development and tests."""
+    """Raise ValueError for what cannot be written, for development and tests."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.max_age) and self.max_age > 0):
-            raise ValueError(f"max_age must be above 0 seconds: {self.max_age}")
-        for name in ("segment_bytes", "max_line_bytes"):
-            if getattr(self, name) < 4096:
-                raise ValueError(f"{name} must be at least 4096: {getattr(self, name)}")
-        if self.max_spool_bytes < 0:
-            raise ValueError(f"max_spool_bytes must not be below 0: {self.max_spool_bytes}")
+        _check_type("max_age", self.max_age, int, float)
+        if not 0 < self.max_age <= _MAX_AGE:  # nan is neither
+            raise SettingError(
+                "max_age", f"must be above 0 and at most {_MAX_AGE:.0f} seconds: {self.max_age}"
+            )
+        _check_bytes("segment_bytes", self.segment_bytes, _MIN_BYTES, _MAX_SEGMENT_BYTES)
+        _check_bytes("max_line_bytes", self.max_line_bytes, _MIN_BYTES, MAX_LINE_BYTES)
+        if self.max_spool_bytes != 0:
+            _check_bytes("max_spool_bytes", self.max_spool_bytes, 2 * self.segment_bytes, None)
+        if "\0" in str(self.directory):
+            raise SettingError(
+                "directory", f"must be a path, which has no NUL character: {str(self.directory)!r}"
+            )
 
     @classmethod
     def of(cls, environment: Mapping[str, str] = os.environ, **given: Any) -> Settings:
         """Return what was given, else what the environment says (`SPOOL_DIR`, `SPOOL_MAX_AGE`, ...).
 
-        Raises ValueError that names the variable where its value can't be read.
+        Raises ValueError that names the variable or the argument that cannot be read or cannot work, and
+        TypeError for an argument that is not a setting.
         """
         values = {name: value for name, value in given.items() if value is not None}
+        variables: dict[str, str] = {}
         for field in fields(cls):
-            variable = "SPOOL_DIR" if field.name == "directory" else f"SPOOL_{field.name.upper()}"
-            if field.name not in values and variable in environment:
-                values[field.name] = _parse(variable, environment[variable], type(field.default))
-        values["directory"] = Path(values.get("directory", cls.directory)).absolute()
-        values["redact"] = frozenset(values.get("redact", cls.redact))
-        return cls(**values)
+            variable = _variable(field.name)
+            if field.name not in values and environment.get(variable, "").strip():
+                variables[field.name] = variable
+                values[field.name] = _parse(variable, environment[variable].strip(), type(field.default))
+        try:
+            values["directory"] = _absolute(values.get("directory", cls.directory))
+            values["redact"] = _words(values.get("redact", cls.redact))
+            settings = cls(**values)
+            if "max_line_bytes" in values:
+                _check_line_fits(settings)
+        except SettingError as error:
+            raise SettingError(variables.get(error.name, error.name), error.problem) from None
+        return settings
+
+
+def _variable(name: str) -> str:
+    return "SPOOL_DIR" if name == "directory" else f"SPOOL_{name.upper()}"
+
+
+def _check_type(name: str, value: object, *kinds: type) -> None:
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise SettingError(name, f"must be a number, not {value!r}")
+
+
+def _check_bytes(name: str, value: int, least: int, most: int | None) -> None:
+    _check_type(name, value, int)
+    if value < least:
+        raise SettingError(name, f"must be at least {least} bytes: {value}")
+    if most is not None and value > most:
+        raise SettingError(name, f"must be at most {most} bytes: {value}")
+
+
+def _check_line_fits(settings: Settings) -> None:
+    """A line that was asked for must fit into the spool beside the segment that is being written."""
+    room = settings.max_spool_bytes - settings.segment_bytes
+    if settings.max_spool_bytes and settings.max_line_bytes > room:
+        raise SettingError("max_line_bytes", f"must be at most max_spool_bytes less one segment: {room}")
+
+
+def _absolute(directory: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(directory).absolute()
+    except OSError as error:  # the working directory was removed
+        raise SettingError("directory", f"must be an absolute path here: {directory!s} ({error})") from None
+
+
+def _words(words: object) -> frozenset[str]:
+    if isinstance(words, str) or not isinstance(words, list | tuple | set | frozenset):
+        raise SettingError("redact", f"must be a list of words, not {type(words).__name__}")
+    return frozenset(words)
 
 
 def _parse(variable: str, text: str, kind: type) -> Any:
     if kind is frozenset:
-        words = frozenset(text.removeprefix("+").replace(" ", "").split(","))
-        return words | SENSITIVE_KEYS if text.startswith("+") else words
+        return _parse_words(variable, text)
     if kind is bool:
         if text.lower() in _TRUE | _FALSE:
             return text.lower() in _TRUE
@@ -78,3 +149,10 @@ def _parse(variable: str, text: str, kind: type) -> Any:
         except ValueError:
             raise ValueError(f"{variable} must be a number, not {text!r}") from None
     return Path(text)
+
+
+def _parse_words(variable: str, text: str) -> frozenset[str]:
+    words = frozenset(filter(None, text.removeprefix("+").replace(" ", "").split(",")))
+    if not words:
+        raise ValueError(f"{variable} must be words with commas between them, not {text!r}")
+    return words | SENSITIVE_KEYS if text.startswith("+") else words

@@ -7,7 +7,10 @@ import inspect
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+if TYPE_CHECKING:
+    from spool.emitter import Emitter
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -23,18 +26,24 @@ class Timer:
     As a decorator it may run in many threads and tasks at once; as a block, one timer is for one block.
     """
 
-    def __init__(self, record: Callable[[float], object]) -> None:
-        self._record = record
-        self._begins: list[int] = []
+    def __init__(self, emitter: Emitter, metric_name: str, labels: dict[str, Any] | None) -> None:
+        self._emitter = emitter
+        self._metric_name = metric_name
+        self._labels = labels
+        self._started: list[int] = []
 
     def __enter__(self) -> Timer:
-        self._begins.append(time.perf_counter_ns())
+        self._started.append(time.perf_counter_ns())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end(self._begins.pop())
+        begin = self._started.pop()
+        try:
+            self._end(begin)
+        except RecursionError:
+            self._emitter._drops.too_deep += 1
 
     async def __aenter__(self) -> Timer:
         return self.__enter__()
@@ -42,7 +51,11 @@ class Timer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.__exit__(kind, error, trace)
+        begin = self._started.pop()
+        try:
+            self._end(begin)
+        except RecursionError:
+            self._emitter._drops.too_deep += 1
 
     def __call__(self, function: Function) -> Function:
         """Return the function, timed; its signature stays."""
@@ -53,7 +66,10 @@ class Timer:
             try:
                 return await function(*args, **kwargs)
             finally:
-                self._end(begin)
+                try:
+                    self._end(begin)
+                except RecursionError:
+                    self._emitter._drops.too_deep += 1
 
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -61,9 +77,18 @@ class Timer:
             try:
                 return function(*args, **kwargs)
             finally:
-                self._end(begin)
+                try:
+                    self._end(begin)
+                except RecursionError:
+                    self._emitter._drops.too_deep += 1
 
         return cast(Function, awaited if inspect.iscoroutinefunction(function) else called)
 
     def _end(self, begin: int) -> None:
-        self._record((time.perf_counter_ns() - begin) / 1_000_000)
+        duration = (time.perf_counter_ns() - begin) / 1_000_000
+        try:
+            self._emitter.record_timer(
+                metric_name=self._metric_name, duration_ms=duration, labels=self._labels
+            )
+        except RecursionError:
+            self._emitter._drops.too_deep += 1

@@ -16,7 +16,8 @@ from typing import Any
 
 from spool.context import begin
 from spool.emitter import Emitter
-from spool.request import DISCONNECTED, UNMATCHED, Middleware, Watch, request_id
+from spool.interruption import is_foreign
+from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id
 
 Environment = dict[str, Any]
 Application = Callable[[Environment, Callable[..., Any]], Iterable[bytes]]
@@ -50,7 +51,7 @@ class _Exchange:
         self._start_response = start_response
         self._context = context
         self._request_id = request_id(environ.get("HTTP_X_REQUEST_ID"))
-        self._watch = Watch(emitter, environ.get("REQUEST_METHOD", ""))
+        self._timer = RequestTimer(emitter, environ.get("REQUEST_METHOD", ""))
         self._status = "500"
         self._template: str | None = None
         self._app: Application | None = None
@@ -75,7 +76,7 @@ class _Exchange:
         try:
             return self._context.run(next, self._rest)
         except StopIteration:
-            self._watch.end(self._endpoint(), self._status)
+            self._timer.end(self._endpoint(), self._status)
             raise
         except Exception:
             self._fail()
@@ -88,7 +89,7 @@ class _Exchange:
             if close is not None:
                 self._context.run(close)
         finally:
-            self._watch.end(self._endpoint(), DISCONNECTED)
+            self._timer.end(self._endpoint(), DISCONNECTED)
 
     def _start(self, status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
         self._status = status[:3]
@@ -97,12 +98,14 @@ class _Exchange:
         return self._start_response(status, [*kept, ("X-Request-ID", self._request_id)], *exc_info)
 
     def _fail(self) -> None:
-        self._watch.end(self._endpoint(), "500")
+        self._timer.end(self._endpoint(), "500")
 
     def _endpoint(self) -> str:
         try:
             return self._template or self._context.run(_resolve, self._app, self._environ)
-        except Exception:  # no such path, or a framework that keeps its routes otherwise
+        except Exception as error:  # no such path, or a framework that keeps its routes in another way
+            if is_foreign(error):
+                raise
             return UNMATCHED
 
 

@@ -15,19 +15,20 @@ import re
 import time
 from datetime import datetime
 from typing import Final, NoReturn
-from uuid import UUID
 
 import msgspec
 import orjson
 
 from loader.load.tables import EVENTS, METRICS, Table
 from spool import ids
-from spool.record import METRIC_TYPES, NAME
+from spool.record import METRIC_TYPES, NAME, canonical_uuid, parse_timestamp, utc_text
 
 MEMO_SIZE: Final = 65536
 """Ids and names after which the memo of those that were checked starts anew; some 10 MiB."""
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_TIMESTAMP: Final = re.compile(r"\d{4}-\d\d-\d\dT[0-2]\d:[0-5]\d:[0-5]\d\.\d{6}Z", re.ASCII)
+"""As the emitter writes it. `datetime.fromisoformat` also accepts weeks, commas and times without colons."""
 _BACKSLASH: Final = ord("\\")
 _BRACE: Final = ord("{")
 _NULL: Final = "\\N"
@@ -130,15 +131,13 @@ def _usual_event(line: _Event) -> Row | None:
         and line.family_unit_id in _ids
         and session_id in _ids
         and _UUID.fullmatch(event_id)
-        and len(timestamp) == 27
-        and timestamp[10] == "T"
-        and timestamp[26] == "Z"
+        and _TIMESTAMP.fullmatch(timestamp)
         and _BACKSLASH not in metadata
         and metadata.isascii()
         and metadata[0] == _BRACE
         and (text := metadata.decode()).isprintable()
     ):
-        datetime.fromisoformat(timestamp)
+        datetime.fromisoformat(timestamp)  # a date that exists
         row_id = event_id if event_id[14] == "7" else ids.uuid7(time.time_ns() // 1_000_000)
         return Row(
             event_id,
@@ -195,10 +194,10 @@ def _uuid(text: str | None, field: str) -> str:
         _reject("missing_field", f"{field} is missing")
     if _UUID.fullmatch(text):
         return text
-    try:
-        return str(UUID(text))
-    except ValueError:
+    canonical = canonical_uuid(text)
+    if canonical is None:
         _reject("invalid_uuid", f"{field} is not a UUID: {text[:100]!r}")
+    return canonical
 
 
 def _exported_id(raw: msgspec.Raw) -> str:
@@ -234,13 +233,14 @@ def _name(text: str | None, field: str) -> str:
 
 def _timestamp(text: str) -> str:
     try:
-        moment = datetime.fromisoformat(text)
+        moment = parse_timestamp(text)
+        if moment.tzinfo is None:
+            _reject("naive_timestamp", f"timestamp has no offset: {text[:100]!r}")
+        return utc_text(moment)
     except ValueError:
         _reject("invalid_timestamp", f"timestamp is not RFC 3339: {text[:100]!r}")
-    if moment.tzinfo is None:
-        _reject("naive_timestamp", f"timestamp has no offset: {text[:100]!r}")
-    # What the emitter writes is what Postgres reads; Python knows more notations than Postgres does.
-    return text if len(text) == 27 and text[10] == "T" and text[26] == "Z" else moment.isoformat()
+    except OverflowError:
+        _reject("invalid_timestamp", f"timestamp is not within the years 1 to 9999 of UTC: {text[:100]!r}")
 
 
 def _value(raw: msgspec.Raw, metric_type: str | None) -> str:

@@ -64,13 +64,14 @@ class Figures:
     floor_p99: float
 
 
-def timed(call: Call, gap: int = 0, bound: int = NEVER) -> Block:
+def timed(call: Call, prepare: Call, gap: int, bound: int) -> Block:
     """Return what measures that many calls, one by one, in nanoseconds."""
 
     def block(count: int) -> array[int]:
         taken = array("Q")
         last = perf_counter_ns() + bound
         for _ in range(count):
+            prepare()
             begin = perf_counter_ns()
             call()
             end = perf_counter_ns()
@@ -84,13 +85,14 @@ def timed(call: Call, gap: int = 0, bound: int = NEVER) -> Block:
     return block
 
 
-def timed_await(call: Call, gap: int = 0, bound: int = NEVER) -> Block:
+def timed_await(call: Call, prepare: Call, gap: int, bound: int) -> Block:
     awaitable: Callable[[], Any] = call
 
     async def measure(count: int) -> array[int]:
         taken = array("Q")
         last = perf_counter_ns() + bound
         for _ in range(count):
+            prepare()
             begin = perf_counter_ns()
             await awaitable()
             end = perf_counter_ns()
@@ -107,7 +109,7 @@ def timed_await(call: Call, gap: int = 0, bound: int = NEVER) -> Block:
 def block_of(sink: Sink, home: Path, gap: int = 0, bound: int = NEVER) -> Block:
     home.mkdir(exist_ok=True)
     measure = timed_await if sink.awaited else timed
-    return measure(sink.make(Path(tempfile.mkdtemp(dir=home))), gap, bound)
+    return measure(sink.make(Path(tempfile.mkdtemp(dir=home))), sink.prepare, gap, bound)
 
 
 Samples = tuple[list["array[int]"], list["array[int]"]]

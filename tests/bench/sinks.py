@@ -8,6 +8,7 @@ host that always answers at once; what it received is what outlived.
 from __future__ import annotations
 
 import http.server
+import itertools
 import json
 import os
 import socket
@@ -38,6 +39,10 @@ _FIELDS = {"user_id": str(USER), "family_unit_id": str(FAMILY), "meta": METADATA
 _LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_UTC_Z
 
 
+def _nothing() -> None:
+    """What most sinks do before a call."""
+
+
 @dataclass(frozen=True)
 class Sink:
     """`make(directory)` returns the call; `survivors(directory)` counts what is there afterwards."""
@@ -49,6 +54,8 @@ class Sink:
     """False where it only adds up numbers and keeps no records."""
     awaited: bool = False
     """Whether the call returns something to await."""
+    prepare: Call = _nothing
+    """Called before each call, outside of what is timed."""
 
 
 def lines_in(*patterns: str) -> Callable[[Path], int]:
@@ -105,6 +112,27 @@ def spool_many_users(home: Path) -> Call:
         )  # fmt: skip
 
     return call
+
+
+def spool_bound(home: Path) -> Call:
+    """As `spool_event`, with the ids, a role and a request id from the context; see `new_scope`."""
+    from spool import Emitter
+
+    emitter = Emitter(home / "spool")
+    return lambda: emitter.emit_event(event_type="memory_posted", metadata=METADATA)
+
+
+_calls = itertools.count()
+
+
+def new_scope() -> None:
+    """Begin a scope for every second call, as a request does that emits two events."""
+    from spool import ids
+    from spool.context import begin, update
+
+    if (number := next(_calls)) % 2 == 0:
+        begin(user_id=None, family_unit_id=None, request_id=ids.uuid7(number))
+        update(user_id=USER, family_unit_id=FAMILY, session_id=SESSION, role="parent")
 
 
 def spool_counter(home: Path) -> Call:
@@ -340,6 +368,7 @@ FLOOR = Sink("orjson.dumps + os.write (floor)", floor, lines_in("floor.ndjson"))
 OURS = (
     Sink("spool emit_event", spool_event, spool_lines),
     Sink("spool emit_event, 100 users", spool_many_users, spool_lines),
+    Sink("spool emit_event, bound", spool_bound, spool_lines, prepare=new_scope),
     Sink("spool await emit_event", spool_awaited, spool_lines, awaited=True),
     Sink("spool increment_counter", spool_counter, spool_lines),
     Sink("spool record_timer", spool_timer, spool_lines),

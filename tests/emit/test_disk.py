@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from spool import Emitter
-from spool.emitter import DROPPED_METRIC
+from spool.metrics import DROPPED_METRIC
 from spool.segment import segment_bytes
 from tests.emit.lines import emit, ids, interrupted, lines
 from tests.processes import eventually

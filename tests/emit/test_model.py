@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 )
 
 from spool import Emitter
-from spool.emitter import DROPPED_METRIC
+from spool.metrics import DROPPED_METRIC
 from spool.segment import recover
 from tests import histories
 from tests.emit.lines import emit, lines, recover_all

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from loader.files import rejects
 from loader.load.decode import Reject, Row, decode
 from loader.load.tables import EVENTS
+from spool import Emitter
+from spool.testing import record
 from tests.load.lines import EVENT, ID, METRIC
 
 
@@ -26,7 +28,7 @@ def test_an_event_and_a_metric_become_their_columns() -> None:
     assert columns(orjson.dumps(EVENT)) == [
         ID, ID, "memory_posted", "2026-01-20T12:00:00.000001Z", ID, ID, "\\N", '{"a":1}'
     ]  # fmt: skip
-    assert columns(orjson.dumps(METRIC)) == [ID, "hits", "counter", "1", "{}", "2026-01-20T12:00:00+01:00"]
+    assert columns(orjson.dumps(METRIC)) == [ID, "hits", "counter", "1", "{}", "2026-01-20T11:00:00.000000Z"]
 
 
 def test_any_uuid_loads_and_the_primary_key_is_a_uuid7() -> None:
@@ -38,6 +40,74 @@ def test_any_uuid_loads_and_the_primary_key_is_a_uuid7() -> None:
 def test_backslashes_and_blanks_are_escaped_for_copy() -> None:
     line = orjson.dumps(EVENT | {"metadata": None}).replace(b"null}", b'{"a":\t"tab\\tquote\\" \\\\u0000"}}')
     assert columns(line)[-1] == r'{"a": "tab\\tquote\\" \\\\u0000"}'
+
+
+CANONICAL = "0190163d-8694-739b-aea5-966c26f8ad91"
+UUIDS = {
+    CANONICAL.upper(): CANONICAL,
+    CANONICAL.replace("-", ""): CANONICAL,
+    f"{{{CANONICAL}}}": CANONICAL,
+    f"urn:uuid:{CANONICAL}": CANONICAL,
+    f" {CANONICAL}": None,
+    "0x90163d8694739baea5966c26f8ad91": None,
+    CANONICAL.replace("-", "", 1): None,
+    f"{{{{{CANONICAL}}}}}": None,
+    f"{CANONICAL}\n": None,
+    "\u0660" * 32: None,
+}
+
+
+@pytest.mark.parametrize(("text", "canonical"), UUIDS.items())
+def test_emitter_and_loader_take_the_same_text_for_a_uuid(text: str, canonical: str | None) -> None:
+    row = decode(orjson.dumps(EVENT | {"user_id": text}))
+    assert (row.copy.split("\t")[4] if isinstance(row, Row) else None) == canonical
+    assert emitted(user_id=text).get("user_id") == canonical
+
+
+TIMESTAMPS = {
+    "2026-01-20T12:00:00.123456Z": "2026-01-20T12:00:00.123456Z",
+    "2026-01-20t12:00:00z": "2026-01-20T12:00:00.000000Z",
+    "2026-01-20 12:00:00.1234567-23:59": "2026-01-21T11:59:00.123456Z",
+    "1990-12-31T15:59:60-08:00": "1991-01-01T00:00:00.000000Z",
+    "2016-12-31T23:59:60.500000Z": "2017-01-01T00:00:00.500000Z",
+    "0001-01-01T00:00:00Z": "0001-01-01T00:00:00.000000Z",
+    "9999-12-31T23:59:59.999999Z": "9999-12-31T23:59:59.999999Z",
+    "2026-01-20T12:00:60Z": None,
+    "9999-12-31T23:59:60Z": None,
+    "9999-12-31T23:59:59-00:01": None,
+    "0001-01-01T00:00:00+00:01": None,
+    "0000-01-01T00:00:00Z": None,
+    "10000-01-01T00:00:00Z": None,
+    "2026-02-29T00:00:00.000000Z": None,
+    "2026-01-20T24:00:00.000000Z": None,
+    "2024-W01-1T12:30:00.123456Z": None,
+    "2026-01-20T12:00:00,123456Z": None,
+    "20260120T120000.1234567890Z": None,
+    "2026-01-20T12:00Z": None,
+    "2026-01-20T12:00:00+01": None,
+    "2026-01-20T12:00:00": None,
+    "2026-01-20T12:00:00.Z": None,
+    "2026-01-20T12:00:00Z\n": None,
+    "\u0662026-01-20T12:00:00.123456Z": None,
+}
+
+
+@pytest.mark.parametrize(("text", "utc"), TIMESTAMPS.items())
+def test_emitter_and_loader_take_the_same_text_for_a_time(text: str, utc: str | None) -> None:
+    decode(orjson.dumps(EVENT))  # names and ids that are known take another way
+    for known in (EVENT, EVENT | {"session_id": CANONICAL.upper()}):
+        row = decode(orjson.dumps(known | {"timestamp": text}))
+        assert (row.copy.split("\t")[3] if isinstance(row, Row) else None) == utc
+    assert emitted(timestamp=text).get("timestamp") == utc
+
+
+def emitted(**change: Any) -> dict[str, Any]:
+    """What the emitter makes of an event, empty if it was refused."""
+    event = {key: EVENT[key] for key in ("event_type", "user_id", "family_unit_id")}
+    emitter = Emitter("/nowhere")
+    with record(emitter, strict=False) as recorder:
+        emitter.emit_event(**event | change)
+    return (recorder.events or [{}])[0]
 
 
 BROKEN = [

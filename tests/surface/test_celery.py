@@ -15,6 +15,7 @@ from tests.processes import environment, eventually
 
 TASKS = """
 from celery import Celery
+from celery.exceptions import SoftTimeLimitExceeded
 from spool import get_emitter
 from spool.context import bind
 from spool.events import emits, log_memory_posted
@@ -24,6 +25,14 @@ folders = {{"data_folder_in": home, "data_folder_out": home, "control_folder": h
 app = Celery("tasks", broker="filesystem://", broker_transport_options=folders)
 get_emitter().increment_counter(metric_name="worker_loaded")  # before the worker forks
 
+@app.task(soft_time_limit=1)
+def hang(file):
+    try:
+        while True:
+            get_emitter().increment_counter(metric_name="hanging", labels={{"a": {{"b": object()}}}})
+    except SoftTimeLimitExceeded:
+        open(file, "w").close()
+
 @app.task
 @emits("pet_created", pet_id="pet", user_id="user", family_unit_id="user")
 def adopt(pet, user):
@@ -32,7 +41,7 @@ def adopt(pet, user):
 """
 
 
-def test_tasks_emit_as_any_code_does(tmp_path: Path) -> None:
+def test_tasks_emit_as_any_code_does_and_a_soft_time_limit_reaches_them(tmp_path: Path) -> None:
     pytest.importorskip("celery")
     spool, home = tmp_path / "spool", tmp_path / "broker"
     (home / "control").mkdir(parents=True)
@@ -47,6 +56,12 @@ def test_tasks_emit_as_any_code_does(tmp_path: Path) -> None:
         client = environment(SPOOL_DIR=str(tmp_path / "other"), PYTHONPATH=variables["PYTHONPATH"])
         subprocess.run([sys.executable, "-c", send, user, *pets], cwd=tmp_path, env=client, check=True)
         eventually(lambda: len(lines(spool)) >= 2 * len(pets))
+        limited = [tmp_path / f"limited{number}" for number in range(2)]
+        send = "import sys, tasks; [tasks.hang.delay(file) for file in sys.argv[1:]]"
+        subprocess.run(
+            [sys.executable, "-c", send, *map(str, limited)], cwd=tmp_path, env=client, check=True
+        )  # fmt: skip
+        eventually(lambda: all(file.exists() for file in limited), seconds=30)
     finally:
         worker.terminate()
         worker.wait(timeout=30)

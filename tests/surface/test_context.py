@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from pathlib import Path
+from typing import Any
 
+import orjson
 import pytest
 
 from spool import Emitter
-from spool.context import bind, current, update
-from spool.testing import Recorder
+from spool.context import begin, bind, current, end, scope, update
+from spool.testing import Recorder, record
 
 
 def test_what_is_bound_ends_with_its_block_and_nests() -> None:
@@ -29,6 +34,98 @@ def test_a_thread_with_a_copy_of_the_context_can_tell_its_request_who_the_user_i
         pool.submit(copy_context().run, lambda: update(user_id="from a thread")).result()
         assert current().user_id == "from a thread"
     assert current().user_id is None
+
+
+def test_a_block_may_end_in_another_copy_of_the_context_and_leaves_nobody_there() -> None:
+    def generator() -> Iterator[None]:
+        with bind(user_id="inner", role="child"), bind(request_id="r"):
+            yield
+
+    with bind(user_id="outer"):
+        first, second = copy_context(), copy_context()
+        running = generator()
+        first.run(next, running)
+        assert first.run(current).user_id == "inner"
+        inherited = first.copy()
+        second.run(running.close)
+        for each in (first, second, inherited):
+            found = each.run(current)
+            assert (found.user_id, found.role, found.request_id) == ("outer", None, None)
+        assert current().user_id == "outer"
+    assert current().user_id is None
+
+
+def test_a_block_that_ends_in_a_copy_of_its_own_context_ends_there() -> None:
+    def generator() -> Iterator[None]:
+        with bind(user_id="inner"):
+            yield
+
+    running = generator()
+    first = copy_context()
+    first.run(next, running)
+    later = first.copy()
+    later.run(running.close)
+    assert later.run(scope) is None
+    assert first.run(current).user_id is None
+
+
+def test_blocks_that_end_elsewhere_take_no_memory() -> None:
+    with bind(request_id="r") as outer:
+        for _ in range(100):
+            begun = copy_context().run(begin, user_id="u")
+            end(begun)
+        inner = begun.scope
+        del begun
+        gc.collect()
+        outside = scope()
+        assert outside is not None and outside.followers is not None
+        assert set(outside.followers) == {inner} and inner.context is outer
+
+
+def test_what_is_bound_is_spliced_into_each_line_and_what_the_call_gives_wins(
+    emitter: Emitter, recorded: Recorder
+) -> None:
+    user, other = uuid.uuid4(), uuid.uuid4()
+    with bind(user_id=user, family_unit_id=user, role='"quoted"', request_id="r\0"):
+        emitter.emit_event(event_type="one")
+        emitter.emit_event(event_type="one", metadata={})
+        emitter.emit_event(event_type="one", metadata={"a": 1, "role": "own"})
+        emitter.emit_event(event_type="one", user_id=other, metadata={"a": {"b": None}})
+        emitter.emit_event(event_type="one", metadata={"a": orjson.Fragment(b'1,"role":"own"')})
+    with bind(user_id=user, family_unit_id=user):
+        emitter.emit_event(event_type="one", session_id=other)
+        emitter.emit_event(event_type="one", metadata={"a": {"b": None}})
+    given = {"role": '"quoted"', "request_id": "r\ufffd"}
+    assert [(event["user_id"], event["session_id"], event["metadata"]) for event in recorded.events] == [
+        (str(user), None, given),
+        (str(user), None, given),
+        (str(user), None, given | {"a": 1, "role": "own"}),
+        (str(other), None, given | {"a": {"b": None}}),
+        (str(user), None, given | {"a": 1, "role": "own"}),
+        (str(user), str(other), {}),
+        (str(user), None, {"a": {"b": None}}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "bound",
+    [{"user_id": "nobody"}, {"role": "\ud800"}, {"role": object()}, {"request_id": b"r"}, {"user_id": 1}],
+    ids=repr,
+)
+def test_what_is_bound_and_cannot_be_written_is_refused_by_the_emit_and_never_raises_where_it_is_bound(
+    tmp_path: Path, bound: dict[str, Any]
+) -> None:
+    emitter, user = Emitter(tmp_path), uuid.uuid4()
+    with bind(**{"user_id": user, "family_unit_id": user, "role": "parent", "request_id": "r", **bound}):
+        assert emitter.emit_event(event_type="one", metadata={"a": 1}) is None
+    assert sum(emitter.stats().dropped.values()) == 1
+
+
+def test_a_role_is_redacted_where_the_list_says_so(tmp_path: Path) -> None:
+    emitter, user = Emitter(tmp_path, redact={"role"}), uuid.uuid4()
+    with record(emitter) as recorded, bind(user_id=user, family_unit_id=user, role="parent", request_id="r"):
+        emitter.emit_event(event_type="one", metadata={"a": 1})
+    assert recorded.events[0]["metadata"] == {"role": "[redacted]", "request_id": "r", "a": 1}
 
 
 def test_requests_that_run_at_once_never_mix(emitter: Emitter, recorded: Recorder) -> None:

@@ -17,8 +17,8 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from spool import Emitter, asgi, context, wsgi
-from spool.context import update
-from spool.testing import Recorder
+from spool.context import bind, update
+from spool.testing import Recorder, record
 
 USER = uuid.uuid4()
 
@@ -111,6 +111,53 @@ def test_who_a_dependency_found_is_in_the_events_of_the_endpoint_and_of_its_back
     for made in recorded.events:
         assert made["user_id"] == str(USER)
         assert made["metadata"] == {"role": "parent", "request_id": "r1"}
+
+
+def test_a_block_in_a_sync_dependency_or_a_sync_stream_never_fails_a_request(
+    emitter: Emitter, recorded: Recorder
+) -> None:
+    """FastAPI runs each part of both in a copy of the context of its own."""
+
+    def dependency() -> Iterator[None]:
+        with bind(user_id=USER, family_unit_id=USER):
+            yield
+
+    def pieces() -> Iterator[str]:
+        with bind(user_id=USER, family_unit_id=USER):
+            for _ in range(3):
+                emitter.emit_event(event_type="piece_sent")
+                yield "piece"
+
+    app = FastAPI()
+    app.get("/dependency", dependencies=[Depends(dependency)])(lambda: str(context.current().user_id))
+    app.get("/stream")(lambda: StreamingResponse(pieces()))
+    app.add_middleware(asgi.AnalyticsMiddleware, emitter=emitter)
+    client = TestClient(app)
+    with record(emitter, strict=False) as recording:
+        assert client.get("/dependency").json() == "None"
+        assert client.get("/stream").text == "piecepiecepiece"
+    assert {each["user_id"] for each in recording.of("piece_sent")} == {str(USER)}
+    assert labels(recording) == [("/dependency", "GET", "200"), ("/stream", "GET", "200")]
+
+
+def test_a_request_that_is_given_up_in_another_context_ends_quietly(
+    emitter: Emitter, recorded: Recorder
+) -> None:
+    async def app(*_: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def send(_: Any) -> None:
+        raise AssertionError("nothing is sent")
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    request = asgi.AnalyticsMiddleware(app, emitter=emitter)(scope, receive=send, send=send)
+
+    async def begin() -> None:
+        request.send(None)
+
+    asyncio.run(begin())
+    request.close()  # as the garbage collector does
+    assert labels(recorded) == [("unmatched", "GET", "499")]
 
 
 def test_an_exception_of_the_application_is_counted_and_raised_unchanged(

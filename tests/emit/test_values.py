@@ -497,35 +497,36 @@ calls = [
     lambda: run(analytics.emit_event(event_type="deep", user_id=user, family_unit_id=user)),
     lambda: log_pet_created.emit(pet_id=user, user_id=user, family_unit_id=user),
     lambda: run(log_pet_created(pet_id=user, user_id=user, family_unit_id=user)),
-    lambda: adopt(user),
-    timed,
 ]
+decorated = [lambda: adopt(user), timed]
 
 def dive(call):
     try:
         dive(call)
     except RecursionError:
         pass
+    returned.clear()
     try:
         call()
     except RecursionError as error:
-        raised.append(error)
+        # A decorated function that Python had no frame for did not run: that error is the application's own.
+        if returned or call not in decorated:
+            raised.append(error)
 
 def ours(error):
     trace, files = error.__traceback__, []
     while trace is not None:
         files.append(trace.tb_frame.f_code.co_filename)
         trace = trace.tb_next
-    return "spool" in files[-1] and "/spool/" in files[-1]
+    return "/spool/" in files[-1]
 
-for number, call in enumerate(calls):
+for number, call in enumerate(calls + decorated):
     raised, returned = [], []
     call()
     sys.setrecursionlimit(300)
     dive(call)
     sys.setrecursionlimit(3000)
-    # A decorated function that Python had no frame for did not run: that error is the application's own.
-    inside = [each for each in raised if ours(each)][1 if call in (adopt, timed) or returned else 0:]
+    inside = [each for each in raised if ours(each)]
     assert not inside, (number, inside)
 assert emitter.stats().dropped["recursion"] > 0
 """

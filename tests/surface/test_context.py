@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_a_thread_with_a_copy_of_the_context_can_tell_its_request_who_the_user_i
 
 
 def test_a_block_may_end_in_another_copy_of_the_context_and_leaves_nobody_there() -> None:
-    def generator() -> Iterator[None]:
+    def generator() -> Generator[None, None, None]:
         with bind(user_id="inner", role="child"), bind(request_id="r"):
             yield
 
@@ -56,7 +56,7 @@ def test_a_block_may_end_in_another_copy_of_the_context_and_leaves_nobody_there(
 
 
 def test_a_block_that_ends_in_a_copy_of_its_own_context_ends_there() -> None:
-    def generator() -> Iterator[None]:
+    def generator() -> Generator[None, None, None]:
         with bind(user_id="inner"):
             yield
 

@@ -117,7 +117,7 @@ def test_a_bad_variable_never_raises_inside_a_request_but_warns_once_and_counts(
 
 def test_a_relative_directory_in_a_removed_one_is_an_invalid_setting(tmp_path: Path) -> None:
     code = (
-        "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); from spool import get_emitter as get"
+        "import os, sys; from spool import get_emitter as get; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1])"
     )
     code += "; get().increment_counter(metric_name='hits'); assert get().stats().dropped == {'settings': 1}"
     (tmp_path / "gone").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -48,6 +49,14 @@ def environment(**variables: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | variables
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Be the only process of the test run in a block. Children that a test forks do not hold the lock."""
+    with path.open("a+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -69,6 +78,13 @@ needs_systemd = pytest.mark.skipif(
     not (shutil.which("systemd-analyze") and shutil.which("systemd-sysusers")),
     reason="systemd is not installed",
 )
+
+
+def reachable_by_others(directory: Path) -> None:
+    """Let other users into a temporary directory, through those above it that pytest has closed to them."""
+    for above in (directory, *directory.parents):
+        if above.stat().st_mode & 0o055 != 0o055 and above.stat().st_uid == os.geteuid():
+            above.chmod(0o755)
 
 
 def as_another_user(work: Callable[[], object], user: int = NOBODY, *groups: int) -> int:

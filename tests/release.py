@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.processes import Cli
+from tests.processes import Cli, locked
 
 ROOT = Path(__file__).parents[1]
 GIT = ("git", "-c", "safe.directory=*", "-C", ROOT)  # whoever owns the checkout
@@ -58,10 +57,9 @@ def exists(commit: str) -> bool:
 
 
 def install(commit: str, cache: Path) -> Release:
-    """Build the wheel of a commit and install it below `cache`, once, whoever else does the same."""
+    """Build the wheel of a commit and install it below `cache`, unless it was before."""
     directory = cache / f"release-{commit}"
-    with (cache / "lock").open("w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+    with locked(cache / "lock"):
         if not directory.exists():
             with tempfile.TemporaryDirectory(dir=cache) as home:
                 _install(commit, Path(home))
@@ -70,15 +68,21 @@ def install(commit: str, cache: Path) -> Release:
 
 
 def tested_wheel(directory: Path) -> Path:
-    """Return the wheel that .ci/run has built and installed, or build one of the checkout."""
-    built = os.environ.get("TESTED_WHEEL")
-    return Path(built) if built else _build(ROOT, directory)
+    """Return the wheel that .ci/run has built and installed, or build one of the checkout, once."""
+    if built := os.environ.get("TESTED_WHEEL"):
+        return Path(built)
+    with locked(directory.with_suffix(".lock")):
+        return _only(directory) if directory.exists() else _build(ROOT, directory)
 
 
 def _build(source: Path, directory: Path) -> Path:
     subprocess.run([*PIP, "wheel", "--no-deps", "--wheel-dir", directory, source], check=True)
-    (wheel,) = directory.iterdir()
-    return wheel
+    return _only(directory)
+
+
+def _only(directory: Path) -> Path:
+    (file,) = directory.iterdir()
+    return file
 
 
 def _install(commit: str, home: Path) -> None:

@@ -33,7 +33,7 @@ def servers(of_all_workers: Path) -> Iterator[Servers]:
 @pytest.fixture(scope="session")
 def wheel(of_all_workers: Path) -> Path:
     """The wheel that is tested."""
-    return release.tested_wheel(of_all_workers / "wheel")
+    return release.wheel_under_test(of_all_workers / "wheel")
 
 
 @pytest.fixture(scope="session", params=VERSIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -72,6 +73,12 @@ def failing(call: str, error: str, *options: str | Path) -> list[str | Path]:
     return ["strace", "-D", "-f", "-qq", "-o", "/dev/null", *options, *inject]
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Return whether a process has a handler for a signal (proc_pid_status(5)); until then it dies of it."""
+    (caught,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root acts as, or on, other users")
 needs_systemd = pytest.mark.skipif(
@@ -135,9 +142,10 @@ class Cli:
 
     @contextmanager
     def daemon(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-        """`loader run`, ended by SIGTERM with exit code 0 where it was not killed before."""
+        """`loader run`, ended by SIGTERM with exit code 0 if it was not killed before."""
         process = subprocess.Popen([*LOADER, "run", *arguments], env=self.environment, stderr=subprocess.PIPE)
         try:
+            eventually(lambda: process.poll() is not None or catches(process.pid, signal.SIGTERM))
             yield process
         finally:
             process.terminate()

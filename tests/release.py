@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.processes import Cli, locked
+from tests.processes import HANGS_AFTER, Cli, catches, eventually, locked
 
 ROOT = Path(__file__).parents[1]
 GIT = ("git", "-c", "safe.directory=*", "-C", ROOT)  # whoever owns the checkout
@@ -43,10 +44,11 @@ class Release:
         command = self.python("-m", "loader", "run")
         process = subprocess.Popen(command, env=cli.environment, stderr=subprocess.PIPE)
         try:
+            eventually(lambda: process.poll() is not None or catches(process.pid, signal.SIGTERM))
             yield process
         finally:
             process.terminate()
-            _, log = process.communicate(timeout=30)
+            _, log = process.communicate(timeout=HANGS_AFTER)
         assert process.returncode == 0, log.decode()
 
 
@@ -67,7 +69,7 @@ def install(commit: str, cache: Path) -> Release:
     return Release(directory)
 
 
-def tested_wheel(directory: Path) -> Path:
+def wheel_under_test(directory: Path) -> Path:
     """Return the wheel that .ci/run has built and installed, or build one of the checkout, once."""
     if built := os.environ.get("TESTED_WHEEL"):
         return Path(built)

@@ -10,6 +10,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from loader.load import database
+from tests import release
 from tests.processes import Cli
 from tests.servers import ROLE, VERSIONS, Servers
 from tests.servers import database as fresh_database
@@ -17,10 +18,22 @@ from tests.servers import servers as shared_servers
 
 
 @pytest.fixture(scope="session")
-def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+def of_all_workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory that the workers of pytest-xdist have in common."""
     own = tmp_path_factory.getbasetemp()
-    with shared_servers(own.parent if hasattr(request.config, "workerinput") else own) as started:
+    return own.parent if hasattr(request.config, "workerinput") else own
+
+
+@pytest.fixture(scope="session")
+def servers(of_all_workers: Path) -> Iterator[Servers]:
+    with shared_servers(of_all_workers) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def wheel(of_all_workers: Path) -> Path:
+    """The wheel that is tested."""
+    return release.wheel_under_test(of_all_workers / "wheel")
 
 
 @pytest.fixture(scope="session", params=VERSIONS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -48,6 +50,14 @@ def environment(**variables: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | variables
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Be the only process of the test run in a block. Children that a test forks do not hold the lock."""
+    with path.open("a+b") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -63,12 +73,25 @@ def failing(call: str, error: str, *options: str | Path) -> list[str | Path]:
     return ["strace", "-D", "-f", "-qq", "-o", "/dev/null", *options, *inject]
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Return whether a process has a handler for a signal (proc_pid_status(5)); until then it dies of it."""
+    (caught,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root acts as, or on, other users")
 needs_systemd = pytest.mark.skipif(
     not (shutil.which("systemd-analyze") and shutil.which("systemd-sysusers")),
     reason="systemd is not installed",
 )
+
+
+def reachable_by_others(directory: Path) -> None:
+    """Let other users into a temporary directory, through those above it that pytest has closed to them."""
+    for above in (directory, *directory.parents):
+        if above.stat().st_mode & 0o055 != 0o055 and above.stat().st_uid == os.geteuid():
+            above.chmod(0o755)
 
 
 def as_another_user(work: Callable[[], object], user: int = NOBODY, *groups: int) -> int:
@@ -119,9 +142,10 @@ class Cli:
 
     @contextmanager
     def daemon(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-        """`loader run`, ended by SIGTERM with exit code 0 where it was not killed before."""
+        """`loader run`, ended by SIGTERM with exit code 0 if it was not killed before."""
         process = subprocess.Popen([*LOADER, "run", *arguments], env=self.environment, stderr=subprocess.PIPE)
         try:
+            eventually(lambda: process.poll() is not None or catches(process.pid, signal.SIGTERM))
             yield process
         finally:
             process.terminate()

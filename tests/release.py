@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.processes import Cli
+from tests.processes import HANGS_AFTER, Cli, catches, eventually, locked
 
 ROOT = Path(__file__).parents[1]
 GIT = ("git", "-c", "safe.directory=*", "-C", ROOT)  # whoever owns the checkout
@@ -44,10 +44,11 @@ class Release:
         command = self.python("-m", "loader", "run")
         process = subprocess.Popen(command, env=cli.environment, stderr=subprocess.PIPE)
         try:
+            eventually(lambda: process.poll() is not None or catches(process.pid, signal.SIGTERM))
             yield process
         finally:
             process.terminate()
-            _, log = process.communicate(timeout=30)
+            _, log = process.communicate(timeout=HANGS_AFTER)
         assert process.returncode == 0, log.decode()
 
 
@@ -58,10 +59,9 @@ def exists(commit: str) -> bool:
 
 
 def install(commit: str, cache: Path) -> Release:
-    """Build the wheel of a commit and install it below `cache`, once, whoever else does the same."""
+    """Build the wheel of a commit and install it below `cache`, unless it was before."""
     directory = cache / f"release-{commit}"
-    with (cache / "lock").open("w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+    with locked(cache / "lock"):
         if not directory.exists():
             with tempfile.TemporaryDirectory(dir=cache) as home:
                 _install(commit, Path(home))
@@ -69,16 +69,22 @@ def install(commit: str, cache: Path) -> Release:
     return Release(directory)
 
 
-def tested_wheel(directory: Path) -> Path:
-    """Return the wheel that .ci/run has built and installed, or build one of the checkout."""
-    built = os.environ.get("TESTED_WHEEL")
-    return Path(built) if built else _build(ROOT, directory)
+def wheel_under_test(directory: Path) -> Path:
+    """Return the wheel that .ci/run has built and installed, or build one of the checkout, once."""
+    if built := os.environ.get("TESTED_WHEEL"):
+        return Path(built)
+    with locked(directory.with_suffix(".lock")):
+        return _only(directory) if directory.exists() else _build(ROOT, directory)
 
 
 def _build(source: Path, directory: Path) -> Path:
     subprocess.run([*PIP, "wheel", "--no-deps", "--wheel-dir", directory, source], check=True)
-    (wheel,) = directory.iterdir()
-    return wheel
+    return _only(directory)
+
+
+def _only(directory: Path) -> Path:
+    (file,) = directory.iterdir()
+    return file
 
 
 def _install(commit: str, home: Path) -> None:

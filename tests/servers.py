@@ -20,6 +20,7 @@ from psycopg.conninfo import make_conninfo
 
 from loader.demo import embedded
 from loader.load import schema
+from tests.processes import locked
 
 ROLE: Final = "analytics_loader"
 VERSIONS: Final = [version for version in (15, 16, 18) if embedded.binaries(version)]
@@ -71,7 +72,7 @@ def _shared_server(version: int, shared: Path) -> Iterator[str]:
     known = shared / f"postgres-{version}.dsn"
     starting, using = (shared / f"postgres-{version}.{name}" for name in ("starting", "using"))
     with ExitStack() as own, using.open("a+b") as users:
-        with _locked(starting):
+        with locked(starting):
             started = not known.exists()
             if started:
                 server = own.enter_context(embedded.server(version))
@@ -87,7 +88,7 @@ def _shared_server(version: int, shared: Path) -> Iterator[str]:
 def _wait_for_the_others(users: int, starting: Path, known: Path) -> None:
     deadline = time.monotonic() + _OTHERS_SECONDS
     while time.monotonic() < deadline:
-        with _locked(starting):
+        with locked(starting):
             try:
                 fcntl.lockf(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -103,10 +104,3 @@ def _make_template(server: str) -> None:
         admin.execute(f"CREATE DATABASE {_TEMPLATE}".encode())
     with psycopg.connect(server, dbname=_TEMPLATE) as connection:
         schema.apply_schema(connection, role=ROLE)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("a+b") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield

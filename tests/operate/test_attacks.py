@@ -18,7 +18,7 @@ from spool import Emitter
 from spool.segment import MODE, recover
 from tests.emit.lines import emit
 from tests.load.lines import STEM, event, joined, number, segment
-from tests.processes import NOBODY, Cli, as_another_user, as_root
+from tests.processes import NOBODY, Cli, as_another_user, as_root, reachable_by_others
 
 EVENTS = "SELECT count(*) FROM analytics_events"
 GROUP = 2000
@@ -184,9 +184,8 @@ def test_a_segment_is_readable_for_its_group_whatever_the_umask(tmp_path: Path, 
 @as_root
 @pytest.mark.parametrize("tail", [b"", b'{"cut', b"\0" * 5000])
 def test_a_segment_that_the_loader_may_only_read_is_sealed_as_a_copy(tmp_path: Path, tail: bytes) -> None:
+    reachable_by_others(tmp_path)
     tmp_path.chmod(0o777)
-    for above in tmp_path.parents[:2]:
-        above.chmod(0o755)
     path = tmp_path / f"{STEM.format(1)}.open"
     path.write_bytes(joined(event(1), event(2)) + tail)
     path.chmod(0o644)
@@ -199,8 +198,7 @@ def test_a_segment_that_the_loader_may_only_read_is_sealed_as_a_copy(tmp_path: P
 @pytest.fixture
 def shared_spool(tmp_path: Path) -> Path:
     """A spool of a group, as on a host where application and loader are users of their own."""
-    for above in (tmp_path, *tmp_path.parents[:2]):
-        above.chmod(0o755)
+    reachable_by_others(tmp_path)
     spool = tmp_path / "spool"
     spool.mkdir()
     os.chown(spool, 0, GROUP)
@@ -233,8 +231,7 @@ def test_application_and_loader_may_be_two_users_of_one_group(shared_spool: Path
 
 @as_root
 def test_what_root_loads_by_hand_does_not_lock_the_loader_out(cli: Cli, one_connection: Connection) -> None:
-    for above in cli.spool.parents[:3]:
-        above.chmod(0o755)
+    reachable_by_others(cli.spool.parent)
     os.chown(cli.spool, 1002, GROUP)
     cli.spool.chmod(0o2770)
     archive = cli.spool / "archive"

@@ -13,7 +13,16 @@ import pytest
 from loader.load.database import Connection
 from loader.operate import doctor
 from tests.load.lines import STEM, event, segment
-from tests.processes import LOADER, Cli, as_another_user, as_root, eventually, failing, needs_strace
+from tests.processes import (
+    LOADER,
+    Cli,
+    as_another_user,
+    as_root,
+    eventually,
+    failing,
+    needs_strace,
+    reachable_by_others,
+)
 
 
 def examined(cli: Cli, *arguments: str, code: int = 0) -> dict[str, dict[str, str]]:
@@ -151,8 +160,7 @@ def test_a_directory_that_cant_be_watched_is_found(cli: Cli, call: str, error: s
 
 @as_root
 def test_rejects_that_cant_be_written_are_found(tmp_path: Path) -> None:
-    for above in (tmp_path, *tmp_path.parents[:2]):
-        above.chmod(0o755)
+    reachable_by_others(tmp_path)
     (tmp_path / "rejected").mkdir(mode=0o755)
 
     def examine() -> None:

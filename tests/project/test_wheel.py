@@ -5,11 +5,11 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from tests.release import ROOT, tested_wheel
+from tests.release import ROOT
 
 
-def test_the_wheel_has_the_schema_the_types_and_the_script(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tested_wheel(tmp_path)) as archive:
+def test_the_wheel_has_the_schema_the_types_and_the_script(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert {
             "spool/py.typed",

@@ -15,7 +15,6 @@ import pytest
 
 from tests.load.lines import event, joined, segment
 from tests.processes import Cli, as_root, environment, needs_systemd
-from tests.release import tested_wheel
 from tests.servers import database
 
 README = Path(__file__).parents[2] / "README.md"
@@ -50,9 +49,8 @@ def test_every_command_runs(cli: Cli, tmp_path: Path) -> None:
 
 @needs_systemd
 @as_root
-def test_the_service_is_installed_as_far_as_it_goes_without_systemd(tmp_path: Path) -> None:
+def test_the_service_is_installed_as_far_as_it_goes_without_systemd(wheel: Path, tmp_path: Path) -> None:
     (steps,) = snippets("bash")
-    wheel = tested_wheel(tmp_path / "wheel")
     for name in ("passwd", "group"):
         (tmp_path / "etc").mkdir(exist_ok=True)
         shutil.copy(f"/etc/{name}", tmp_path / "etc")

@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Final
 
 from spool.drops import Warnings
-from spool.segment import Sealed, Segment, Writer, segment_bytes
+from spool.reentry import ReentryLock
+from spool.segment import DIRECTORY_MODE, Sealed, Segment, Writer, segment_bytes
 from spool.settings import Settings
-from spool.turn import Turn
 
-DIRECTORY_MODE: Final = 0o770
 _SPARE_AGES: Final = 5
 """A spare that was not needed for this many `max_age` is removed."""
 _BACKOFF_AGES: Final = 0.25
@@ -56,7 +55,7 @@ class Appender:
         self.settings = settings
         self.write: Callable[[bytes], int] = _no_segment
         self._wake = wake
-        self._turn = Turn()
+        self._lock = ReentryLock()
         self._sealing = threading.RLock()
         self._writer = Writer.here()
         self._number = 0
@@ -74,7 +73,7 @@ class Appender:
 
     def append(self, line: bytes) -> None:
         """Write a line that the current segment had no room for. Raises OSError where there is none."""
-        with self._turn as interrupted:
+        with self._lock as interrupted:
             if interrupted:
                 self._append_alone(line)
             else:
@@ -96,7 +95,7 @@ class Appender:
 
     def has_room(self) -> bool:
         """Whether a line would be kept: there is a current segment, or one can be made now."""
-        with self._turn:
+        with self._lock:
             try:
                 if self._current is None:
                     self._rotate(0)
@@ -153,7 +152,7 @@ class Appender:
 
     def tidy(self) -> float | None:
         """Do what is due: prepare a spare, retire by age, seal. Returns the seconds until more is."""
-        with self._turn:
+        with self._lock:
             if self._current is not None and time.monotonic() >= self._due:
                 self._retire_current()
             if self._current is not None:
@@ -198,7 +197,7 @@ class Appender:
         try:
             sealed = self._seal_or_restore(segment)
         except OSError as error:
-            self._warnings.say("can't seal %s: %s; trying again", segment.path, error)
+            self._warnings.log("can't seal %s: %s; trying again", segment.path, error)
             return False
         if sealed.path is not None:
             self._sealed.add(sealed.lines, sealed.bytes)
@@ -217,14 +216,14 @@ class Appender:
 
     def seal(self) -> bool:
         """Make what was written so far loadable. Returns False (and logs) where that failed."""
-        with self._turn as interrupted:
+        with self._lock as interrupted:
             if not interrupted:
                 self._retire_current()
         return self._seal_retired()
 
     def close(self) -> None:
         """Leave nothing open. Safe to repeat."""
-        with self._turn as interrupted:
+        with self._lock as interrupted:
             if not interrupted:
                 self._retire_current()
                 self._give_back_spare()
@@ -232,7 +231,7 @@ class Appender:
 
     def written(self) -> Written:
         """Return what was written so far, sealed or not."""
-        with self._sealing, self._turn:
+        with self._sealing, self._lock:
             written = Written(self._sealed.lines, self._sealed.bytes, self._sealed.segments)
             for segment in [*self._retired, *([self._current] if self._current else [])]:
                 written.add(segment.lines(), segment.end())
@@ -241,22 +240,22 @@ class Appender:
     @contextmanager
     def diverted(self, write: Callable[[bytes], int]) -> Iterator[None]:
         """Have lines written elsewhere until the block ends."""
-        with self._turn:
+        with self._lock:
             self._retire_current()
             self.write = write
         try:
             yield
         finally:
-            with self._turn:
+            with self._lock:
                 self._retire_current()
 
     def hold(self) -> None:
         """Wait until no other thread is changing or sealing, and keep it so until `release`."""
         self._sealing.acquire()
-        self._turn.__enter__()
+        self._lock.__enter__()
 
     def release(self) -> None:
-        self._turn.__exit__(None, None, None)
+        self._lock.__exit__(None, None, None)
         self._sealing.release()
 
     def leave_to_parent(self) -> None:

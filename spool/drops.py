@@ -1,4 +1,4 @@
-"""Lines that were not kept: counted by cause, logged now and then, and told once lines flow again."""
+"""Lines that were not kept: counted by cause, logged at intervals, reported as a metric once lines flow again."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Warnings:
     """Logs at most one message per LOG_INTERVAL."""
 
     def __init__(self) -> None:
-        self._said_at = -LOG_INTERVAL
+        self._logged_at = -LOG_INTERVAL
 
-    def say(self, message: str, *values: object) -> None:
+    def log(self, message: str, *values: object) -> None:
         now = time.monotonic()
-        if now - self._said_at >= LOG_INTERVAL:
-            self._said_at = now
+        if now - self._logged_at >= LOG_INTERVAL:
+            self._logged_at = now
             with contextlib.suppress(Exception):  # a handler that writes may not be interrupted by itself
                 log.warning(message, *values)
 
@@ -37,33 +37,33 @@ class Drops:
         self._lock = threading.RLock()
         # `counts[cause] += 1` on a defaultdict runs no Python code in which a handler could come between.
         self._counts: defaultdict[str, int] = defaultdict(int)
-        self._untold: defaultdict[str, int] = defaultdict(int)
+        self._unreported: defaultdict[str, int] = defaultdict(int)
         self._warnings = Warnings()
 
-    def add(self, cause: str, message: str, *, tell: bool) -> None:
-        """Count a dropped line; `tell` those that an operator should see among the metrics, too."""
+    def add(self, cause: str, message: str, *, report: bool) -> None:
+        """Count a dropped line; `report` those that an operator should see among the metrics, too."""
         with self._lock:
             self._counts[cause] += 1
-            if tell:
-                self._untold[cause] += 1
+            if report:
+                self._unreported[cause] += 1
         total = sum(self._counts.values())
-        self._warnings.say("analytics line dropped (%s): %s; %d so far", cause, message, total)
+        self._warnings.log("analytics line dropped (%s): %s; %d so far", cause, message, total)
 
     def counts(self) -> Mapping[str, int]:
         """Return how many lines were dropped, by cause."""
         return dict(self._counts)
 
     def waiting(self) -> bool:
-        """Whether there are drops that no metric has told yet."""
-        return bool(self._untold)
+        """Whether there are drops that no metric has reported yet."""
+        return bool(self._unreported)
 
-    def take_untold(self) -> Mapping[str, int]:
-        """Return what is to be told, and forget it."""
+    def take_unreported(self) -> Mapping[str, int]:
+        """Return what no metric has reported yet, and clear it."""
         with self._lock:
-            untold, self._untold = self._untold, defaultdict(int)
-        return untold
+            unreported, self._unreported = self._unreported, defaultdict(int)
+        return unreported
 
     def give_back(self, cause: str, count: int) -> None:
-        """What could not be told is told later."""
+        """Keep what could not be reported for the next attempt."""
         with self._lock:
-            self._untold[cause] += count
+            self._unreported[cause] += count

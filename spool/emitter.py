@@ -12,7 +12,7 @@ the short way for what is usual:
     bytes             fit into the current segment                    `Appender.append`
 
 Whatever goes wrong in there ends in `refuse` (the line can't be made) or `_drop` (there is no room for it),
-which count it. Housekeeping (spare, age, sealing, telling of drops) runs in a thread that may be missing.
+which count it. Housekeeping (spare, age, sealing, reporting drops) runs in a thread that may be missing.
 """
 
 from __future__ import annotations
@@ -241,15 +241,15 @@ class Emitter:
     def refuse(self, error: Exception) -> None:
         """Count a line that could not be made. Raises ValueError with `strict`."""
         refused = record.refusal(error)
-        self._drops.add(refused.cause, str(refused), tell=False)
+        self._drops.add(refused.cause, str(refused), report=False)
         if self.settings.strict:
             raise refused from None
 
     def _drop(self, error: OSError) -> None:
-        """Count a line that there was no room for, and have housekeeping tell it once there is."""
+        """Count a line that there was no room for, and have housekeeping report it once there is."""
         cause = "spool_full" if error.errno == errno.EDQUOT else "disk"
         first = not self._drops.waiting()
-        self._drops.add(cause, f"can't write to {self.settings.directory}: {error}", tell=True)
+        self._drops.add(cause, f"can't write to {self.settings.directory}: {error}", report=True)
         if first:
             self._housekeeper.wake()
 
@@ -258,17 +258,17 @@ class Emitter:
     def _keep_house(self) -> float | None:
         """Do what is due. Returns the seconds after which to look again, None where only a wake-up helps."""
         if self._drops.waiting():
-            self._tell_dropped()
+            self._report_dropped()
         wait = self._appender.tidy()
         return self._appender.refused_for() if self._drops.waiting() else wait
 
-    def _tell_dropped(self) -> None:
+    def _report_dropped(self) -> None:
         """Say among the metrics how many lines were dropped, once there is room for that."""
         if not self._appender.has_room():
             return
-        for cause, count in self._drops.take_untold().items():
-            told = self.increment_counter(metric_name=DROPPED_METRIC, value=count, labels={"cause": cause})
-            if told is None:
+        for cause, count in self._drops.take_unreported().items():
+            labels = {"cause": cause}
+            if self.increment_counter(metric_name=DROPPED_METRIC, value=count, labels=labels) is None:
                 self._drops.give_back(cause, count)
 
     # ---- for callers --------------------------------------------------------------------------------

@@ -27,20 +27,62 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from spool.turn import Turn
+from spool.reentry import ReentryLock
 
 OPEN: Final = ".open"
 SEALED: Final = ".ndjson"
-STEM: Final = re.compile(r"\d{8}T\d{6}\.\d{6}Z-[A-Za-z0-9.-]{1,64}-[0-9a-f]{8}-\d+-[0-9a-f]{8}-\d{6,}")
-MODE: Final = 0o640
+DEFAULT_DIRECTORY: Final = Path("/var/spool/analytics")
+FILE_MODE: Final = 0o640
+"""The loader reads the files as a member of their group."""
+DIRECTORY_MODE: Final = 0o770
+MODE: Final = FILE_MODE
+STEM: Final = re.compile(
+    r"(?P<moment>[0-9]{8}T[0-9]{6}\.[0-9]{6}Z)"
+    r"-(?P<host>[A-Za-z0-9.-]{1,64})-(?P<boot>[0-9a-f]{8})-(?P<pid>[0-9]{1,10})-(?P<token>[0-9a-f]{8})"
+    r"-(?P<number>[0-9]{6}|[1-9][0-9]{6,17})"
+)
 _BLOCK: Final = 1 << 20
 """Bytes per read: with busy threads beside it, getting the GIL back after each costs milliseconds."""
 _UNSUPPORTED: Final = frozenset({errno.ENODEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 """What some network and FUSE file systems answer to reserving or mapping (posix_fallocate(3), mmap(2))."""
 _MADV_POPULATE_WRITE: Final = 23  # Python has no name for it
+
+
+@dataclass(frozen=True)
+class SegmentName:
+    """The parts of a segment's stem. `number` counts the segments of one writer from 1."""
+
+    moment: str
+    """When the segment was created, in UTC, as `20261123T120000.000000Z`."""
+    host: str
+    boot: str
+    pid: int
+    token: str
+    number: int
+
+    @classmethod
+    def parse(cls, stem: str) -> SegmentName | None:
+        """Return the parts of a file name without its suffix, or None if it is not a segment's."""
+        found = STEM.fullmatch(stem)
+        if found is None or int(found["number"]) == 0:
+            return None
+        return cls(
+            found["moment"], found["host"], found["boot"], int(found["pid"]), found["token"],
+            int(found["number"]),
+        )  # fmt: skip
+
+    @property
+    def writer(self) -> str:
+        """Who wrote it: host, boot, pid and token."""
+        return f"{self.host}-{self.boot}-{self.pid}-{self.token}"
+
+    @property
+    def stem(self) -> str:
+        return f"{self.moment}-{self.writer}-{self.number:06d}"
 
 
 class Writer(NamedTuple):
@@ -64,8 +106,8 @@ class Writer(NamedTuple):
         """Return the stem of this writer's segment `number`, made now."""
         now = time.time_ns() // 1000
         moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now // 1_000_000))
-        fraction = now % 1_000_000
-        return f"{moment}.{fraction:06d}Z-{self.host}-{self.boot}-{self.pid}-{self.token}-{number:06d}"
+        moment = f"{moment}.{now % 1_000_000:06d}Z"
+        return SegmentName(moment, self.host, self.boot, self.pid, self.token, number).stem
 
 
 class Sealed(NamedTuple):
@@ -187,11 +229,11 @@ class WrittenSegment(Segment):
         self._capacity = capacity
         self._end = 0
         self._end_at_least = None
-        self._turn = Turn()
+        self._lock = ReentryLock()
         self.write = self._append
 
     def _append(self, line: bytes) -> int:
-        with self._turn as interrupted:
+        with self._lock as interrupted:
             if interrupted or self._end + len(line) > self._capacity:
                 raise ValueError("segment is full, retired, or in the middle of a write")
             if os.pwrite(self.fd, line, self._end) != len(line):
@@ -206,7 +248,7 @@ class WrittenSegment(Segment):
         self._capacity = 0
 
     def seal(self, *, sync: bool = False) -> Sealed:
-        with self._turn as interrupted:
+        with self._lock as interrupted:
             if interrupted:
                 raise OSError(errno.EAGAIN, "segment is in the middle of a write")
             os.ftruncate(self.fd, self._end)

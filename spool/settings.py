@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spool.redaction import SENSITIVE_KEYS
+from spool.segment import DEFAULT_DIRECTORY
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off", ""})
@@ -19,7 +20,7 @@ _FALSE = frozenset({"0", "false", "no", "off", ""})
 class Settings:
     """Settings of an emitter, in bytes and seconds. Raises ValueError where one is impossible."""
 
-    directory: Path = Path("/var/spool/analytics")
+    directory: Path = DEFAULT_DIRECTORY
     max_age: float = 1.0
     """A segment with lines is sealed this long after its first line: the bound on freshness."""
     segment_bytes: int = 4 << 20

@@ -1,4 +1,4 @@
-"""A lock that tells its holder whether it interrupts itself.
+"""A lock that reports to its holder whether it interrupts itself.
 
 A signal handler or a finalizer may run between any two steps of a function, in that function's own thread. An
 ordinary lock would block it for ever, a reentrant one would let it see half a change.
@@ -10,8 +10,8 @@ import threading
 from types import TracebackType
 
 
-class Turn:
-    """`with turn as interrupted:` the value is true where this thread holds the lock already."""
+class ReentryLock:
+    """`with lock as interrupted:` the value is true if this thread holds the lock already."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

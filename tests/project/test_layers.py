@@ -42,7 +42,7 @@ def test_a_room_knows_only_its_neighbours(path: Path) -> None:
 
 
 def test_the_contracts_and_the_single_purpose_rooms_stay_apart() -> None:
-    assert of("spool.segment") <= {"spool.reentry"} and not of("spool.ids")
+    assert of("spool.segment") <= {"spool.kernel"} and of("spool.ids") <= {"spool.fork"}
     assert "spool.segment" not in of("spool.record")
     assert not {"loader.database", "loader.load"} & of("loader.decode")
     assert not {"loader.database", "loader.load", "loader.decode"} & of("loader.watch")

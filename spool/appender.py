@@ -162,7 +162,11 @@ class Appender:
 
     def _make_room(self, capacity: int) -> None:
         current = self._state.current
-        if current is not None and not current.end():
+        if current is not None and not current.end() and not current.is_held():
+            self._give_back_spare()
+            self._give_back_current()
+            self._make_spare(capacity)
+        elif current is not None and not current.end():
             self._unless_refused(capacity, lambda: self._enlarge_current(current, capacity))
         else:
             self._make_spare(capacity)

@@ -133,7 +133,7 @@ def test_an_emit_at_every_instruction_of_an_emit_that_rotates(tmp_path: Path, ho
     kept: list[str | None] = []
     for wanted in itertools.count(1):
         before = len(kept)
-        sys.settrace(interrupt_at(wanted, lambda: kept.append(emit(emitter, inner=True))))
+        sys.settrace(interrupt_at(wanted, lambda: kept.append(emit(emitter, text=LONG))))
         try:
             own.append(emit(emitter, text=LONG))
         finally:

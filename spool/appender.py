@@ -92,7 +92,7 @@ class Appender:
         self.settings = settings
         self._wake = wake
         self._writer = Writer.here()
-        self._warnings = Warnings()
+        self._warnings, self._measure_warnings = Warnings(), Warnings()
 
         # Replaced by single assignments; read without a lock.
         self.write: Callable[[bytes], int] = _no_segment
@@ -410,7 +410,7 @@ class Appender:
         try:
             self._limit.measure_if_due(self._capacity, self._writer.token)
         except OSError as error:
-            self._warnings.log("could not measure %s: %s", self.settings.directory, error)
+            self._measure_warnings.log("could not measure %s: %s", self.settings.directory, error)
 
     def _until_due(self) -> float | None:
         if self._state.retired or self._alone:

@@ -96,7 +96,8 @@ class Emitter:
     def after_fork_in_child(self) -> None:
         """Begin anew; see `fork.Forked`. What the constructor made belongs to the parent."""
         parents = self._appender
-        drops, housekeeper = Drops(), Housekeeper(self._keep_house)
+        drops = Drops()
+        housekeeper = Housekeeper(self._keep_house, threaded=self._housekeeper.is_surely_asleep())
         appender = Appender(self.settings, housekeeper.wake, parents)
         if fork.MARK[0]:
             return  # a handler that emitted in between has done it
@@ -258,6 +259,8 @@ class Emitter:
         """What ids and timestamps of this millisecond begin with, and the nanoseconds that are past of it."""
         if not fork.KERNEL_WIPES:
             fork.check_pid()
+        if not self._housekeeper.threaded and not self._appender.is_interrupted():
+            self._housekeeper.do_if_due()
         milliseconds, past = divmod(nanoseconds, 1_000_000)
         seconds, fraction = divmod(milliseconds, 1000)
         prefix, moment = ids.prefix(milliseconds), b"%b.%03d" % (_second(seconds), fraction)

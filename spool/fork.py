@@ -9,8 +9,8 @@ kernels that have no such page: it misses a fork within the same millisecond.
 With Python's hooks, the housekeeping threads end before the fork, so that the child has no copy of a state
 that is half changed, and Python 3.12 and later do not warn about threads; the parent starts its own again.
 
-What cannot be repaired from inside: a child forked in C while another thread of the parent held the GIL waits
-for the GIL for ever. So uWSGI's options are checked, once, and reported.
+What cannot be repaired from inside: a child forked in C while another thread of the parent wanted the GIL
+waits for that thread to take it, for ever, before any code of ours runs. So uWSGI's options are checked, once, and reported.
 """
 
 from __future__ import annotations
@@ -128,22 +128,25 @@ def warn_about_server() -> None:
     uwsgi = sys.modules.get("uwsgi")
     options: Mapping[object, object] = getattr(uwsgi, "opt", {})
     names = {name.decode() if isinstance(name, bytes) else str(name) for name in options}
-    for problem in uwsgi_problems(names):
+    worker = uwsgi.worker_id() if uwsgi is not None and hasattr(uwsgi, "worker_id") else 0
+    for problem in uwsgi_problems(names, worker):
         if problem not in _warned:
             _warned.add(problem)
             log.warning("%s", problem)
 
 
-def uwsgi_problems(options: set[str]) -> list[str]:
-    """Return what is wrong with uWSGI's options.
+def uwsgi_problems(options: set[str], worker: int) -> list[str]:
+    """Return what is wrong with uWSGI's options for an emitter of that worker, 0 for the master.
+
+    An emitter that is made in a worker is not forked; one worker reports for all.
 
     See https://uwsgi-docs.readthedocs.io/en/latest/Options.html.
     """
-    if not options:
+    if not options or worker > 1:
         return []
     problems = []
     forks_loaded = options & {"master", "M", "processes", "workers", "p", "cheaper"}
-    if forks_loaded and not options & {"lazy-apps", "lazy", "py-call-uwsgi-fork-hooks"}:
+    if worker == 0 and forks_loaded and not options & {"lazy-apps", "lazy", "py-call-uwsgi-fork-hooks"}:
         problems.append(
             f"uWSGI forks its workers without Python's fork hooks; a worker may hang at its start: {_HOOKS}"
         )

@@ -5,6 +5,10 @@ thread left, greenlets that never yield) emits do without: it only prepares what
 
 It is started without `threading.Thread`, whose `start` waits for the new thread: 68-311 ms beside three busy
 threads, and for ever while Python 3.11 finalizes.
+
+A fork in C copies the condition variable of the GIL with those who wait on it. If one of them was the parent's
+housekeeping thread, the child would hang as soon as two of its threads want the GIL. So such a child has no
+thread: the emit that begins a new millisecond does the work when it is due (`do_if_due`).
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ log = logging.getLogger("spool")
 
 _STOP_SECONDS: Final = 5.0
 """How long `stop` waits for the work in hand."""
+_WAKING_SECONDS: Final = 0.001
+"""How long before its time a thread may wake up."""
 _VANISH_SECONDS: Final = 0.1
 """How long `stop` waits for the kernel to forget a thread whose work has ended; usually some microseconds."""
 
@@ -42,22 +48,41 @@ class _Running:
     ended: threading.Event = field(default_factory=lambda: threading.Event())
     ident: int = 0
     native_id: int = 0
+    asleep_until: float = float("-inf")
+    """Until when (time.monotonic) it does not want the GIL, unless it is woken."""
 
 
 class Housekeeper:
     """Calls `work` after each `wake`, and as often as `work` asks for by the seconds it returns."""
 
-    def __init__(self, work: Callable[[], float | None]) -> None:
+    def __init__(self, work: Callable[[], float | None], *, threaded: bool = True) -> None:
+        self.threaded = threaded
         self._work = work
+        self._doing = ReentryLock()
+        self._next = 0.0
         self._running: _Running | None = None
         self._starting = ReentryLock()
 
     def wake(self) -> None:
         """Have the work done soon. Never raises, never waits."""
-        if self._running is None:
+        if self._running is None and self.threaded:
             self._starting.try_run(self._start)
         if (running := self._running) is not None:
             running.wakes.put(True)
+
+    def is_surely_asleep(self) -> bool:
+        """Whether the thread cannot want the GIL now. For a child: the state at the fork."""
+        running = self._running
+        return running is None or (running.wakes.empty() and running.asleep_until > time.monotonic())
+
+    def do_if_due(self) -> None:
+        """Without a thread: do the work in the calling one, as often as it asks for."""
+        if time.monotonic() >= self._next:
+            self._doing.try_run(self._do)
+
+    def _do(self) -> None:
+        wait = self._work_or_log()
+        self._next = time.monotonic() + (0.1 if wait is None else max(wait, 0.01))
 
     def _start(self) -> None:
         if self._running is None and not sys.is_finalizing():
@@ -83,7 +108,7 @@ class Housekeeper:
         running.ident, running.native_id = threading.get_ident(), threading.get_native_id()
         try:
             wait: float | None = 0.0
-            while _go_on(running.wakes, wait):
+            while _go_on(running, wait):
                 wait = self._work_or_log()
         finally:
             running.ended.set()
@@ -97,14 +122,18 @@ class Housekeeper:
             return 1.0
 
 
-def _go_on(wakes: queue.SimpleQueue[bool], wait: float | None) -> bool:
+def _go_on(running: _Running, wait: float | None) -> bool:
     """Sleep until there is work; False when the thread is to end."""
+    wakes = running.wakes
+    running.asleep_until = float("inf") if wait is None else time.monotonic() + wait - _WAKING_SECONDS
     try:
         go_on = wakes.get(timeout=wait)
         while go_on and not wakes.empty():  # many wake-ups are one piece of work
             go_on = wakes.get(timeout=0)
     except queue.Empty:
         return True
+    finally:
+        running.asleep_until = float("-inf")
     return go_on
 
 

@@ -28,7 +28,14 @@ import ctypes, os, signal, sys, threading, time, uuid
 from pathlib import Path
 from spool import Emitter
 user = uuid.uuid4()
-fork_in_c = ctypes.PyDLL(None).fork  # keeps the GIL and runs no hook, as a server in C does
+def fork_in_c():
+    # keeps the GIL and runs no hook, as a server in C does, while no other thread wants the GIL
+    keeper = emitter._housekeeper
+    while keeper._running and not (
+        keeper.is_surely_asleep() and keeper._running.asleep_until > time.monotonic() + 0.01
+    ):
+        time.sleep(0.001)
+    return ctypes.PyDLL(None).fork()
 def emit(emitter, **metadata):
     return emitter.emit_event(event_type="tick", user_id=user, family_unit_id=user, metadata=metadata)
 """
@@ -47,7 +54,7 @@ FORKS = """
 emitter = Emitter(sys.argv[1], max_age=60)
 if sys.argv[2] == "emitted":
     emit(emitter)
-    while sys.argv[3] == "spare" and len(list(Path(sys.argv[1]).glob("*.open"))) < 2: pass
+    while sys.argv[2] == "emitted" and sys.argv[3] == "spare" and len(list(Path(sys.argv[1]).glob("*.open"))) < 2: pass
 children = []
 for _ in range(16):
     reader, writer = os.pipe()
@@ -165,7 +172,8 @@ def test_uwsgi_workers_that_were_forked_from_a_loaded_application(
     recover_all(spool)
     assert len(set(made)) == 400 and "None" not in made
     assert set(made) <= set(ids(spool))
-    assert log.count("uWSGI forks its workers without Python's fork hooks") == (not options), log
+    warned = at_import == "1" and not options
+    assert log.count("uWSGI forks its workers without Python's fork hooks") == warned, log
 
 
 def answers(port: int) -> bool:
@@ -176,18 +184,20 @@ def answers(port: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("options", "problems"),
+    ("options", "worker", "problems"),
     [
-        (set(), 0),
-        ({"master", "processes"}, 2),
-        ({"master", "processes", "enable-threads"}, 1),
-        ({"master", "lazy-apps", "enable-threads"}, 0),
-        ({"processes", "py-call-uwsgi-fork-hooks", "threads"}, 0),
-        ({"http-socket", "enable-threads"}, 0),
+        (set(), 0, 0),
+        ({"master", "processes"}, 0, 2),
+        ({"master", "processes"}, 1, 1),
+        ({"master", "processes"}, 2, 0),
+        ({"master", "processes", "enable-threads"}, 0, 1),
+        ({"master", "lazy-apps", "enable-threads"}, 1, 0),
+        ({"processes", "py-call-uwsgi-fork-hooks", "threads"}, 0, 0),
+        ({"http-socket", "enable-threads"}, 0, 0),
     ],
 )
-def test_uwsgi_options_that_cannot_work_are_known(options: set[str], problems: int) -> None:
-    assert len(uwsgi_problems(options)) == problems
+def test_uwsgi_options_that_cannot_work_are_known(options: set[str], worker: int, problems: int) -> None:
+    assert len(uwsgi_problems(options, worker)) == problems
 
 
 CLOSED = """
@@ -276,12 +286,13 @@ def test_what_was_written_before_privileges_were_dropped_is_loadable_while_the_p
     assert "could not seal" in log and "runs as user 65534" in log and "write permission" in log
 
 
+class SoftTimeLimitExceeded(Exception):
+    """As Celery has it."""
+
+
 @pytest.fixture
 def raising() -> Iterator[None]:
-    """A signal handler that raises what Celery's soft time limit is like."""
-
-    class SoftTimeLimitExceeded(Exception):
-        pass
+    """A signal handler that raises."""
 
     def handler(*_: object) -> None:
         raise SoftTimeLimitExceeded
@@ -300,11 +311,12 @@ def test_an_exception_of_the_applications_signal_handler_ends_the_emit_and_is_no
     emitter = Emitter(tmp_path, segment_bytes=8192, mapped=mapped)
     kept = []
     for _ in range(200):
-        signal.setitimer(signal.ITIMER_REAL, 0.0005)
-        with pytest.raises(Exception, match="") as raised:
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        try:
             while True:
                 kept.append(emit(emitter))
-        assert raised.typename == "SoftTimeLimitExceeded"
+        except SoftTimeLimitExceeded:
+            continue
     emitter.close()
     assert emitter.stats().dropped == {} and None not in kept
     found = ids(tmp_path)
@@ -317,12 +329,16 @@ class Cancelled(Exception): pass
 emitter = Emitter(sys.argv[1])
 def work():
     try:
-        while True: emit(emitter)
+        while True:
+            begun.set()
+            emit(emitter)
     except Cancelled:
         print("cancelled")
 for _ in range(50):
+    begun = threading.Event()
     thread = threading.Thread(target=work)
     thread.start()
+    begun.wait()
     time.sleep(0.002)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Cancelled))
     thread.join(10)

@@ -1,41 +1,55 @@
 """Where lines go: the current segment, its spare, rotation and age.
 
-`write` is the bound `write` of the current segment's map, or `_no_segment` (an idle process has no file).
-Both raise ValueError where a line can't go there, and then `append` finds room. The first line makes the
-first segment; a spare that was not needed for a while is removed.
+`write` takes a line into the current segment, or raises ValueError; then `append` finds room. From the first
+emit, or `prepare`, to the end of the process a segment is always ready: an idle process holds an empty one
+of 64 KiB, so that the first emit after a pause costs what every emit does. Segments grow to the full size
+while they fill before their age is due, and shrink when they do not.
 
-Fields are changed by whoever has the turn. A signal handler or a finalizer may append in the middle of a
-rotation in its own thread; it finds the turn taken by itself, leaves the fields alone and writes a segment of
-one line, as a writer of its own, so that no segment's number is given twice. Sealing holds `_sealing` alone,
-so that no line waits for a sync; who needs both takes `_sealing` first.
+    who       does                                                                       holds
+    emit      writes into the map                                                        nothing
+    emit      moves to the spare when the current one is full                            _lock, for some us
+    emit      creates a segment if housekeeping has not made a spare in time             _creating
+    tidy      prepares spares, moves on from an aged segment, seals                      each in its turn
+
+`_lock` is never held during a system call. A signal handler or a finalizer may emit in the middle of any of
+this in its own thread: it finds the lock held by itself and writes a segment of one line, as a writer of its
+own, so that no number is given twice. A handler may also raise there. So the state is one frozen value that
+is replaced by a single assignment, and a segment is known to somebody before it has a file.
 """
 
 from __future__ import annotations
 
 import errno
-import threading
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Final
 
+from spool import kernel
 from spool.drops import Warnings
-from spool.segment import Sealed, Segment, Writer, segment_bytes
+from spool.limit import SpoolLimit
+from spool.open_segment import Busy, Counts, Segment
+from spool.reentry import ReentryLock
+from spool.segment import DIRECTORY_MODE, Writer
 from spool.settings import Settings
-from spool.turn import Turn
 
-DIRECTORY_MODE: Final = 0o770
-_SPARE_AGES: Final = 5
-"""A spare that was not needed for this many `max_age` is removed."""
+FIRST_BYTES: Final = 1 << 16
+"""Capacity of the segments of a process that emits little: a killed one leaves twice as much."""
+_GROWTH: Final = 8
+"""Factor between the capacities of two segments of which the first was full before its age was due."""
+_GROWTH_SECONDS: Final = 0.05
+"""How often it is checked whether the current segment is half full, so that the next one should be larger."""
 _BACKOFF_AGES: Final = 0.25
 """Part of `max_age` for which nobody asks the disk again after it refused a segment, at most a second."""
-_MEASURE_SECONDS: Final = 10.0
-"""How long a measurement of the spool's size is good for, plus what this process has added since."""
+_UNSUPPORTED: Final = 3600.0
+"""The same where the platform cannot write segments at all."""
+_ANY_TIME: Final = float("inf")
+_NOT_PERMITTED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Written:
     """What was written so far."""
 
@@ -43,250 +57,523 @@ class Written:
     bytes: int = 0
     segments: int = 0
 
-    def add(self, lines: int, size: int) -> None:
-        self.lines += lines
-        self.bytes += size
-        self.segments += 1
+    def plus(self, counts: Counts) -> Written:
+        if not counts.lines:
+            return self
+        return Written(self.lines + counts.lines, self.bytes + counts.bytes, self.segments + 1)
+
+
+@dataclass(frozen=True)
+class _State:
+    """`number` was given to the newest of the segments; `retired` ones wait for their sealing.
+
+    `withdrawn` is one without lines that is being resized or removed by the holder of `_creating`.
+    """
+
+    current: Segment | None = None
+    spare: Segment | None = None
+    withdrawn: Segment | None = None
+    retired: tuple[Segment, ...] = ()
+    sealed: Written = Written()
+    number: int = 0
+
+    def moved_on(self) -> _State:
+        """The spare becomes the current segment."""
+        retired = self.retired if self.current is None else (*self.retired, self.current)
+        return replace(self, current=self.spare, spare=None, retired=retired)
 
 
 class Appender:
     """Writes lines to the segments of one process. Safe to use from any thread, handler or finalizer."""
 
-    def __init__(self, settings: Settings, wake: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, wake: Callable[[], None], before: Appender | None = None) -> None:
+        """`before` is that of the process which this one was forked from."""
+        parents: SpoolLimit | None = None if before is None else before._limit
         self.settings = settings
-        self.write: Callable[[bytes], int] = _no_segment
         self._wake = wake
-        self._turn = Turn()
-        self._sealing = threading.RLock()
         self._writer = Writer.here()
-        self._number = 0
-        self._current: Segment | None = None
-        self._spare: Segment | None = None
-        self._due = 0.0
-        self._retired: list[Segment] = []
-        self._sealed = Written()
-        self._size = _SpoolSize(settings)
+        self._warnings, self._measure_warnings = Warnings(), Warnings()
+
+        # Replaced by single assignments; read without a lock.
+        self.write: Callable[[bytes], int] = _no_segment
+        self._due: float | None = None
+        self._begun = False
+        self._alone: list[Segment] = []  # of one line each, or of a thread that found the current one busy
+
+        # Guarded by _lock, never held during a system call.
+        self._lock = ReentryLock()
+        self._state = _State()
+        self._diverted: Callable[[bytes], int] | None = None
+
+        # Guarded by _creating; who holds it may take _lock.
+        self._creating = ReentryLock()
+        self._making: Segment | None = None
+        self._capacity = min(FIRST_BYTES, settings.segment_bytes)
+        self._limit: SpoolLimit = SpoolLimit(settings.directory, settings.max_spool_bytes, parents)
         self._refusal: tuple[int | None, str | None] = (None, None)
         self._refused_until = 0.0
-        self._warnings = Warnings()
+
+        # Held while segments are sealed; who holds it may take _lock.
+        self._sealing = ReentryLock()
 
     # ---- finding room -------------------------------------------------------------------------------
 
     def append(self, line: bytes) -> None:
-        """Write a line that the current segment had no room for. Raises OSError where there is none."""
-        with self._turn as interrupted:
-            if interrupted:
-                self._append_alone(line)
-            else:
-                self._append_rotating(line)
-
-    def _append_rotating(self, line: bytes) -> None:
-        while True:
-            try:
-                self.write(line)
-                return
-            except ValueError:
-                self._rotate(len(line))
-
-    def _append_alone(self, line: bytes) -> None:
-        segment = self._create(Writer.here().stem(1), len(line))
-        segment.write(line)
-        self._retired.append(segment)
+        """Write a line that the current segment had no room for. Raises OSError if there is none."""
+        if self._lock.held_here() or self._creating.held_here():
+            self._append_alone(line)
+            return
+        self._begun = True
+        try:
+            if not self._lock.run(lambda: self._write_or_move_on(line)):
+                self._creating.run(lambda: self._write_or_create(line))
+        except Busy:
+            self._append_beside(line)
+        if self._due is None:
+            self._due = time.monotonic() + self.settings.max_age
         self._wake()
 
-    def has_room(self) -> bool:
-        """Whether a line would be kept: there is a current segment, or one can be made now."""
-        with self._turn:
+    def _write_or_move_on(self, line: bytes) -> bool:
+        """Write to the current segment or to the spare. False if neither has room. Raises Busy, OSError."""
+        while True:
+            state = self._state
             try:
-                if self._current is None:
-                    self._rotate(0)
-                return True
-            except OSError:
+                if self._diverted is not None:
+                    self._diverted(line)
+                    return True
+                if state.current is not None:
+                    state.current.write(line)
+                    self.write = state.current.write
+                    return True
+            except Busy:
+                raise
+            except ValueError:
+                if state.current is not None and not state.current.end():
+                    return False  # it is empty, and too small for this line
+                self._grow()
+            if state.spare is None or state.spare.capacity < len(line):
                 return False
+            self._state = state.moved_on()
+            self._due = time.monotonic() + self.settings.max_age
+
+    def _write_or_create(self, line: bytes) -> None:
+        while not self._lock.run(lambda: self._write_or_move_on(line)):
+            self._make_room(max(len(line), self._capacity))
+
+    def _make_room(self, capacity: int) -> None:
+        current = self._state.current
+        if current is not None and not current.end() and not current.is_held():
+            self._give_back_spare()
+            self._give_back_current()
+            self._make_spare(capacity)
+        elif current is not None and not current.end():
+            self._unless_refused(capacity, lambda: self._enlarge_current(current, capacity))
+        else:
+            self._make_spare(capacity)
+
+    def _grow(self) -> None:
+        current = self._state.current
+        if current is not None:
+            self._capacity = max(self._capacity, min(self.settings.segment_bytes, current.capacity * _GROWTH))
+
+    def _append_alone(self, line: bytes) -> None:
+        segment = self._segment_alone(seconds=0)
+        segment.busy.run(lambda: self._create(segment, len(line)))
+        segment.write(line)
+        self._wake()
+
+    def _segment_alone(self, seconds: float) -> Segment:
+        """Return a new segment, as a writer of its own, that housekeeping seals after so many seconds."""
+        segment = Segment(self.settings.directory, Writer.here().stem(1))
+        segment.due = time.monotonic() + seconds
+        self._alone.append(segment)
+        return segment
+
+    def _append_beside(self, line: bytes) -> None:
+        """Write to a segment that no other thread is writing to, of those that are not mapped."""
+        for segment in list(self._alone):
+            try:
+                segment.write(line)
+                return
+            except ValueError:
+                continue
+        capacity = max(len(line), self._capacity)
+        while True:
+            segment = self._segment_alone(self.settings.max_age)
+            segment.busy.run(lambda: self._create(segment, capacity))  # noqa: B023, it runs at once
+            try:
+                segment.write(line)
+                return
+            except ValueError:  # yet another thread was faster
+                continue
+
+    # ---- making segments: under _creating -------------------------------------------------------------
+
+    def _make_spare(self, capacity: int) -> None:
+        """Create the spare, or change its capacity. Raises OSError."""
+        if self._state.withdrawn is not None:
+            self._change(_put_back)  # an exception of a signal handler came in between
+        spare = self._state.spare
+        if spare is None:
+            self._unless_refused(capacity, lambda: self._create_spare(capacity))
+        elif spare.capacity != capacity:
+            more = capacity - spare.capacity
+            self._unless_refused(max(0, more), lambda: self._resize_spare(spare, capacity))
+
+    def _unless_refused(self, bytes_more: int, work: Callable[[], None]) -> None:
+        """Do the work that takes so much of the disk. Raises OSError, again for a moment after it did so."""
+        if time.monotonic() < self._refused_until:
+            raise OSError(*self._refusal)
+        try:
+            self._limit.reserve(bytes_more)
+            work()
+        except OSError as error:
+            self._refusal = (error.errno, error.strerror)
+            seconds = min(1.0, self.settings.max_age * _BACKOFF_AGES) if kernel.SUPPORTED else _UNSUPPORTED
+            self._refused_until = time.monotonic() + seconds
+            raise
+
+    def _create_spare(self, capacity: int) -> None:
+        number = self._state.number + 1
+        segment = self._making = Segment(self.settings.directory, self._writer.stem(number))
+        try:
+            self._create(segment, capacity)
+            segment.populate()
+            self._change(lambda state: replace(state, spare=segment, number=number))
+        except BaseException:
+            if self._state.number != number:
+                segment.discard()
+            raise
+
+    def _resize_spare(self, spare: Segment, capacity: int) -> None:
+        if not spare.is_held():
+            self._give_back_spare()
+            self._create_spare(capacity)
+        elif self._lock.run(lambda: self._withdraw_spare(spare)):
+            self._resize_withdrawn(spare, capacity)
+
+    def _enlarge_current(self, current: Segment, capacity: int) -> None:
+        """Make room for a long line in the current segment if it is empty: no number is skipped."""
+        if self._lock.run(lambda: self._withdraw_current(current)):
+            self._resize_withdrawn(current, capacity)
+
+    def _resize_withdrawn(self, segment: Segment, capacity: int) -> None:
+        try:
+            segment.resize(capacity)
+            segment.populate()
+            self._change(_put_back)
+        except BaseException:
+            self._change(_put_back)
+            raise
+
+    def _withdraw_spare(self, spare: Segment) -> bool:
+        """Under _lock. False if a line has moved on to it in between."""
+        if self._state.spare is not spare:
+            return False
+        self._state = replace(self._state, spare=None, withdrawn=spare)
+        return True
+
+    def _withdraw_current(self, current: Segment) -> bool:
+        """Under _lock: let nobody write to the current segment, if nobody has. False if somebody had."""
+        if self._state.current is not current:
+            return False
+        self.write = _no_segment
+        current.retire()
+        if current.end():
+            return False
+        self._state = replace(self._state, current=None, withdrawn=current)
+        return True
+
+    def _give_back_spare(self) -> None:
+        """Remove the spare: it has no line, so its number is free again."""
+        spare = self._state.spare
+        if spare is not None and self._lock.run(lambda: self._withdraw_spare(spare)):
+            spare.discard()
+            self._change(_give_back)
+
+    def _give_back_current(self) -> None:
+        """Remove the current segment if it has no line and its number is the last."""
+        current = self._state.current
+        if current is None or self._state.spare is not None:
+            return
+        if self._lock.run(lambda: self._withdraw_current(current)):
+            current.discard()
+            self._change(_give_back)
+
+    def _create(self, segment: Segment, capacity: int) -> None:
+        directory, mapped = self.settings.directory, self.settings.mapped
+        try:
+            segment.create(capacity, mapped=mapped)
+        except FileNotFoundError:
+            segment.discard()
+            directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+            segment.create(capacity, mapped=mapped)
+
+    def _change(self, change: Callable[[_State], _State]) -> None:
+        """Replace the state by one that is made of it."""
+
+        def work() -> None:
+            self._state = change(self._state)
+
+        self._lock.run(work)
+
+    # ---- tidying: the housekeeping thread -------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Have a segment ready before the first emit. Logs if there can be none yet."""
+        self._begun = True
+        if not self._lock.held_here():
+            self._creating.try_run(self._prepare_current)
+
+    def begin(self) -> None:
+        """Have the housekeeping thread prepare a segment."""
+        self._begun = True
+
+    def tidy(self) -> float | None:
+        """Do what is due: prepare, move on from an aged segment, seal. Returns the seconds until more is."""
+        if self._begun:
+            self._creating.run(self._prepare)
+        self._seal_retired()
+        self._measure()
+        return self._until_due()
+
+    def has_room(self) -> bool:
+        """Whether a short line would be kept at once."""
+        state = self._state
+        current = state.current
+        return state.spare is not None or (current is not None and current.end() < current.capacity - 1024)
 
     def refused_for(self) -> float:
         """Return the seconds after which it is worth to ask the disk again."""
         return max(0.01, self._refused_until - time.monotonic())
 
-    def _rotate(self, need: int) -> None:
-        """Make the spare, or a new segment of at least `need` bytes, the current one. Raises OSError."""
-        self._retire_current()
-        if self._spare is not None and need > self.settings.segment_bytes:
-            self._give_back_spare()  # its number goes to the segment that fits
-        segment, self._spare = self._spare, None
+    def _prepare(self) -> None:
+        due = self._due is not None and time.monotonic() >= self._due
+        current = self._state.current
+        if due and current is not None and current.end():
+            self._replace_aged(current)
+        elif self._due is not None and current is not None:
+            if due:
+                self._due = None  # the line for which it was set never came
+            if current.end() > current.capacity // 2:
+                self._grow()
+            self._try_to_make_spare()
+        else:
+            self._due = None
+            self._prepare_current()
+
+    def _replace_aged(self, aged: Segment) -> None:
+        """Have the next segment take the lines, without a moment in which none does."""
+        self._shrink(aged)
+        self._try_to_make_spare()
+        self._due = None
+        self._lock.run(self._move_on)
+
+    def _shrink(self, aged: Segment) -> None:
+        if aged.end() < aged.capacity // _GROWTH:
+            first = min(FIRST_BYTES, self.settings.segment_bytes)
+            self._capacity = max(first, min(self._capacity, aged.end() * 4 // 4096 * 4096))
+
+    def _prepare_current(self) -> None:
+        if self._state.current is None:
+            self._try_to_make_spare()
+            self._lock.run(self._move_on)
+
+    def _move_on(self) -> None:
+        """Under _lock: retire the current segment for the spare, or for none."""
+        self._state = self._state.moved_on()
+        self.write = self._diverted or self._write_first(self._state.current)
+
+    def _write_first(self, segment: Segment | None) -> Callable[[bytes], int]:
+        """Return what writes the first line of a segment, from which its age counts."""
         if segment is None:
-            segment = self._create_next(max(need, self.settings.segment_bytes))
-        self._current, self._due = segment, time.monotonic() + self.settings.max_age
-        self.write = segment.write
-        self._wake()
+            return _no_segment
+        write = segment.write
 
-    def _retire_current(self) -> None:
-        segment, self._current, self.write = self._current, None, _no_segment
-        if segment is not None:
-            segment.retire()
-            self._retired.append(segment)
+        def write_first(line: bytes) -> int:
+            if self._due is None:
+                self._due = time.monotonic() + self.settings.max_age
+            self._wake()  # before the line: an exception of a signal handler in between is harmless
+            written = write(line)
+            self.write = write
+            return written
 
-    def _create_next(self, capacity: int) -> Segment:
-        """Create this writer's next segment, or repeat why that was refused a moment ago. Raises OSError."""
-        now = time.monotonic()
-        if now < self._refused_until:
-            raise OSError(*self._refusal)
+        return write_first
+
+    def _try_to_make_spare(self) -> None:
         try:
-            segment = self._create(self._writer.stem(self._number + 1), capacity)
+            self._make_spare(self._capacity)
+        except OSError:
+            return  # the line that needs it is counted; `_keep_house` tries again
+
+    def _measure(self) -> None:
+        try:
+            self._limit.measure_if_due(self._capacity, self._writer.token)
         except OSError as error:
-            self._refusal = (error.errno, error.strerror)
-            self._refused_until = now + min(1.0, self.settings.max_age * _BACKOFF_AGES)
-            raise
-        self._number += 1
-        return segment
-
-    def _create(self, stem: str, capacity: int) -> Segment:
-        self._size.reserve(capacity)
-        directory, sync = self.settings.directory, self.settings.fsync
-        try:
-            return Segment.create(directory, stem, capacity, sync=sync)
-        except FileNotFoundError:
-            directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-            return Segment.create(directory, stem, capacity, sync=sync)
-
-    # ---- tidying ------------------------------------------------------------------------------------
-
-    def tidy(self) -> float | None:
-        """Do what is due: prepare a spare, retire by age, seal. Returns the seconds until more is."""
-        with self._turn:
-            if self._current is not None and time.monotonic() >= self._due:
-                self._retire_current()
-            if self._current is not None:
-                self._prepare_spare()
-            elif time.monotonic() >= self._due + self.settings.max_age * (_SPARE_AGES - 1):
-                self._give_back_spare()
-        self._seal_retired()
-        return self._until_due()
+            self._measure_warnings.log("could not measure %s: %s", self.settings.directory, error)
 
     def _until_due(self) -> float | None:
-        if self._current is not None:
-            return max(0.0, self._due - time.monotonic())
-        if self._retired:
-            return self.settings.max_age
-        return None if self._spare is None else self.settings.max_age * _SPARE_AGES
+        if self._state.retired or self._alone:
+            return min(_GROWTH_SECONDS, self.settings.max_age)
+        if self._due is None:
+            return None if self._state.current is not None or not self._begun else self.refused_for()
+        wait = max(0.0, self._due - time.monotonic())
+        return wait if self._capacity == self.settings.segment_bytes else min(wait, _GROWTH_SECONDS)
 
-    def _prepare_spare(self) -> None:
-        if self._spare is None:
-            try:
-                self._spare = self._create(self._writer.stem(self._number + 1), self.settings.segment_bytes)
-            except OSError:
-                return  # the line that needs it tries again, and is counted
-            self._number += 1
-            self._spare.populate()
-
-    def _give_back_spare(self) -> None:
-        """Remove the spare: it has no line, so sealing removes it, and its number is free again."""
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            self._number -= 1
-            self._seal_one(spare)
+    # ---- sealing --------------------------------------------------------------------------------------
 
     def _seal_retired(self) -> bool:
         """Seal what is full or aged, or try again later. Returns whether all is sealed."""
-        with self._sealing:
-            for segment in list(self._retired):
-                if self._seal_one(segment):
-                    self._retired.remove(segment)
-            return not self._retired
+        return self._seal_due(time.monotonic())
+
+    def _seal_due(self, now: float) -> bool:
+        if self._sealing.held_here() or self._lock.held_here():
+            return False
+        return self._sealing.run(lambda: self._seal_each(now))
+
+    def _seal_each(self, now: float) -> bool:
+        for segment in self._state.retired:
+            if segment.busy.try_run(segment.retire) and self._seal_one(segment):
+                self._change(lambda state, sealed=segment: _without(state, sealed))  # type: ignore[misc]
+        for segment in [each for each in self._alone if each.due <= now]:
+            if segment.busy.try_run(segment.retire) and self._seal_one(segment):
+                self._change(
+                    lambda state, sealed=segment: replace(  # type: ignore[misc]
+                        state, sealed=state.sealed.plus(sealed.counts())
+                    )
+                )
+                self._alone.remove(segment)
+        return not self._state.retired and not self._alone
 
     def _seal_one(self, segment: Segment) -> bool:
         try:
-            sealed = self._seal_or_restore(segment)
+            self._seal_or_restore(segment)
         except OSError as error:
-            self._warnings.say("can't seal %s: %s; trying again", segment.path, error)
+            if error.errno in _NOT_PERMITTED:
+                self._leave_to_loader(segment, error)
+                return True
+            self._warnings.log("could not seal %s: %s; trying again", segment.path, error)
             return False
-        if sealed.path is not None:
-            self._sealed.add(sealed.lines, sealed.bytes)
         return True
 
-    def _seal_or_restore(self, segment: Segment) -> Sealed:
-        """Seal; a file that was removed, or its whole directory, is still open here: write its lines anew."""
+    def _seal_or_restore(self, segment: Segment) -> None:
+        """Seal; write the lines of a file that was removed, or its whole directory, to a new one."""
         try:
-            return segment.seal(sync=self.settings.fsync)
+            segment.seal(sync=self.settings.fsync)
         except FileNotFoundError:
             self.settings.directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
             segment.restore(self.settings.directory)
-            return segment.seal(sync=self.settings.fsync)
+            segment.seal(sync=self.settings.fsync)
+
+    def _leave_to_loader(self, segment: Segment, error: OSError) -> None:
+        """Free the lock of a segment that this process may no longer rename: a loader seals it."""
+        segment.abandon()
+        self._warnings.log(
+            "could not seal %s: %s; this process runs as user %d and has left it to the loader; "
+            'give that user write permission for "%s", or drop privileges before the first emit',
+            segment.path, error.strerror, os.geteuid() if hasattr(os, "geteuid") else -1,
+            self.settings.directory,
+        )  # fmt: skip
 
     # ---- for the emitter ----------------------------------------------------------------------------
 
     def seal(self) -> bool:
-        """Make what was written so far loadable. Returns False (and logs) where that failed."""
-        with self._turn as interrupted:
-            if not interrupted:
-                self._retire_current()
-        return self._seal_retired()
+        """Make what was written so far loadable. Returns False (and logs) if that failed."""
+        if not self._lock.held_here():
+            self._lock.run(self._retire_current)
+        sealed = self._seal_due(_ANY_TIME)
+        if self._begun:
+            self._wake()
+        return sealed
+
+    def _retire_current(self) -> None:
+        current = self._state.current
+        if current is not None and current.end():
+            self._due = None
+            self._move_on()
 
     def close(self) -> None:
         """Leave nothing open. Safe to repeat."""
-        with self._turn as interrupted:
-            if not interrupted:
-                self._retire_current()
-                self._give_back_spare()
-        self._seal_retired()
+        self._begun = False
+        if not (self._lock.held_here() or self._creating.held_here()):
+            self._creating.run(self._retire_all)
+        self._seal_due(_ANY_TIME)
+
+    def _retire_all(self) -> None:
+        self._due = None
+        self._give_back_spare()
+        self._give_back_current()
+        self._lock.run(self._move_on)
 
     def written(self) -> Written:
-        """Return what was written so far, sealed or not."""
-        with self._sealing, self._turn:
-            written = Written(self._sealed.lines, self._sealed.bytes, self._sealed.segments)
-            for segment in [*self._retired, *([self._current] if self._current else [])]:
-                written.add(segment.lines(), segment.end())
+        """Return what was written so far, sealed or not. Takes no lock, reads no file, never raises."""
+        state = self._state
+        written = state.sealed
+        for segment in (*state.retired, *list(self._alone), *((state.current,) if state.current else ())):
+            written = written.plus(segment.counts())
         return written
 
     @contextmanager
     def diverted(self, write: Callable[[bytes], int]) -> Iterator[None]:
         """Have lines written elsewhere until the block ends."""
-        with self._turn:
-            self._retire_current()
-            self.write = write
+        self._lock.run(lambda: self._divert(write))
         try:
             yield
         finally:
-            with self._turn:
-                self._retire_current()
+            self._lock.run(lambda: self._divert(None))
+
+    def _divert(self, write: Callable[[bytes], int] | None) -> None:
+        self._diverted = write
+        self.write = write or self._write_first(self._state.current)
 
     def hold(self) -> None:
-        """Wait until no other thread is changing or sealing, and keep it so until `release`."""
-        self._sealing.acquire()
-        self._turn.__enter__()
+        """Wait until no other thread is changing, creating or sealing, and keep it so until `release`."""
+        for lock in (self._sealing, self._creating, self._lock):
+            lock.hold()
 
     def release(self) -> None:
-        self._turn.__exit__(None, None, None)
-        self._sealing.release()
+        for lock in (self._lock, self._creating, self._sealing):
+            lock.let_go()
+
+    def is_interrupted(self) -> bool:
+        """Whether this thread is in the middle of a change."""
+        return any(lock.held_here() for lock in (self._sealing, self._creating, self._lock))
 
     def leave_to_parent(self) -> None:
         """In a forked child: let go of the parent's segments without touching their files."""
-        for segment in filter(None, (self._current, self._spare, *self._retired)):
-            segment.abandon()
+        state = self._state
+        for segment in (
+            state.current,
+            state.spare,
+            state.withdrawn,
+            self._making,
+            *state.retired,
+            *self._alone,
+        ):
+            if segment is not None:
+                segment.abandon()
 
 
-class _SpoolSize:
-    """Keeps the spool's segments below `max_spool_bytes`.
+def _without(state: _State, sealed: Segment) -> _State:
+    retired = tuple(each for each in state.retired if each is not sealed)
+    return replace(state, retired=retired, sealed=state.sealed.plus(sealed.counts()))
 
-    Looking at every file each time would be slow just when many wait, so a measurement counts for a while.
-    """
 
-    def __init__(self, settings: Settings) -> None:
-        self._directory: Path = settings.directory
-        self._limit = settings.max_spool_bytes
-        self._size = 0
-        self._measured_at = -_MEASURE_SECONDS
+def _put_back(state: _State) -> _State:
+    """Have the withdrawn segment take lines again: the next ones, if other segments are in its place."""
+    withdrawn, state = state.withdrawn, replace(state, withdrawn=None)
+    if withdrawn is None:
+        return state
+    if state.spare is None:
+        return replace(state, spare=withdrawn)
+    if state.current is None:
+        return replace(state, current=withdrawn)
+    return replace(state, retired=(*state.retired, withdrawn))
 
-    def reserve(self, capacity: int) -> None:
-        """Count a segment that is about to be made. Raises OSError (EDQUOT) where it would be too much."""
-        if not self._limit:
-            return
-        stale = time.monotonic() - self._measured_at >= _MEASURE_SECONDS
-        if stale or self._size + capacity > self._limit:
-            self._size, self._measured_at = segment_bytes(self._directory), time.monotonic()
-        if self._size + capacity > self._limit:
-            raise OSError(errno.EDQUOT, f"the spool has reached max_spool_bytes ({self._limit})")
-        self._size += capacity
+
+def _give_back(state: _State) -> _State:
+    """Forget the withdrawn segment, whose number was the last."""
+    return replace(state, withdrawn=None, number=state.number - 1)
 
 
 def _no_segment(line: bytes) -> int:

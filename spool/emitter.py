@@ -14,7 +14,7 @@ the short way for what is usual:
     bytes             fit into the current segment                    `Appender.append`
 
 Whatever goes wrong in there ends in `refuse` (the line can't be made) or `_drop` (there is no room for it),
-which count it. Housekeeping (spare, age, sealing, telling of drops) runs in a thread that may be missing.
+which count it. Housekeeping (spare, age, sealing, reporting drops) runs in a thread that may be missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from time import time_ns
@@ -35,12 +35,14 @@ from typing import Any, Final
 
 from orjson import dumps
 
-from spool import ids, record
+from spool import fork, ids, kernel, record
 from spool.appender import Appender
 from spool.context import scope as scope_in_force
 from spool.context import scope_to_redact
 from spool.drops import Drops
+from spool.fork import MARK
 from spool.housekeeper import Housekeeper
+from spool.interruption import is_foreign
 from spool.metric_names import DROPPED_METRIC
 from spool.record import EVENT_NAMES, METRIC_NAMES, PLAIN_NUMBER_LIMIT
 from spool.redaction import Redaction
@@ -49,6 +51,7 @@ from spool.timer import Timer
 
 log = logging.getLogger("spool")
 
+_NO_TICK: Final = (0, "", b"")
 _BACKSLASH: Final = ord("\\")
 _MICROSECONDS: Final = tuple(b"%03dZ" % micro for micro in range(1000))
 
@@ -81,17 +84,35 @@ class Emitter:
         self._harmless = self._redaction.harmless
         self._harmless_beside_context = self._redaction.harmless_beside_context
         self._scope_in_force = scope_in_force if self._redaction.spares_context else scope_to_redact
+        self._prepared = self._was_running = False
+        self._reporter = 0
         self._start_afresh()
         _emitters.add(self)
+        fork.add(self)
+        fork.warn_about_server()
 
     def _start_afresh(self) -> None:
         """The state of a process that has emitted nothing; also what a forked child begins with."""
         # Each of these two is one tuple that is replaced as a whole, so that threads never mix halves of two.
-        self._tick: tuple[int, str, bytes] = (0, "", b"")
+        self._tick: tuple[int, str, bytes] = _NO_TICK
         self._actor: tuple[object, object, object, bytes] = (object(), None, None, b"")
         self._drops = Drops()
         self._housekeeper = Housekeeper(self._keep_house)
         self._appender = Appender(self.settings, self._housekeeper.wake)
+
+    def after_fork_in_child(self) -> None:
+        """Begin anew; see `fork.Forked`. What the constructor made belongs to the parent."""
+        parents = self._appender
+        drops = Drops()
+        housekeeper = Housekeeper(self._keep_house, threaded=self._housekeeper.is_surely_asleep())
+        appender = Appender(self.settings, housekeeper.wake, parents)
+        if fork.MARK[0]:
+            return  # a handler that emitted in between has done it
+        self._tick, self._drops, self._housekeeper, self._appender = _NO_TICK, drops, housekeeper, appender
+        parents.leave_to_parent()
+        if self._prepared:
+            self._appender.begin()
+            self._housekeeper.wake()
 
     # ---- the hot path -------------------------------------------------------------------------------
 
@@ -121,6 +142,8 @@ class Emitter:
                     session_id = bound.session_id if session_id is None else session_id
                     metadata = bound.merged(metadata)
                     encoded, harmless = None, self._harmless
+            if not MARK[0]:
+                fork.notice()
             start, prefix, moment = self._tick
             past = time_ns() - start
             if not 0 <= past < 1_000_000:
@@ -168,19 +191,28 @@ class Emitter:
             except KeyError:
                 name = record.encode_event_name(event_type)
             line = b"".join((b'{"event_id":"', new_id.encode(), name, moment, micros, actor, data, b"}\n"))
+        except RecursionError:
+            self._drops.too_deep += 1  # there may be no room for a call
+            return None
         except Exception as error:
             self.refuse(error)
             return None
         try:
             self._appender.write(line)
-        except (ValueError, OSError):
-            return new_id if self._append(line) else None
+        except (ValueError, OSError) as error:
+            try:
+                return new_id if self._append(line, error) else None
+            except RecursionError:
+                self._drops.too_deep += 1
+                return None
         return new_id
 
     def _metric(
         self, metric_name: str, metric_type: str, value: Any, labels: dict[str, Any] | None
     ) -> str | None:
         try:
+            if not MARK[0]:
+                fork.notice()
             start, prefix, moment = self._tick
             past = time_ns() - start
             if not 0 <= past < 1_000_000:
@@ -214,13 +246,20 @@ class Emitter:
                 (b'{"event_id":"', new_id.encode(), name, number, b',"labels":', data, b',"timestamp":"',
                  moment, _MICROSECONDS[past // 1000], b'"}\n')
             )  # fmt: skip
+        except RecursionError:
+            self._drops.too_deep += 1  # there may be no room for a call
+            return None
         except Exception as error:
             self.refuse(error)
             return None
         try:
             self._appender.write(line)
-        except (ValueError, OSError):
-            return new_id if self._append(line) else None
+        except (ValueError, OSError) as error:
+            try:
+                return new_id if self._append(line, error) else None
+            except RecursionError:
+                self._drops.too_deep += 1
+                return None
         return new_id
 
     def record_metric(
@@ -274,57 +313,96 @@ class Emitter:
 
     def _new_tick(self, nanoseconds: int) -> tuple[str, bytes, int]:
         """What ids and timestamps of this millisecond begin with, and the nanoseconds that are past of it."""
+        if not fork.KERNEL_WIPES:
+            fork.check_pid()
+        if not self._housekeeper.threaded and not self._appender.is_interrupted():
+            self._housekeeper.do_if_due()
         milliseconds, past = divmod(nanoseconds, 1_000_000)
         seconds, fraction = divmod(milliseconds, 1000)
         prefix, moment = ids.prefix(milliseconds), b"%b.%03d" % (_second(seconds), fraction)
         self._tick = nanoseconds - past, prefix, moment
         return prefix, moment, past
 
-    def _append(self, line: bytes) -> bool:
+    def _append(self, line: bytes, error: Exception) -> bool:
         """Find room for a line that the current segment had none for. Returns whether it was kept."""
+        if is_foreign(error):
+            raise error
         try:
             if len(line) > self.settings.max_line_bytes:
                 message = f"line of {len(line)} bytes is longer than max_line_bytes"
                 raise record.Refused("oversize", message)
             self._appender.append(line)
             return True
-        except record.Refused as error:
-            self.refuse(error)
-        except OSError as error:
-            self._drop(error)
+        except Exception as error:
+            if isinstance(error, OSError) and not is_foreign(error):
+                self._drop(error)
+            else:
+                self.refuse(error)
         return False
 
     def refuse(self, error: Exception) -> None:
-        """Count a line that could not be made. Raises ValueError with `strict`."""
+        """Count a line that could not be made. Raises ValueError with `strict`.
+
+        An exception that belongs to the application, such as one of its signal handlers, is raised again.
+        """
         refused = record.refusal(error)
-        self._drops.add(refused.cause, str(refused), tell=False)
+        self._count_drop(refused.cause, str(refused), report=False)
         if self.settings.strict:
             raise refused from None
 
     def _drop(self, error: OSError) -> None:
-        """Count a line that there was no room for, and have housekeeping tell it once there is."""
+        """Count a line that there was no room for, and have housekeeping report it once there is."""
         cause = "spool_full" if error.errno == errno.EDQUOT else "disk"
-        first = not self._drops.waiting()
-        self._drops.add(cause, f"can't write to {self.settings.directory}: {error}", tell=True)
-        if first:
+        if not kernel.SUPPORTED:
+            cause = "unsupported"
+        self._count_drop(cause, f"could not write to {self.settings.directory}: {error}", report=True)
+
+    def _count_drop(self, cause: str, message: str, *, report: bool) -> None:
+        """Count; what waits for a log handler is left to housekeeping."""
+        if threading.get_ident() == self._reporter:
+            return  # the report itself, which is kept for the next attempt
+        drops = self._drops
+        is_first = not drops.is_unlogged() or (report and not drops.is_waiting())
+        drops.add(cause, message, report=report)
+        if is_first:
             self._housekeeper.wake()
 
     # ---- housekeeping -------------------------------------------------------------------------------
 
-    def _keep_house(self) -> float | None:
-        """Do what is due. Returns the seconds after which to look again, None where only a wake-up helps."""
-        if self._drops.waiting():
-            self._tell_dropped()
-        wait = self._appender.tidy()
-        return self._appender.refused_for() if self._drops.waiting() else wait
+    def prepare(self) -> None:
+        """Have a segment and the housekeeping thread ready before the first emit, so that no request pays.
 
-    def _tell_dropped(self) -> None:
+        For the start of a server or a worker; forked children prepare themselves then, too. Never raises.
+        """
+        self._prepared = True
+        with suppress(Exception):
+            self._appender.prepare()
+        self._housekeeper.wake()
+
+    def _keep_house(self) -> float | None:
+        """Do what is due. Returns the seconds after which to do so again, None if only a wake-up helps."""
+        waits = [self._appender.tidy()]
+        self._drops.log()
+        if self._drops.is_waiting():
+            self._report_dropped()
+        waits.append(self._appender.refused_for() if self._drops.is_waiting() else None)
+        waits.append(self._drops.seconds_until_log())
+        return min((wait for wait in waits if wait is not None), default=None)
+
+    def _report_dropped(self) -> None:
         """Say among the metrics how many lines were dropped, once there is room for that."""
         if not self._appender.has_room():
             return
-        for cause, count in self._drops.take_untold().items():
-            told = self.increment_counter(metric_name=DROPPED_METRIC, value=count, labels={"cause": cause})
-            if told is None:
+        self._reporter = threading.get_ident()
+        try:
+            self._report_each()
+        finally:
+            self._reporter = 0
+
+    def _report_each(self) -> None:
+        for cause, count in self._drops.take_unreported().items():
+            labels = {"cause": cause}
+            if self.increment_counter(metric_name=DROPPED_METRIC, value=count, labels=labels) is None:
                 self._drops.give_back(cause, count)
 
     # ---- for callers --------------------------------------------------------------------------------
@@ -352,6 +430,19 @@ class Emitter:
         """Seal everything and stop the housekeeping thread. Safe to repeat."""
         self._housekeeper.stop()
         self._appender.close()
+        self._drops.log()
+
+    # ---- forks: see spool/fork.py ---------------------------------------------------------------------
+
+    def before_fork(self) -> None:
+        """Wait until no other thread is in the middle of a change, and have none at the fork."""
+        self._was_running = not self._appender.is_interrupted() and self._housekeeper.stop()
+        self._appender.hold()
+
+    def after_fork_in_parent(self) -> None:
+        self._appender.release()
+        if self._was_running:
+            self._housekeeper.wake()
 
 
 @lru_cache(maxsize=2)
@@ -360,28 +451,7 @@ def _second(seconds: int) -> bytes:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)).encode()
 
 
-# ---- fork and exit ----------------------------------------------------------------------------------
-
 _emitters: weakref.WeakSet[Emitter] = weakref.WeakSet()
-_forking = threading.local()
-
-
-def _before_fork() -> None:
-    """Wait until no other thread is in the middle of a rotation, so that the child sees none half done."""
-    _forking.emitters = list(_emitters)
-    for emitter in _forking.emitters:
-        emitter._appender.hold()
-
-
-def _after_fork_in_parent() -> None:
-    for emitter in _forking.emitters:
-        emitter._appender.release()
-
-
-def _after_fork_in_child() -> None:
-    for emitter in list(_emitters):  # not those held: a server that forks in C says so in the child alone
-        emitter._appender.leave_to_parent()
-        emitter._start_afresh()
 
 
 def _close_all() -> None:
@@ -389,9 +459,6 @@ def _close_all() -> None:
         emitter.close()
 
 
-os.register_at_fork(
-    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-)
 atexit.register(_close_all)
 
 
@@ -418,6 +485,9 @@ class _MisconfiguredEmitter(Emitter):
         self._problem = problem
         self._lock = threading.RLock()
         self._dropped = 0
+
+    def prepare(self) -> None:
+        """Do nothing: there is no segment to prepare."""
 
     def emit_event(self, **_: Any) -> None:
         """Count a drop."""

@@ -7,7 +7,7 @@
 Ids of one process rise strictly within a millisecond, so index inserts stay local. Two processes can only
 meet in the same millisecond with the same 26 random bits and overlapping counters. `os.urandom` is
 asked once per process, never per id: it releases the GIL, and with busy threads beside it getting the GIL
-back costs tens of milliseconds. A forked child draws anew, before any other code of it runs.
+back costs tens of milliseconds. A forked child draws again before its first id (spool/fork.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from itertools import chain, count, repeat
 from operator import attrgetter
 from typing import Final
+
+from spool import fork
 
 _START_BITS: Final = 35  # of 36: the top bit stays clear, so that counting up never overflows 9 digits
 _LOW_DIGITS: Final = tuple(f"{low:03x}" for low in range(4096))
@@ -45,7 +47,7 @@ def _reseed() -> None:
 
 
 _reseed()
-os.register_at_fork(after_in_child=_reseed)
+fork.in_child(_reseed)
 
 
 def prefix(milliseconds: int) -> str:
@@ -56,4 +58,6 @@ def prefix(milliseconds: int) -> str:
 
 def uuid7(milliseconds: int) -> str:
     """Return a new UUIDv7 as text, made at `milliseconds` since 1970."""
+    if not fork.MARK[0]:
+        fork.notice()
     return prefix(milliseconds) + next(tails)

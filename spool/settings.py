@@ -53,6 +53,9 @@ class Settings:
     counted. At least two segments, because one is prepared while another is written; 0 is no limit."""
     fsync: bool = False
     """Sync each segment before it is sealed: power loss then costs at most the last `max_age` seconds."""
+    mapped: bool = True
+    """Map segments where that is safe. Without, each line is one write: slower, beside busy threads by tens
+    of milliseconds, but nobody who truncates an open segment ends the process."""
     redact: frozenset[str] = SENSITIVE_KEYS
     """Words; a value under a key that contains one is not written (see spool/redaction.py). In the
     environment, `nickname,school` replaces the list and `+nickname,school` adds to it."""

@@ -117,7 +117,9 @@ def _until_locked(
                 return
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
             if expired:
-                message = f"{error.diag.message_primary} within {patience:g} s: try again when less is going on"
+                message = (
+                    f"{error.diag.message_primary} within {patience:g} s: try again when less is going on"
+                )
                 raise OutOfReachError(message) from error
         time.sleep(random.uniform(0.5, 1.5) * _PAUSE_SECONDS)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import faulthandler
 import gc
 import itertools
+import signal
 import subprocess
 import sys
 import threading
@@ -108,19 +110,35 @@ def interrupt_at(wanted: int, interrupt: Callable[[], None]) -> Callable[[FrameT
     return trace
 
 
-def test_an_emit_at_every_instruction_of_an_emit_that_rotates(tmp_path: Path) -> None:
+@pytest.fixture(params=["with housekeeping", "without"])
+def housekeeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Without a thread for it, as where the process has too many, whoever emits creates the segments."""
+    if request.param == "without":
+
+        def refuse(*_: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(_thread, "start_new_thread", refuse)
+    return str(request.param)
+
+
+LONG = "x" * 3000
+"""Of a segment of 4096 bytes: each emit rotates."""
+
+
+def test_an_emit_at_every_instruction_of_an_emit_that_rotates(tmp_path: Path, housekeeping: str) -> None:
     """What a handler or a finalizer could interrupt, tried one by one with the interpreter's own tracing."""
     emitter = Emitter(tmp_path, segment_bytes=4096, max_age=60)
     own: list[str | None] = []
     kept: list[str | None] = []
     for wanted in itertools.count(1):
         before = len(kept)
-        sys.settrace(interrupt_at(wanted, lambda: kept.append(emit(emitter, inner=True))))
+        sys.settrace(interrupt_at(wanted, lambda: kept.append(emit(emitter, text=LONG))))
         try:
-            own.append(emit(emitter, text="x" * 2000))  # every second one rotates at least
+            own.append(emit(emitter, text=LONG))
         finally:
             sys.settrace(None)
-        if wanted % 2 and len(kept) == before and wanted > 400:
+        if len(kept) == before:
             break  # an emit that rotates has no such instruction
     emitter.close()
     assert None not in kept and None not in own
@@ -128,6 +146,56 @@ def test_an_emit_at_every_instruction_of_an_emit_that_rotates(tmp_path: Path) ->
     numbers_have_no_gaps(tmp_path)
     alone = [file for file in tmp_path.iterdir() if file.stem.endswith("-000001")]
     assert len(alone) > 50, "hardly any was interrupted in the middle of a rotation"
+
+
+class Timeout(Exception):
+    """What a worker's signal handler raises."""
+
+
+def test_an_exception_before_every_instruction_of_an_emit_that_rotates(
+    tmp_path: Path, housekeeping: str
+) -> None:
+    """No lock stays taken, every line of an emit that returned is there, and every segment is sealed."""
+    emitter = Emitter(tmp_path, segment_bytes=4096, max_age=60)
+    kept: list[str | None] = []
+
+    def interrupt(*_: object) -> None:
+        raise Timeout
+
+    previous = signal.signal(signal.SIGALRM, interrupt)  # what tells it from an exception of our own
+    try:
+        for wanted in itertools.count(1):
+            sys.settrace(interrupt_at(wanted, interrupt))
+            try:
+                kept.append(emit(emitter, text=LONG))
+            except Timeout:
+                sys.settrace(None)
+                kept.append(emit(emitter, text=LONG))
+                kept.append(emits_in_another_thread(emitter))
+            else:
+                sys.settrace(None)
+                break
+            finally:
+                sys.settrace(None)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert wanted > 500
+    emitter.close()
+    assert None not in kept and emitter.stats().dropped == {}
+    found = ids(tmp_path)
+    assert len(found) == len(set(found)) and set(filter(None, kept)) <= set(found)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".ndjson"}
+    numbers_have_no_gaps(tmp_path)
+
+
+def emits_in_another_thread(emitter: Emitter) -> str | None:
+    """Emit, for which a lock that stayed taken would be waited for without end."""
+    kept: list[str | None] = []
+    thread = threading.Thread(target=lambda: kept.append(emit(emitter)), daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    assert kept, "another thread hangs"
+    return kept[0]
 
 
 class Finalized:

@@ -63,8 +63,17 @@ def test_a_segment_is_sealed_by_age_without_a_further_emit(tmp_path: Path) -> No
     emitter = Emitter(tmp_path, max_age=0.05)
     emit(emitter)
     eventually(lambda: lines(tmp_path))
-    eventually(lambda: not list(tmp_path.glob("*.open")))  # the idle spare goes, too
     emitter.close()
+
+
+def test_an_idle_process_holds_one_empty_segment_of_64_kib(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path, max_age=0.05)
+    for _ in range(3):
+        emit(emitter)
+        eventually(lambda: [file.stat().st_size for file in tmp_path.glob("*.open")] == [1 << 16])
+    eventually(lambda: len(lines(tmp_path)) == 3)
+    emitter.close()
+    assert not list(tmp_path.glob("*.open"))
 
 
 def test_segments_are_numbered_without_gaps_across_rotation(tmp_path: Path) -> None:

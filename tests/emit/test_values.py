@@ -24,8 +24,8 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from loader.decode import Row, decode
+
 from spool import Emitter
 from spool.context import bind
 from spool.record import MEMO_SIZE

@@ -333,11 +333,11 @@ class Emitter:
                 raise record.Refused("oversize", message)
             self._appender.append(line)
             return True
-        except Exception as error:
-            if isinstance(error, OSError) and not is_foreign(error):
-                self._drop(error)
+        except Exception as failure:
+            if isinstance(failure, OSError) and not is_foreign(failure):
+                self._drop(failure)
             else:
-                self.refuse(error)
+                self.refuse(failure)
         return False
 
     def refuse(self, error: Exception) -> None:

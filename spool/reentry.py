@@ -39,13 +39,9 @@ class ReentryLock:
         if self._lock._is_owned():
             raise RuntimeError("the lock is held by this thread already")
         try:
-            self._lock.acquire()
-            result = work()
-            self._lock.release()
-            return result
+            return self._run(work)
         except BaseException:
-            if self._lock._is_owned():
-                self._lock.release()
+            self._release_if_held()
             raise
 
     def try_run(self, work: Callable[[], object]) -> bool:
@@ -53,20 +49,41 @@ class ReentryLock:
         if self._lock._is_owned():
             return False
         try:
+            return self._try_run(work)
+        except BaseException:
+            self._release_if_held()
+            raise
+
+    # A handler may also raise while the lock is released after an exception of the work: hence twice.
+
+    def _run(self, work: Callable[[], T]) -> T:
+        try:
+            self._lock.acquire()
+            result = work()
+            self._lock.release()
+            return result
+        except BaseException:
+            self._release_if_held()
+            raise
+
+    def _try_run(self, work: Callable[[], object]) -> bool:
+        try:
             if not self._lock.acquire(blocking=False):
                 return False
             work()
             self._lock.release()
             return True
         except BaseException:
-            if self._lock._is_owned():
-                self._lock.release()
+            self._release_if_held()
             raise
+
+    def _release_if_held(self) -> None:
+        if self._lock._is_owned():
+            self._lock.release()
 
     def hold(self) -> None:
         """Wait for the lock and keep it until `let_go`: for a fork, whose hooks are two calls."""
         self._lock.acquire()
 
     def let_go(self) -> None:
-        if self._lock._is_owned():
-            self._lock.release()
+        self._release_if_held()

@@ -152,11 +152,12 @@ class Timeout(Exception):
     """What a worker's signal handler raises."""
 
 
+@pytest.mark.parametrize("mapped", [True, False])
 def test_an_exception_before_every_instruction_of_an_emit_that_rotates(
-    tmp_path: Path, housekeeping: str
+    tmp_path: Path, housekeeping: str, mapped: bool
 ) -> None:
     """No lock stays taken, every line of an emit that returned is there, and every segment is sealed."""
-    emitter = Emitter(tmp_path, segment_bytes=4096, max_age=60)
+    emitter = Emitter(tmp_path, segment_bytes=4096, max_age=60, mapped=mapped)
     kept: list[str | None] = []
 
     def interrupt(*_: object) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import mmap
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 
 from spool import Emitter
 from spool.metrics import DROPPED_METRIC
-from spool.segment import written_bytes
+from spool.segment import recover, written_bytes
 from tests.emit.lines import emit, ids, interrupted, lines
 from tests.processes import eventually
 
@@ -96,7 +98,7 @@ def test_lines_survive_the_removal_of_the_directory_under_a_living_emitter(
     emitter = Emitter(spool, max_age=60)
     for _ in range(3):
         kept = [emit(emitter) for _ in range(100)]
-        eventually(lambda: shutil.rmtree(spool, ignore_errors=True) or not spool.exists())
+        eventually(lambda: (shutil.rmtree(spool, ignore_errors=True), not spool.exists())[1])
         if replaced:
             spool.mkdir()
         kept += [emit(emitter) for _ in range(100)]
@@ -190,6 +192,131 @@ def test_a_spool_never_grows_beyond_its_limit(tmp_path: Path) -> None:
         file.unlink()
     recovers(emitter, tmp_path)
     emitter.close()
+
+
+def test_a_limit_counts_what_is_written_not_what_is_reserved(tmp_path: Path) -> None:
+    """Jobs that end by a signal leave 64 KiB each, most of it NUL bytes."""
+    code = (
+        "import os, sys, uuid\nfrom spool import Emitter\nemitter = Emitter(sys.argv[1])\n"
+        "assert emitter.increment_counter(metric_name='jobs')\nos._exit(0)\n"
+    )
+    for _ in range(8):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.open")) >= 8 * 65536
+    assert written_bytes(tmp_path) < 8 * 1024
+    emitter = Emitter(tmp_path, max_age=MAX_AGE, segment_bytes=65536, max_spool_bytes=4 * 65536)
+    emitter.prepare()
+    eventually(lambda: emitter._appender._limit._measured_at)
+    assert None not in [emit(emitter) for _ in range(100)]
+    emitter.close()
+
+
+def test_an_emit_never_scans_the_spool(tmp_path: Path) -> None:
+    for number in range(20_000):
+        (tmp_path / f"{number}.ndjson").touch()
+    emitter = Emitter(tmp_path, max_age=60)
+    times = []
+    for _ in range(2000):
+        begin = time.perf_counter()
+        emit(emitter, text="x" * 500)
+        times.append(time.perf_counter() - begin)
+    emitter.close()
+    begin = time.perf_counter()
+    written_bytes(tmp_path)
+    assert sum(times) < 10 * (time.perf_counter() - begin) and sorted(times)[1900] < 0.001
+
+
+def test_an_unfinished_segment_of_a_dead_writer_is_removed_and_of_a_living_one_stays(tmp_path: Path) -> None:
+    stem = "20261123T120000.000000Z-host-01234567-1-89abcdef-{:06d}.new"
+    for number, age in ((1, 3600), (2, 0), (3, 3600)):
+        file = tmp_path / stem.format(number)
+        file.touch()
+        os.utime(file, (time.time() - age, time.time() - age))
+    with (tmp_path / stem.format(3)).open("rb") as living:
+        fcntl.flock(living, fcntl.LOCK_EX)
+        written_bytes(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [stem.format(2), stem.format(3)]
+
+
+@pytest.fixture
+def btrfs(tmp_path: Path) -> Iterator[Path]:
+    """A btrfs of 128 MiB in a file."""
+    image, disk = tmp_path / "image", tmp_path / "btrfs"
+    disk.mkdir()
+    if shutil.which("mkfs.btrfs") is None:
+        pytest.skip("mkfs.btrfs is not installed (package btrfs-progs)")
+    with image.open("wb") as file:
+        file.truncate(128 << 20)
+    made = subprocess.run(["mkfs.btrfs", "-q", image], capture_output=True)
+    if (
+        made.returncode
+        or subprocess.run(["mount", "-o", "loop", image, disk], capture_output=True).returncode
+    ):
+        pytest.skip("mounting a btrfs takes a privilege or a kernel that is not here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_btrfs_drops_and_counts_without_sigbus_or_a_wait(btrfs: Path) -> None:
+    code = """
+import sys, time, uuid
+from spool import Emitter
+user = uuid.uuid4()
+emitter = Emitter(sys.argv[1] + "/spool", max_age=60)
+def emit():
+    begin = time.perf_counter()
+    made = emitter.emit_event(event_type="tick", user_id=user, family_unit_id=user, metadata={"t": "x" * 900})
+    return made, time.perf_counter() - begin
+kept = [emit() for _ in range(10)]
+with open(sys.argv[1] + "/filler", "wb", buffering=0) as filler:
+    for size in (1 << 20, 1 << 12, 1):
+        try:
+            while True: filler.write(b"x" * size)
+        except OSError: pass
+kept += [emit() for _ in range(20000)]
+print(max(seconds for _, seconds in kept))
+print(*[made for made, _ in kept if made])
+import os
+os.remove(sys.argv[1] + "/filler")
+emitter.close()
+"""
+    child = subprocess.run([sys.executable, "-c", code, btrfs], capture_output=True, text=True, timeout=120)
+    assert child.returncode == 0, (child.returncode, child.stderr)
+    longest, *kept = child.stdout.split()
+    for file in (btrfs / "spool").glob("*.open"):
+        recover(file)
+    assert float(longest) < 5 and len(kept) >= 10
+    assert set(kept) <= set(ids(btrfs / "spool"))
+
+
+@pytest.mark.parametrize("kind", ["btrfs", "tmpfs"])
+def test_only_a_file_system_that_overwrites_in_place_is_mapped(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    disk = request.getfixturevalue("btrfs" if kind == "btrfs" else "small_disk")
+    emitter = Emitter(disk / "spool")
+    emitter.prepare()
+    current = emitter._appender._state.current
+    assert current is not None and current.is_mapped() is (kind == "tmpfs")
+    emitter.close()
+
+
+def test_threads_that_write_at_once_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """Without a map, each takes a segment of its own."""
+    emitter = Emitter(tmp_path, mapped=False, max_age=0.2)
+    kept: list[str | None] = []
+    threads = [
+        threading.Thread(target=lambda: kept.extend([emit(emitter) for _ in range(2000)])) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    emitter.close()
+    assert None not in kept and sorted(ids(tmp_path)) == sorted(filter(None, kept))
+    assert len(list(tmp_path.iterdir())) < 200
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def test_recovery_keeps_what_is_whole_and_counts_what_is_not(tmp_path: Path, tai
 
 RECURSIVE: dict[str, Any] = {}
 RECURSIVE["self"] = RECURSIVE
-ODD = {
+ODD: dict[str, list[dict[Any, Any]]] = {
     "not_json": [{"a": object()}, {"a": "\ud800"}, {"a": 1 << 64}, {1: 2}, RECURSIVE],
     "not_finite": [{"a": float("nan")}, {"a": [{"b": float("inf")}]}],
     "oversize": [{"a": "x" * (2 << 20)}],
@@ -122,7 +122,12 @@ def test_odd_metadata_is_dropped_and_counted_and_raises_only_when_strict(
     tmp_path: Path, cause: str, metadata: dict[Any, Any]
 ) -> None:
     emitter, strict = Emitter(tmp_path), Emitter(tmp_path, strict=True)
-    event = {"event_type": "odd", "user_id": USER, "family_unit_id": FAMILY, "metadata": metadata}
+    event: dict[str, Any] = {
+        "event_type": "odd",
+        "user_id": USER,
+        "family_unit_id": FAMILY,
+        "metadata": metadata,
+    }
     assert emitter.emit_event(**event) is None
     assert emitter.stats().dropped == {cause: 1}
     with pytest.raises(ValueError, match=r"."):
@@ -145,7 +150,7 @@ def test_an_event_that_breaks_the_format_is_refused(
     tmp_path: Path, cause: str, change: dict[str, Any]
 ) -> None:
     emitter = Emitter(tmp_path)
-    event = {"event_type": "odd", "user_id": USER, "family_unit_id": FAMILY, **change}
+    event: dict[str, Any] = {"event_type": "odd", "user_id": USER, "family_unit_id": FAMILY, **change}
     assert emitter.emit_event(**event) is None
     assert emitter.stats().dropped == {cause: 1}
 

@@ -313,8 +313,8 @@ def test_an_exception_of_the_applications_signal_handler_ends_the_emit_and_is_no
     emitter = Emitter(tmp_path, segment_bytes=8192, mapped=mapped)
     kept = []
     for _ in range(200):
-        signal.setitimer(signal.ITIMER_REAL, 0.001)
         try:
+            signal.setitimer(signal.ITIMER_REAL, 0.001)
             while True:
                 kept.append(emit(emitter))
         except SoftTimeLimitExceeded:
@@ -393,7 +393,7 @@ builtins.keep = last
 def steps():
     with emitter.timer("step_ms"):
         yield 1
-    
+
 generator = steps()
 next(generator)
 import builtins

@@ -141,7 +141,7 @@ def test_gunicorn_with_a_preloaded_application(tmp_path: Path, worker: str) -> N
         cwd=tmp_path, env=os.environ | {"SPOOL_DIR": str(spool)}, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
-        port = eventually(lambda: port_file.exists() and port_file.read_text())
+        port = eventually(lambda: port_file.read_text() if port_file.exists() else "")
         address = f"http://127.0.0.1:{port.rstrip('.')}/"
         answers = [urllib.request.urlopen(address, timeout=10).read().decode().split() for _ in range(400)]
     finally:

@@ -8,13 +8,15 @@ is a tmpfs where mounting one is allowed.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from loader.watch import scan
 
 from spool import Emitter
 from spool.metrics import DROPPED_METRIC
@@ -34,7 +37,7 @@ from tests import histories
 from tests.emit.lines import emit, lines, recover_all
 from tests.processes import eventually
 
-MAX_AGE = 0.02
+MAX_AGE = 0.1
 SEGMENT_BYTES = 8192
 FORK = multiprocessing.get_context("fork")
 
@@ -47,7 +50,9 @@ def serve(spool: Path, orders: Connection) -> None:
         if order == "emit":
             orders.send([emit(emitter, text="x" * arguments[0]) for _ in range(arguments[1])])
         elif order == "fork":
-            orders.send(emit_in_a_child(emitter, *arguments))
+            orders.send(emit_in_a_child(emitter, os.fork, *arguments))
+        elif order == "fork in C":
+            orders.send(emit_in_a_child(emitter, lambda: fork_in_c(emitter), *arguments))
         elif order == "seal":
             orders.send(emitter.seal())
         elif order == "close":
@@ -56,9 +61,26 @@ def serve(spool: Path, orders: Connection) -> None:
             os._exit(0)
 
 
-def emit_in_a_child(emitter: Emitter, count: int, close: bool) -> list[str | None]:
+def fork_in_c(emitter: Emitter) -> int:
+    """Fork without hooks, as uWSGI does, at a moment when the housekeeping thread does not want the GIL."""
+    keeper = emitter._housekeeper
+    while (running := keeper._running) and not (
+        keeper.is_surely_asleep() and running.asleep_until > time.monotonic() + 0.005
+    ):
+        time.sleep(0.0005)
+    return int(ctypes.PyDLL(None).fork())
+
+
+def scan_for_ever(spool: Path) -> None:
+    """A loader that scans at every moment: it adopts the segments of dead writers."""
+    while True:
+        with suppress(FileNotFoundError):
+            scan(spool)
+
+
+def emit_in_a_child(emitter: Emitter, fork: Callable[[], int], count: int, close: bool) -> list[str | None]:
     ours, theirs = FORK.Pipe()
-    if (child := os.fork()) == 0:
+    if (child := fork()) == 0:
         theirs.send([emit(emitter) for _ in range(count)])
         if close:
             emitter.close()
@@ -80,6 +102,8 @@ class EmitterModel(RuleBasedStateMachine):
         self.kept: list[str] = []
         self.loaded: list[str] = []
         self.sealed: dict[Path, bytes] = {}
+        self.scanner = FORK.Process(target=scan_for_ever, args=(self.spool,), daemon=True)
+        self.scanner.start()
         self.start()
 
     def start(self) -> None:
@@ -104,6 +128,10 @@ class EmitterModel(RuleBasedStateMachine):
     @rule(count=st.integers(1, 30), close=st.booleans())
     def fork(self, count: int, close: bool) -> None:
         self.keep(self.ask("fork", count, close))
+
+    @rule(count=st.integers(1, 30), close=st.booleans())
+    def fork_in_c(self, count: int, close: bool) -> None:
+        self.keep(self.ask("fork in C", count, close))
 
     @rule()
     def seal(self) -> None:
@@ -175,6 +203,8 @@ class EmitterModel(RuleBasedStateMachine):
         self.filler.unlink(missing_ok=True)
         self.process.kill()
         self.process.join()
+        self.scanner.kill()
+        self.scanner.join()
         recover_all(self.spool)
         assert sorted(self.loaded + self.found()) == sorted(self.kept)
         subprocess.run(["rm", "-rf", self.home], check=True)

@@ -24,8 +24,8 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loader.decode import Row, decode
 
+from loader.load.decode import Row, decode
 from spool import Emitter
 from spool.context import bind
 from spool.record import MEMO_SIZE
@@ -144,11 +144,11 @@ FRAGMENTS = [
 ]  # fmt: skip
 numpy_values: list[Any] = []
 try:
-    import numpy  # type: ignore[import-not-found,unused-ignore]
+    import numpy as np  # type: ignore[import-not-found,unused-ignore]
 except ImportError:
     pass
 else:
-    numpy_values = [numpy.float64(1.5), numpy.float64("nan"), numpy.int64(3), numpy.array([1, 2])]
+    numpy_values = [np.float64(1.5), np.float64("nan"), np.int64(3), np.array([1, 2])]
 
 leaves = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -430,7 +430,9 @@ class SoftTimeLimit(Exception):
     """As Celery's, which a signal handler raises in whatever runs at the moment."""
 
 
-@pytest.mark.parametrize("error", [SoftTimeLimit, LookupError, TypeError])
+@pytest.mark.parametrize(
+    "error", [SoftTimeLimit, LookupError, TypeError, TimeoutError, ValueError, RuntimeError]
+)
 def test_what_a_signal_handler_raises_during_an_emit_reaches_the_application(
     emitter: Emitter, error: type[Exception]
 ) -> None:

@@ -26,7 +26,7 @@ def test_what_is_bound_ends_with_its_block_and_nests() -> None:
         assert (current().role, current().request_id) == ("parent", None)
     assert current().user_id is None
     with pytest.raises(TypeError):
-        bind(users=1).__enter__()
+        bind(users=1).__enter__()  # type: ignore[arg-type]
 
 
 def test_a_thread_with_a_copy_of_the_context_can_tell_its_request_who_the_user_is() -> None:

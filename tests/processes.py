@@ -26,6 +26,11 @@ LOADER = (sys.executable, "-m", "loader")
 T = TypeVar("T")
 
 
+def shown(value: object) -> str:
+    """The id of a parameter, equal in every process: pytest-xdist compares them."""
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value))
+
+
 HANGS_AFTER = 180.0
 """Seconds that nothing takes, on a loaded machine either: for what has no time of its own."""
 

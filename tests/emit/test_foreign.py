@@ -482,7 +482,8 @@ for _ in range(50):
     assert os.waitpid(child, 0)[1] == 0
 emit(emitter)
 deadline = time.monotonic() + 10
-while sum(1 for file in Path(sys.argv[1]).glob(f"*-{os.getpid()}-*.ndjson") for line in file.read_text().splitlines()) < 2:
+sealed = lambda: Path(sys.argv[1]).glob(f"*-{os.getpid()}-*.ndjson")
+while sum(len(file.read_text().splitlines()) for file in sealed()) < 2:
     assert time.monotonic() < deadline
 """
     run(code, tmp_path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -28,8 +29,8 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from loader.watch import scan
 
+from loader.files.scan import scan
 from spool import Emitter
 from spool.metrics import DROPPED_METRIC
 from spool.segment import recover
@@ -207,7 +208,7 @@ class EmitterModel(RuleBasedStateMachine):
         self.scanner.join()
         recover_all(self.spool)
         assert sorted(self.loaded + self.found()) == sorted(self.kept)
-        subprocess.run(["rm", "-rf", self.home], check=True)
+        shutil.rmtree(self.home)
 
 
 def recover_dead(model: EmitterModel) -> bool:
@@ -235,7 +236,7 @@ def write(fd: int, size: int) -> bool:
 @contextmanager
 def a_disk(parent: Path) -> Iterator[tuple[Path, bool]]:
     """A tmpfs of 4 MiB, or just a directory where mounting is not allowed."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", parent]
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(parent)]
     if subprocess.run(command, capture_output=True).returncode:
         yield parent, False
         return

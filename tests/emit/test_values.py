@@ -30,6 +30,7 @@ from spool import Emitter
 from spool.context import bind
 from spool.record import MEMO_SIZE
 from tests.emit.lines import FAMILY, USER
+from tests.processes import shown
 
 Kept = Callable[[], list[bytes]]
 """Seals and returns the lines that were written since it was called last."""
@@ -279,7 +280,7 @@ class Liar:
 
 
 @pytest.mark.parametrize("field", ["user_id", "family_unit_id", "session_id", "event_id"])
-@pytest.mark.parametrize("value", [*NOT_IDS, Liar(), Text("nobody")], ids=repr)
+@pytest.mark.parametrize("value", [*NOT_IDS, Liar(), Text("nobody")], ids=shown)
 def test_what_is_not_an_id_is_refused_whatever_is_bound_or_was_seen(
     emitter: Emitter, kept: Kept, field: str, value: Any
 ) -> None:
@@ -303,7 +304,7 @@ def test_what_is_not_an_id_is_refused_whatever_is_bound_or_was_seen(
         CANONICAL, CANONICAL.upper(), CANONICAL.replace("-", ""), f"{{{CANONICAL}}}", f"urn:uuid:{CANONICAL}",
         uuid.UUID(CANONICAL), Identifier(CANONICAL), Text(CANONICAL),
     ],
-    ids=repr,
+    ids=shown,
 )  # fmt: skip
 def test_an_id_in_any_of_its_forms_is_written_in_the_canonical_one(
     emitter: Emitter, kept: Kept, value: Any
@@ -352,7 +353,7 @@ EAST, WEST = timezone(timedelta(hours=5)), timezone(-timedelta(hours=5))
         ("2024-W01-1T12:30:00.123456Z", None),
         (1768910400, None),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_a_timestamp_is_written_in_utc_within_the_years_1_to_9999(
     emitter: Emitter, kept: Kept, given: Any, written: str | None

@@ -17,6 +17,7 @@ import pytest
 from spool import Emitter
 from spool.context import begin, bind, current, end, scope, update
 from spool.testing import Recorder, record
+from tests.processes import shown
 
 
 def test_what_is_bound_ends_with_its_block_and_nests() -> None:
@@ -26,7 +27,7 @@ def test_what_is_bound_ends_with_its_block_and_nests() -> None:
         assert (current().role, current().request_id) == ("parent", None)
     assert current().user_id is None
     with pytest.raises(TypeError):
-        bind(users=1).__enter__()  # type: ignore[arg-type]
+        bind(users=1).__enter__()  # type: ignore[call-arg]
 
 
 def test_a_thread_with_a_copy_of_the_context_can_tell_its_request_who_the_user_is() -> None:
@@ -110,7 +111,7 @@ def test_what_is_bound_is_spliced_into_each_line_and_what_the_call_gives_wins(
 @pytest.mark.parametrize(
     "bound",
     [{"user_id": "nobody"}, {"role": "\ud800"}, {"role": object()}, {"request_id": b"r"}, {"user_id": 1}],
-    ids=repr,
+    ids=shown,
 )
 def test_what_is_bound_and_cannot_be_written_is_refused_by_the_emit_and_never_raises_where_it_is_bound(
     tmp_path: Path, bound: dict[str, Any]

@@ -14,7 +14,7 @@ from fastapi import BackgroundTasks, FastAPI
 from starlette.testclient import TestClient
 
 from spool import AnalyticsService, Emitter, events
-from spool.context import Values, bind
+from spool.context import bind
 from spool.events import CATALOGUE, emits, event, log_memory_posted, log_pet_created
 from spool.metrics import log_feed_interaction
 from spool.testing import Recorder, record, recorder
@@ -22,7 +22,7 @@ from spool.testing import Recorder, record, recorder
 __all__ = ["recorder"]
 
 USER, FAMILY, MEMORY = uuid.uuid4(), uuid.uuid4(), uuid.uuid4()
-WHO: Values = {"user_id": USER, "family_unit_id": FAMILY}
+WHO: dict[str, Any] = {"user_id": USER, "family_unit_id": FAMILY}
 STANDARD = [
     "user_registered",
     "user_logged_in",

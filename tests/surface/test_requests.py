@@ -150,7 +150,7 @@ def test_a_request_that_is_given_up_in_another_context_ends_quietly(
         raise AssertionError("nothing is sent")
 
     scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
-    request = asgi.AnalyticsMiddleware(app, emitter=emitter)(scope, receive=send, send=send)
+    request = asgi.AnalyticsMiddleware(app, emitter=emitter)(scope, receive=send, send=send)  # type: ignore[arg-type]
 
     async def begin() -> None:
         request.send(None)
@@ -255,7 +255,9 @@ def flask(emitter: Emitter) -> Any:
         return app.response_class(pieces())
 
     app.config["PROPAGATE_EXCEPTIONS"] = True
-    app.wsgi_app = wsgi.AnalyticsMiddleware(app.wsgi_app, emitter=emitter, exclude=("/health",))
+    app.wsgi_app = wsgi.AnalyticsMiddleware(  # type: ignore[method-assign]
+        app.wsgi_app, emitter=emitter, exclude=("/health",)
+    )
     return app
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spool import Emitter, Settings
-from tests.processes import environment
+from tests.processes import environment, shown
 
 INVALID = {
     "SPOOL_MAX_AGE": ["soon", "0", "-1", "nan", "inf", "1e9"],
@@ -41,7 +41,7 @@ def test_an_invalid_variable_is_named_where_an_emitter_is_made(
         {"max_line_bytes": 60000, "segment_bytes": 8192, "max_spool_bytes": 65536}, {"redact": "password"},
         {"directory": "a\0b"},
     ],
-    ids=repr,
+    ids=shown,
 )  # fmt: skip
 def test_an_invalid_argument_is_named_where_an_emitter_is_made(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(given))} must be "):

@@ -13,7 +13,7 @@ import pytest
 
 from loader.load.database import Connection
 from tests.load.lines import STEM, event, joined, segment
-from tests.processes import Cli, eventually
+from tests.processes import Cli
 
 Setting = dict[str, str]
 Prepare = Callable[[Cli, Connection], object]
@@ -201,12 +201,6 @@ def test_a_port_that_is_taken_is_named(cli: Cli) -> None:
     with taken_port() as port:
         printed = cli("run", "--metrics-port", str(port), code=2)
     assert f"metrics port {port}" in printed and "choose another" in printed and printed.count("\n") == 1
-
-
-def test_a_second_loader_is_told_of_the_first(cli: Cli) -> None:
-    with cli.daemon() as process:
-        eventually(lambda: (cli.spool / ".loader.lock").exists())
-        eventually(lambda: f"has a loader already: pid {process.pid}" in cli("run", "--once", code=1))
 
 
 def test_a_password_on_the_command_line_is_warned_of(cli: Cli) -> None:

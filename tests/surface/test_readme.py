@@ -96,6 +96,21 @@ def test_the_events_are_those_of_the_catalogue() -> None:
     assert subprocess.run(code, capture_output=True, text=True, check=True).stdout in README.read_text()
 
 
+def test_the_promises_name_tests_that_exist() -> None:
+    table = README.read_text().partition("## What is promised")[2]
+    files = list((README.parent / "tests").rglob("test_*.py"))
+    code = "".join(path.read_text() for path in files)
+    named = set(re.findall(r"`(test\w*(?:[/.]\w+)*)`", table))
+    assert len(named) > 15
+    for name in named:
+        found = (
+            (README.parent / name).exists()
+            if "/" in name
+            else name in {path.name for path in files} or f"def {name}(" in code
+        )
+        assert found, name
+
+
 @pytest.fixture(scope="module")
 def filled(one_server: str) -> Iterator[str]:
     """A database with 100,000 rows in each table, spread over 30 days."""

@@ -19,6 +19,8 @@ a pooler in transaction mode hands its connections to others, who must not find 
                                          session's, pg_temp     schemas are kept for triggers of the tables
     row_security                         on                     off refuses each query of a table with a policy
     client_encoding                      UTF8                   lines are UTF-8; psycopg encodes with the client's
+    standard_conforming_strings          on                     psycopg doubles the backslash of bytea otherwise, and
+                                                                the ledger's digests would be other bytes
     DateStyle, TimeZone                  ISO, UTC               rows as text (collisions), timestamps that are read
     jit                                  off                    compiling takes longer than looking up a batch
     exit_on_error                        off                    a duplicate must not end the session
@@ -27,7 +29,7 @@ a pooler in transaction mode hands its connections to others, who must not find 
 Left as they are: default_transaction_read_only (somebody protects a server, or its disk is full: the loader
 waits), session_replication_role and fsync (only a superuser may set them; `loader doctor` reports them),
 idle_session_timeout (an idle connection that was closed is opened again without a word), bytea_output,
-IntervalStyle, extra_float_digits and standard_conforming_strings (no value depends on them), tablespaces and
+IntervalStyle and extra_float_digits (no value depends on them), tablespaces and
 planner settings (they cost time only).
 
 Statements name functions with their schema, and compare values of types that have an operator of their own:
@@ -54,6 +56,7 @@ _SETTINGS: Final = b"""
     SET LOCAL lock_timeout = '60s';
     SET LOCAL row_security = on;
     SET LOCAL client_encoding = 'UTF8';
+    SET LOCAL standard_conforming_strings = on;
     SET LOCAL DateStyle = 'ISO, YMD';
     SET LOCAL TimeZone = 'UTC';
     SET LOCAL jit = off;
@@ -68,7 +71,7 @@ _SESSION_SCHEMAS: Final = "SELECT pg_catalog.current_schemas(false)::pg_catalog.
 _FIND_PATH: Final = """
     WITH session AS (
         SELECT name, place FROM unnest(%s::name[]) WITH ORDINALITY AS found (name, place)
-        WHERE name <> 'pg_catalog'
+        WHERE name <> 'pg_catalog' AND name !~ '^pg_temp'
     ), home AS (
         SELECT nspname AS name, (SELECT place FROM session WHERE name = nspname) AS place
         FROM pg_namespace JOIN pg_class ON relnamespace = pg_namespace.oid

@@ -30,6 +30,10 @@ _COPY_LINE: Final = re.compile(r", line (\d+)")
 _UNIQUE: Final = "postgres_23505"
 
 
+class AllRefusedError(Exception):
+    """The cause of an error that kept every row of a batch from being stored, but is no error of the table."""
+
+
 def insert_isolating(connection: Connection, table: Table, rows: Sequence[Row]) -> Inserted:
     """Insert rows, each once, and return which were refused. Raises psycopg.Error if no row is at fault."""
     with connection.transaction():
@@ -153,7 +157,7 @@ def _insert_each(staging: Staging, error: psycopg.Error | None) -> Inserted:
     if causes := triggers(staging.connection, staging.table):
         absent = staging.absent(stored)
     if error is not None and len(stored) == len(list(absent)) and not all(map(_is_of_row, refused.values())):
-        raise error
+        raise error from AllRefusedError()
     lost = dict.fromkeys(absent, not_stored(staging.table, causes))
     return existing + compared + Inserted(refused=refused | lost)
 

@@ -1,37 +1,35 @@
 """The batches of a run, shared by its workers.
 
 A batch is in the hands of one worker at most. A worker that cannot load it at the moment gives it back, so that
-another one takes it; a worker without work waits for what the others may give back. A batch that Postgres refuses
-altogether is postponed to the next run, and the others go on. If two are refused in a row, or all there are,
-the configuration is at fault, and the run ends.
+another one takes it; a worker without work waits for what the others may give back. A batch of which Postgres
+refuses every row is postponed to the next run, and the others go on. If that happens to all there are, or
+Postgres refuses to insert anything, then the configuration is at fault.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Final
 
 import psycopg
 
 from loader.load.counts import Loaded
+from loader.load.isolate import AllRefusedError
 from loader.service.run import Batch, LoadRun
-
-_REFUSED_IN_A_ROW: Final = 2
 
 
 class Batches:
-    """Safe to use from any thread. `refusal` is the error that ended the run, if the configuration is at fault."""
+    """Safe to use from any thread."""
 
     def __init__(self, run: LoadRun) -> None:
         self.refusal: psycopg.Error | None = None
+        """Set if the configuration is at fault."""
         self._run = run
         self._changed = threading.Condition()
         self._waiting: deque[Batch] = deque()
         """Batches that were given back, and one that was read ahead."""
         self._in_hand = 0
-        self._refused = 0
-        """Batches that were refused since one was loaded."""
+        self._committed = False
         self._ended = False
 
     def wait(self, seconds: float) -> bool:
@@ -63,21 +61,23 @@ class Batches:
     def commit(self, batch: Batch, loaded: Loaded) -> None:
         """Note that a batch is committed, and retire the files that this finished."""
         with self._changed:
-            self._refused = 0
-            self.refusal = None
+            self._committed = True
+            if not self._ended:
+                self.refusal = None
             self._run.commit(batch, loaded)
             self._put_down()
         self._run.retire_finished()
 
     def postpone(self, batch: Batch, error: psycopg.Error, reason: str) -> None:
-        """Note that all rows of a batch were refused, or that it could not be tried."""
+        """Note that all rows of a batch were refused, or that nothing can be inserted at all."""
         with self._changed:
             self._run.postpone(batch, f"waits: {reason}")
-            self._refused += 1
-            self.refusal = error
-            self._put_down()
-            if self._refused == _REFUSED_IN_A_ROW:
+            every_batch = not isinstance(error.__cause__, AllRefusedError)
+            if every_batch or not self._committed:
+                self.refusal = error
+            if every_batch:
                 self._end()
+            self._put_down()
 
     def give_up(self) -> None:
         """Leave the remaining batches."""

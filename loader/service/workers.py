@@ -144,15 +144,16 @@ class Workers:
             if connection.failures > 1:  # one failure may be an outage, which the others are about to notice
                 self._report_connections(f": {explain(error)}")
             return False
-        self._report_connections()
+        if self._health.connections is not None:
+            self._report_connections()
         return True
 
     def _report_connections(self, why: str = "") -> None:
         """Log once that there are fewer connections than workers, and when there are as many again."""
-        count = sum(connection.is_open for connection in self._connections)
-        if self._health.limited_to(count if why else None):
-            log.log(logging.WARNING if why else logging.INFO,
-                    "loading with %d of %d connections%s", count, len(self._connections), why)  # fmt: skip
+        count, workers = sum(connection.is_open for connection in self._connections), len(self._connections)
+        if self._health.limited_to(count if count < workers else None):
+            level = logging.WARNING if count < workers else logging.INFO
+            log.log(level, "loading with %d of %d connections%s", count, workers, why)
 
     def _connect(self) -> Connection:
         return connect(self._dsn(), self._health.progressed)

@@ -47,7 +47,9 @@ def test_what_the_application_gave_counts(
     one_connection: Connection, tmp_path: Path, change: dict[str, Any], duplicates: float
 ) -> None:
     load(one_connection, [chunk(event(1), event(2, metadata={"a": 1, "b": {"role": "y"}}))], tmp_path)
-    assert load(one_connection, [chunk(event(1, **change))], tmp_path, duplicates).counts == Counts(rejected=1)
+    assert load(one_connection, [chunk(event(1, **change))], tmp_path, duplicates).counts == Counts(
+        rejected=1
+    )
     assert {code for _, _, code in rejected(tmp_path)} == {"collision"}
 
 

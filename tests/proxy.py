@@ -4,8 +4,8 @@
         proxy.cut_at_commit(7)       # the next COMMIT ends after 7 bytes of it and its answer
         database.connect(proxy.dsn)
 
-Bytes are counted from the first one of the client's message: 0 cuts before it, its length after it was sent, and
-what is above that within the server's answer. A cut closes both sides, as a crash of either would.
+Bytes are counted from the first one of the client's message: 0 cuts before it, its length after it was sent,
+and what is above that within the server's answer. A cut closes both sides, as a crash of either would.
 """
 
 from __future__ import annotations

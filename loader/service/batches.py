@@ -1,9 +1,9 @@
 """The batches of a run, shared by its workers.
 
-A batch is in the hands of one worker at most. A worker that cannot load it at the moment gives it back, so that
-another one takes it; a worker without work waits for what the others may give back. A batch of which Postgres
-refuses every row is postponed to the next run, and the others go on. If that happens to all there are, or
-Postgres refuses to insert anything, then the configuration is at fault.
+A batch is in the hands of one worker at most. A worker that cannot load it at the moment gives it back, so
+that another one takes it; a worker without work waits for what the others may give back. A batch of which
+Postgres refuses every row is postponed to the next run, and the others go on. If that happens to all there
+are, or Postgres refuses to insert anything, then the configuration is at fault.
 """
 
 from __future__ import annotations

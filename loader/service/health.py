@@ -48,7 +48,7 @@ class Health:
         self.progressed()
 
     def limited_to(self, connections: int | None) -> bool:
-        """Note that only so many connections can be had, None for as many as workers. Return whether that is new."""
+        """Note that so many connections load, None for all. Return whether that is new."""
         with self._lock:
             before, self.connections = self.connections, connections
         return before != connections

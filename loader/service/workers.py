@@ -1,9 +1,9 @@
 """Files through several connections: batches of chunks are read one by one and loaded side by side.
 
-A worker is a thread with a connection of its own. It takes a batch only when it has that connection (batches.py),
-loads it, commits and retires the finished files. One that cannot connect while another is connected tries again
-from time to time: the files are loaded with as many connections as there are, down to one. Without any, the
-workers wait as retry.py says.
+A worker is a thread with a connection of its own. It takes a batch only when it has that connection
+(batches.py), loads it, commits and retires the finished files. One that cannot connect while another is
+connected tries again from time to time: the files are loaded with as many connections as there are, down to
+one. Without any, the workers wait as retry.py says.
 
 Asked to stop, workers finish the batch in hand. One that cannot, because the server is stuck or gone, has its
 connection cut after FINISH_SECONDS, which rolls the batch back; one that still hangs, in an attempt to

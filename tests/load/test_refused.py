@@ -1,4 +1,4 @@
-"""What Postgres refuses or does not keep: that row is rejected and counted, whatever the cause, and no other is."""
+"""What Postgres refuses or does not keep: that row is rejected and counted, whatever the cause."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def trigger(body: str, *, when: str = "BEFORE", table: str = "analytics_events")
 
 def raising(state: str) -> str:
     return trigger(
-        f"IF NEW.event_type = 'cursed' THEN RAISE 'not this one' USING ERRCODE = '{state}'; END IF; RETURN NEW;"
+        "IF NEW.event_type = 'cursed' THEN "
+        f"RAISE 'not this one' USING ERRCODE = '{state}'; END IF; RETURN NEW;"
     )
 
 
@@ -45,7 +46,8 @@ DROPPING = {
     ),
     "a trigger that deletes": (
         trigger(
-            "IF NEW.event_type = 'cursed' THEN DELETE FROM analytics_events WHERE id = NEW.id; END IF; RETURN NULL;",
+            "IF NEW.event_type = 'cursed' THEN "
+            "DELETE FROM analytics_events WHERE id = NEW.id; END IF; RETURN NULL;",
             when="AFTER",
         ).replace("plpgsql AS", "plpgsql SECURITY DEFINER AS"),
         "trigger picky",
@@ -78,7 +80,8 @@ def test_a_rule_that_drops_rows_is_no_reason_to_retry_forever(
 ) -> None:
     as_owner(
         connection,
-        "CREATE RULE picky AS ON INSERT TO analytics_events WHERE NEW.event_type = 'cursed' DO INSTEAD NOTHING",
+        "CREATE RULE picky AS ON INSERT TO analytics_events "
+        "WHERE NEW.event_type = 'cursed' DO INSTEAD NOTHING",
     )
     lines = [event(1), event(2, event_type="cursed"), event(1), event(2, event_type="cursed")]
     tally = load(connection, [chunk(*lines)], tmp_path, duplicates)
@@ -200,7 +203,9 @@ HALF = {
         "ALTER TABLE analytics_events ADD CHECK (event_type <> 'cursed')", {"event_type": "cursed"}, "23514",
     ),
     "a type": (
-        "DROP VIEW analytics_events_daily; ALTER TABLE analytics_events ALTER event_type TYPE varchar(20)", {"event_type": "x" * 21}, "22001",
+        "DROP VIEW analytics_events_daily; "
+        "ALTER TABLE analytics_events ALTER event_type TYPE varchar(20)",
+        {"event_type": "x" * 21}, "22001",
     ),
     "a trigger": (raising("42501"), {"event_type": "cursed"}, "42501"),
 }  # fmt: skip

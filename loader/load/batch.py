@@ -87,8 +87,8 @@ def check(chunk: Chunk) -> Outcome:
 def _record(connection: Connection, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], list[Outcome]]:
     """Write the chunks to the ledger; return those that it has now, and those that another loader had loaded.
 
-    All rows of the latter existed, so nothing is counted twice. Raises psycopg.errors.SerializationFailure if some
-    did not: another loader had rejected lines that could be loaded here.
+    All rows of the latter existed, so nothing is counted twice. Raises psycopg.errors.SerializationFailure if
+    some did not: another loader had rejected lines that could be loaded here.
     """
     recorded = ledger.record(connection, [outcome.entry() for outcome in outcomes])
     ours = [outcome for outcome in outcomes if outcome.chunk.digest in recorded]

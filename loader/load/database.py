@@ -1,34 +1,36 @@
 """Connections, and every setting that a transaction of the loader depends on.
 
-A role, a database, a server or a pooler can change any setting, so each transaction sets its own, with SET LOCAL:
-a pooler in transaction mode hands its connections to others, who must not find our settings.
+A role, a database, a server or a pooler can change any setting, so each transaction sets its own, with SET
+LOCAL: a pooler in transaction mode hands its connections to others, who must not find our settings.
 
-    setting                              set to                 why
-    -----------------------------------  ---------------------  ------------------------------------------------
-    statement_timeout                    0                      one COPY may take longer; a batch is bounded by
-    transaction_timeout (17)             0                      its chunks, not by time. The loader decodes and
-    idle_in_transaction_session_timeout  0                      syncs rejects between two statements
-    lock_timeout                         60 s                   a lock held for long is reported, then awaited again
-    transaction_isolation                read committed         a row that another loader commits must be visible
-                                                                to the next statement, which compares it
-    synchronous_commit                   on, unless stronger    the file is removed after COMMIT. off, local and
-                                                                remote_write may lose what is committed, also on
-                                                                failover; remote_apply stays
-    search_path                          pg_catalog, the        names mean the system's functions and these tables;
-                                         tables' schema, the    a temporary table shadows nothing. The session's
-                                         session's, pg_temp     schemas are kept for triggers of the tables
-    row_security                         on                     off refuses each query of a table with a policy
-    client_encoding                      UTF8                   lines are UTF-8; psycopg encodes with the client's
-    DateStyle, TimeZone                  ISO, UTC               rows as text (collisions), timestamps that are read
-    jit                                  off                    compiling takes longer than looking up a batch
-    exit_on_error                        off                    a duplicate must not end the session
-    constraints                          immediate              at COMMIT, one row would fail all the others
+  setting                             set to              why
+  ----------------------------------- ------------------  ------------------------------------------------
+  statement_timeout                   0                   one COPY may take longer; a batch is bounded by
+  transaction_timeout (17)            0                   its chunks, not by time. The loader decodes and
+  idle_in_transaction_session_timeout 0                   syncs rejects between two statements
+  lock_timeout                        60 s                a lock held for long is reported, then awaited again
+  transaction_isolation               read committed      a row that another loader commits must be visible
+                                                          to the next statement, which compares it
+  synchronous_commit                  on, unless stronger the file is removed after COMMIT. off, local and
+                                                          remote_write may lose what is committed, also on
+                                                          failover; remote_apply stays
+  search_path                         pg_catalog, the     names mean the system's functions and these tables;
+                                      tables' schema, the a temporary table shadows nothing. The session's
+                                      session's, pg_temp  schemas are kept for triggers of the tables
+  row_security                        on                  off refuses each query of a table with a policy
+  client_encoding                     UTF8                lines are UTF-8; psycopg encodes with the client's
+  standard_conforming_strings         on                  psycopg doubles backslashes of bytea otherwise, and
+                                                          the ledger's digests would be other bytes
+  DateStyle, TimeZone                 ISO, UTC            rows as text (collisions), timestamps that are read
+  jit                                 off                 compiling takes longer than looking up a batch
+  exit_on_error                       off                 a duplicate must not end the session
+  constraints                         immediate           at COMMIT, one row would fail all the others
 
 Left as they are: default_transaction_read_only (somebody protects a server, or its disk is full: the loader
 waits), session_replication_role and fsync (only a superuser may set them; `loader doctor` reports them),
 idle_session_timeout (an idle connection that was closed is opened again without a word), bytea_output,
-IntervalStyle, extra_float_digits and standard_conforming_strings (no value depends on them), tablespaces and
-planner settings (they cost time only).
+IntervalStyle and extra_float_digits (no value depends on them), tablespaces and planner settings (they cost
+time only).
 
 Statements name functions with their schema, and compare values of types that have an operator of their own:
 then no function or operator that somebody creates in another schema is a better match (CVE-2018-1058).
@@ -54,6 +56,7 @@ _SETTINGS: Final = b"""
     SET LOCAL lock_timeout = '60s';
     SET LOCAL row_security = on;
     SET LOCAL client_encoding = 'UTF8';
+    SET LOCAL standard_conforming_strings = on;
     SET LOCAL DateStyle = 'ISO, YMD';
     SET LOCAL TimeZone = 'UTC';
     SET LOCAL jit = off;
@@ -68,7 +71,7 @@ _SESSION_SCHEMAS: Final = "SELECT pg_catalog.current_schemas(false)::pg_catalog.
 _FIND_PATH: Final = """
     WITH session AS (
         SELECT name, place FROM unnest(%s::name[]) WITH ORDINALITY AS found (name, place)
-        WHERE name <> 'pg_catalog'
+        WHERE name <> 'pg_catalog' AND name !~ '^pg_temp'
     ), home AS (
         SELECT nspname AS name, (SELECT place FROM session WHERE name = nspname) AS place
         FROM pg_namespace JOIN pg_class ON relnamespace = pg_namespace.oid
@@ -112,8 +115,8 @@ def connect(dsn: str, progressed: Callable[[], None] = lambda: None) -> Connecti
 def transaction(connection: Connection) -> Iterator[None]:
     """Open a transaction with the settings above.
 
-    Raises psycopg.Error, also for a server that dies at the end of a COPY: psycopg 3.3 may then raise ValueError,
-    because the connection has no socket any more.
+    Raises psycopg.Error, also for a server that dies at the end of a COPY: psycopg 3.3 may then raise
+    ValueError, because the connection has no socket any more.
     """
     try:
         with connection.transaction():

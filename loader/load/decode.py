@@ -1,11 +1,11 @@
 """Which rows: a line becomes a `Row`, ready for COPY's text format, or a `Reject` that says why not.
 
 This room never sees a connection. What it lets through has the types, lengths and ranges of the line format
-(spool/record.py); what only Postgres can know (a number too long, a foreign key) is found by the load.
-A row that was exported from one of the two tables (`row_to_json`) is a line, too: its `id` and `created_at` are
-ignored, but `id` is the event_id of a metric that has none.
-COPY text format: https://www.postgresql.org/docs/current/sql-copy.html (tab between columns, `\\N` for
-NULL, backslash escapes).
+(spool/record.py); what only Postgres can know (a number too long, a foreign key) is found by the load. A row
+that was exported from one of the two tables (`row_to_json`) is a line, too: its `id` and `created_at` are
+ignored, but `id` is the event_id of a metric that has none. COPY text format:
+https://www.postgresql.org/docs/current/sql-copy.html (tab between columns, `\\N` for NULL, backslash
+escapes).
 """
 
 from __future__ import annotations

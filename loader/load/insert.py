@@ -5,9 +5,9 @@
     comparing       every row is staged and compared
     isolating       as comparing; what Postgres refuses or does not keep is found and rejected (isolate.py)
 
-The first three fail as a whole. A unique violation or a deadlock leads to the next way, an outage to the caller,
-and any other error to `isolating`: also one that only COPY has (row-level security; on Citus, every error of
-a worker is an XX000).
+The first three fail as a whole. A unique violation or a deadlock leads to the next way, an outage to the
+caller, and any other error to `isolating`: also one that only COPY has (row-level security; on Citus, every
+error of a worker is an XX000).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     row by row  if that fails; in the server, some 30 us each. Whatever refuses a row, it is that row
 
 Row by row means a block of PL/pgSQL with an exception handler: no other row is affected, and nothing is sent
-twice. A code that means an outage is passed on, unless a function raised it (sqlstate.py). If no row at all was
-stored and the code is one that a person must do something about, then the configuration is at fault.
+twice. A code that means an outage is passed on, unless a function raised it (sqlstate.py). If no row at all
+was stored and the code is one that a person must do something about, then the configuration is at fault.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ from loader.load.triggers import not_stored, triggers
 
 _COPY_LINE: Final = re.compile(r", line (\d+)")
 _UNIQUE: Final = "postgres_23505"
+
+
+class AllRefusedError(Exception):
+    """Cause of an error that refused every row of a batch, but not an insert without rows."""
 
 
 def insert_isolating(connection: Connection, table: Table, rows: Sequence[Row]) -> Inserted:
@@ -62,7 +66,8 @@ def _insert(staging: Staging) -> Inserted:
 
 _FOREIGN_KEY: Final = """
     SELECT confrelid::pg_catalog.regclass::pg_catalog.text, parent.relname,
-        pg_catalog.array_agg(ours.attname ORDER BY place), pg_catalog.array_agg(theirs.attname ORDER BY place),
+        pg_catalog.array_agg(ours.attname ORDER BY place),
+        pg_catalog.array_agg(theirs.attname ORDER BY place),
         NOT parent.relrowsecurity AND pg_catalog.has_schema_privilege(parent.relnamespace, 'USAGE')
             AND pg_catalog.bool_and(pg_catalog.has_column_privilege(parent.oid, theirs.attnum, 'SELECT'))
     FROM pg_catalog.pg_constraint AS known
@@ -77,7 +82,7 @@ _FOREIGN_KEY: Final = """
 
 
 def _orphans(staging: Staging, constraint: str | None) -> dict[int, Reject]:
-    """Return the rows without a parent, if the loader may read the parents and the rows are stored as staged."""
+    """Return the rows without a parent, if the loader may read it and rows are stored as they are staged."""
     found = staging.run(_FOREIGN_KEY, constraint).fetchall()
     if len(found) != 1 or not found[0][-1] or triggers(staging.connection, staging.table):
         return {}
@@ -153,7 +158,7 @@ def _insert_each(staging: Staging, error: psycopg.Error | None) -> Inserted:
     if causes := triggers(staging.connection, staging.table):
         absent = staging.absent(stored)
     if error is not None and len(stored) == len(list(absent)) and not all(map(_is_of_row, refused.values())):
-        raise error
+        raise error from AllRefusedError()
     lost = dict.fromkeys(absent, not_stored(staging.table, causes))
     return existing + compared + Inserted(refused=refused | lost)
 

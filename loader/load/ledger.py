@@ -59,8 +59,8 @@ def known(connection: Connection, digests: Sequence[bytes]) -> set[bytes]:
 def record(connection: Connection, entries: Sequence[Entry]) -> set[bytes]:
     """Write rows of the ledger; return the digests of those that are new. The others another loader wrote.
 
-    In the order of the digests, so that two loaders cannot deadlock. Raises psycopg.Error, and LoaderError if the
-    ledger does not keep its rows.
+    In the order of the digests, so that two loaders cannot deadlock. Raises psycopg.Error, and LoaderError if
+    the ledger does not keep its rows.
     """
     if not entries:
         return set()

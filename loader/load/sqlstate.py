@@ -64,6 +64,11 @@ def is_temporary(error: psycopg.Error) -> bool:
     return action(error.sqlstate) is Action.RETRY and not is_raised(error)
 
 
+def is_lost(error: psycopg.Error) -> bool:
+    """Whether the connection broke, or the server ended it, as after a time without work."""
+    return error.sqlstate is None or error.sqlstate.startswith(("08", "57P", "25P03", "25P04"))
+
+
 def retry_pattern() -> str:
     """Return a regular expression of Postgres for the codes whose action is RETRY."""
     return "^(" + "|".join(code for code, what in _ACTIONS.items() if what is Action.RETRY) + ")"

@@ -1,8 +1,8 @@
 """Rows of which some may exist: staged in a temporary table, compared by key, and inserted if they are new.
 
-New rows are inserted in the order of their key, so that two loaders cannot deadlock. A row is counted as stored
-if RETURNING yields it and, on a table with triggers, if its key is found afterwards. A command tag is never used
-(Citus reports rows that were not inserted).
+New rows are inserted in the order of their key, so that two loaders cannot deadlock. A row is counted as
+stored if RETURNING yields it and, on a table with triggers, if its key is found afterwards. A command tag is
+never used (Citus reports rows that were not inserted).
 """
 
 from __future__ import annotations
@@ -119,8 +119,9 @@ class Staging:
     def insert(self) -> Inserted:
         """Compare what exists, insert what does not, then compare what occurred twice among the rows.
 
-        Rows that other loaders commit in the meantime are compared again. Raises NotStoredError, and psycopg.Error:
-        for a row that is refused, and SerializationFailure if the others do not stop to interfere.
+        Rows that other loaders commit in the meantime are compared again. Raises NotStoredError, and
+        psycopg.Error: for a row that is refused, and SerializationFailure if the others do not stop to
+        interfere.
         """
         for _ in range(_ATTEMPTS):
             with suppress(_InterferenceError), self.connection.transaction():
@@ -206,11 +207,12 @@ class Staging:
 
 _STALE: Final = (
     "SELECT pg_catalog.to_regclass({staging_name}) IS NOT NULL AND EXISTS (SELECT FROM "
-    "pg_catalog.pg_attribute AS now LEFT JOIN pg_catalog.pg_attribute AS before ON before.attname = now.attname "
+    "pg_catalog.pg_attribute AS now LEFT JOIN pg_catalog.pg_attribute AS before "
+    "ON before.attname = now.attname "
     "AND before.attrelid = pg_catalog.to_regclass({staging_name})::pg_catalog.oid "
     "AND before.atttypid = now.atttypid AND before.atttypmod = now.atttypmod "
-    "WHERE now.attrelid = pg_catalog.to_regclass({table_name})::pg_catalog.oid AND now.attname = ANY({all_columns}) "
-    "AND before.attname IS NULL)"
+    "WHERE now.attrelid = pg_catalog.to_regclass({table_name})::pg_catalog.oid "
+    "AND now.attname = ANY({all_columns}) AND before.attname IS NULL)"
 )
 
 

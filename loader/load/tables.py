@@ -1,9 +1,9 @@
 """The two tables that are loaded: their columns in the order of COPY and the key that makes a row unique.
 
-Two rows with the same key are duplicates if their payloads are equal. The payload is what the application gave:
-the name, the user, the family unit, the session and `metadata`; of a metric its name, type, value and `labels`.
-What the emitter fills in by itself differs when the same call is made again, so it does not count: the timestamp
-and, at the top level of `metadata` or `labels`, the keys of `FILLED_IN`.
+Two rows with the same key are duplicates if their payloads are equal. The payload is what the application
+gave: the name, the user, the family unit, the session and `metadata`; of a metric its name, type, value and
+`labels`. What the emitter fills in by itself differs when the same call is made again, so it does not count:
+the timestamp and, at the top level of `metadata` or `labels`, the keys of `FILLED_IN`.
 """
 
 from __future__ import annotations

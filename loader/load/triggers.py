@@ -20,8 +20,10 @@ _FIND: Final = sql.SQL(
     "FROM pg_catalog.pg_trigger JOIN relations ON tgrelid = relation "
     "WHERE NOT tgisinternal AND tgenabled <> 'D' AND (tgtype::pg_catalog.int4 & 4) = 4 "
     "UNION SELECT pg_catalog.format('rule %%s', pg_catalog.quote_ident(rulename)) "
-    "FROM pg_catalog.pg_rewrite JOIN relations ON ev_class = relation WHERE ev_type = '3' AND ev_enabled <> 'D' "
-    "UNION SELECT 'row-level security' FROM pg_catalog.pg_class JOIN relations ON oid = relation WHERE relrowsecurity "
+    "FROM pg_catalog.pg_rewrite JOIN relations ON ev_class = relation "
+    "WHERE ev_type = '3' AND ev_enabled <> 'D' "
+    "UNION SELECT 'row-level security' FROM pg_catalog.pg_class "
+    "JOIN relations ON oid = relation WHERE relrowsecurity "
     "ORDER BY 1"
 )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 import psycopg
 
@@ -14,28 +16,65 @@ from loader.files.chunk import Chunk
 from loader.load.batch import load
 from loader.load.counts import Loaded
 from loader.load.database import Connection
+from loader.load.sqlstate import is_lost
+
+_FIRST_WAIT: Final = 1.0
+_LONGEST_WAIT: Final = 30.0
+"""Seconds between two attempts to open one more connection."""
 
 
 class WorkerConnection:
     """`connect` opens a connection; `connected` checks each new one. To be used by one thread, but `cut`."""
 
     def __init__(self, connect: Callable[[], Connection], connected: Callable[[Connection], None]) -> None:
+        self.failures = 0
+        """Attempts to connect that failed since one succeeded."""
         self._connect = connect
         self._connected = connected
         self._connection: Connection | None = None
+        self._due = 0.0
+        self._was_used = False
         self._duplicates = 0.0
         """Share of duplicates in the last batch: a guess at that of the next."""
 
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to try to connect again."""
+        return time.monotonic() >= self._due
+
     def connect(self) -> None:
         """Open the connection unless it is open. Raises psycopg.Error, LoaderError."""
-        if self._connection is None:
-            self._connection = self._connect()
-            with self._closing_on_error():
-                self._connected(self._connection)
+        if self._connection is not None:
+            return
+        wait = min(_FIRST_WAIT * 2**self.failures, _LONGEST_WAIT)
+        self.failures, self._due = self.failures + 1, time.monotonic() + wait
+        self._connection = self._connect()
+        with self._closing_on_error():
+            self._connected(self._connection)
+        self.failures, self._due = 0, 0.0
 
     def load(self, batch: Sequence[Chunk], spool: Path) -> Loaded:
-        """Load a batch. Raises as `loader.load.batch.load`."""
+        """Load a batch. Raises as `loader.load.batch.load`.
+
+        A connection that was idle may have been closed by the server, a pooler or a firewall. That is not an
+        outage: it is opened again, once.
+        """
+        was_used = self._was_used
+        try:
+            return self._load(batch, spool)
+        except psycopg.OperationalError as error:
+            if not (was_used and is_lost(error)):
+                raise
+        self.connect()
+        return self._load(batch, spool)
+
+    def _load(self, batch: Sequence[Chunk], spool: Path) -> Loaded:
         assert self._connection is not None  # it was connected
+        self._was_used = True
         with self._closing_on_error():
             loaded = load(self._connection, batch, spool, self._duplicates)
         if lines := loaded.counts.lines:
@@ -45,6 +84,7 @@ class WorkerConnection:
     def close(self) -> None:
         """Close the connection. Safe to repeat."""
         connection, self._connection = self._connection, None
+        self._was_used = False
         if connection is not None:
             connection.close()
 

@@ -175,6 +175,8 @@ def describe(waiting: Backlog, health: Health) -> str:
         size, age = waiting.sealed_bytes / 1e6, waiting.lag_seconds
         parts = [f"{waiting.sealed_files} files ({size:.1f} MB) wait, the oldest for {age:.0f} s"]
     parts.append(f"{health.rows_per_second():.0f} rows/s")
+    if health.connections is not None:
+        parts.append(f"only {health.connections} connections")
     if health.waits_for is not None:
         parts.insert(0, f"waiting: {health.waits_for}")
     elif health.last_error is not None:

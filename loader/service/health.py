@@ -30,6 +30,8 @@ class Health:
         self.connected = False
         self.waits_for: str | None = None
         """Why nothing is loaded at the moment."""
+        self.connections: int | None = None
+        """Connections that load, if there are fewer than workers."""
         self.last_error: str | None = None
         self.last_error_at = 0.0
         """Seconds since 1970."""
@@ -44,6 +46,12 @@ class Health:
     def connection_made(self) -> None:
         self.connected = True
         self.progressed()
+
+    def limited_to(self, connections: int | None) -> bool:
+        """Note that so many connections load, None for all. Return whether that is new."""
+        with self._lock:
+            before, self.connections = self.connections, connections
+        return before != connections
 
     def recovered(self) -> bool:
         """Note that the loader waits for nothing. Return whether that ended a wait."""

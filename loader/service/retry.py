@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import random
 import time
 from collections.abc import Callable
 from typing import Final, ParamSpec, TypeVar
@@ -17,8 +18,7 @@ import psycopg
 import tenacity
 
 from loader.errors import LoaderError, OutOfReachError
-from loader.load import sqlstate
-from loader.load.sqlstate import explain
+from loader.load.sqlstate import explain, is_temporary
 from loader.service.health import Health
 from loader.service.signals import Signals
 
@@ -27,6 +27,8 @@ log = logging.getLogger("loader")
 _FIRST_WAIT: Final = 0.2
 _LONGEST_WAIT: Final = 30.0
 """Seconds between two attempts."""
+_LONGEST_CONFLICT: Final = 1.0
+"""Seconds between two attempts if loaders got into each other's way."""
 _TICK_SECONDS: Final = 0.2
 _QUIET_CONFLICTS: Final = 5
 """Attempts in which loaders may get into each other's way before that is logged."""
@@ -52,9 +54,11 @@ class RetryPolicy:
         self._signals = signals
         self._health = health
         self._forever = patience is None
+        self._refusals = 0
+        """Runs in a row in which everything was refused."""
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(self._is_worth_waiting),
-            wait=tenacity.wait_random_exponential(_FIRST_WAIT, max=_LONGEST_WAIT),
+            wait=_wait,
             stop=tenacity.stop_any(
                 tenacity.stop_when_event_set(signals.stop),
                 tenacity.stop_never if patience is None else tenacity.stop_after_delay(patience),
@@ -68,8 +72,20 @@ class RetryPolicy:
         """Return what `work` returns. Raises what its last attempt raised."""
         return self._retrying(work, *args, **kwargs)
 
+    def refused(self, error: psycopg.Error) -> None:
+        """Report that rows are refused whatever they are, and wait before all are tried again.
+
+        Raises the error if it is not waited for.
+        """
+        if not self._forever:
+            raise explain(error)
+        self._log(explain(error))
+        self._refusals += 1
+        self._sleep(random.uniform(0, min(_FIRST_WAIT * 2**self._refusals, _LONGEST_WAIT)))
+
     def recovered(self) -> None:
         """Log the end of a wait, if there was one."""
+        self._refusals = 0
         if self._health.recovered():
             log.info("loading goes on")
 
@@ -77,7 +93,7 @@ class RetryPolicy:
         if self._forever:
             return isinstance(error, Failure)
         if isinstance(error, psycopg.Error):
-            return sqlstate.action(error.sqlstate) is sqlstate.Action.RETRY
+            return is_temporary(error)
         return isinstance(error, OSError) and error.errno in _TEMPORARY
 
     def _report(self, state: tenacity.RetryCallState) -> None:
@@ -85,19 +101,35 @@ class RetryPolicy:
         error = state.outcome and state.outcome.exception()
         if not isinstance(error, Failure) or _is_conflict(error, state.attempt_number):
             return
-        reason = explain(error)
+        self._log(explain(error))
+
+    def _log(self, reason: LoaderError) -> None:
         # The message of an outage changes from attempt to attempt; that it is an outage does not.
         cause = str(reason).partition(":")[0] if isinstance(reason, OutOfReachError) else str(reason)
         if self._health.retrying(str(reason), cause):
             log.warning("%s; retrying with backoff, at most %g s apart", reason, _LONGEST_WAIT)
 
     def _sleep(self, seconds: float) -> None:
-        """Wait between two attempts, unless asked to stop or to reload."""
+        """Wait between two attempts, unless asked to stop or to reload, or another worker recovers."""
         until, reloads = time.monotonic() + seconds, self._signals.reloads
+        waits = self._health.waits_for is not None
         while (left := until - time.monotonic()) > 0 and self._signals.reloads == reloads:
             self._health.progressed()
+            if waits and self._health.waits_for is None:
+                return
             if self._signals.stop.wait(min(left, _TICK_SECONDS)):
                 return
+
+
+_wait_for_recovery = tenacity.wait_random_exponential(_FIRST_WAIT, max=_LONGEST_WAIT)
+_wait_for_others = tenacity.wait_random_exponential(_FIRST_WAIT, max=_LONGEST_CONFLICT)
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    """Return the seconds until the next attempt."""
+    error = state.outcome and state.outcome.exception()
+    conflict = isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith("40")
+    return (_wait_for_others if conflict else _wait_for_recovery)(state)
 
 
 def _is_conflict(error: Exception, attempt: int) -> bool:

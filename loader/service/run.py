@@ -80,6 +80,12 @@ class LoadRun:
         with self._lock:
             self._batches = iter(())
 
+    def postpone(self, batch: Batch, reason: str) -> None:
+        """Leave the files of a batch to the next run."""
+        with self._lock:
+            for _, file in batch:
+                self._fail(file.source, reason)
+
     def commit(self, batch: Batch, loaded: Loaded) -> None:
         """Note that a batch is committed."""
         with self._lock:

@@ -1,7 +1,9 @@
 """Files through several connections: batches of chunks are read one by one and loaded side by side.
 
-A worker is a thread with a connection of its own. It takes the next batch of a shared run, so that at most
-one batch per worker is in memory, loads it with retries (retry.py), commits and retires the finished files.
+A worker is a thread with a connection of its own. It takes a batch only when it has that connection
+(batches.py), loads it, commits and retires the finished files. One that cannot connect while another is
+connected tries again from time to time: the files are loaded with as many connections as there are, down to
+one. Without any, the workers wait as retry.py says.
 
 Asked to stop, workers finish the batch in hand. One that cannot, because the server is stuck or gone, has its
 connection cut after FINISH_SECONDS, which rolls the batch back; one that still hangs, in an attempt to
@@ -19,11 +21,13 @@ from typing import Final
 
 import psycopg
 
+from loader.errors import LoaderError
 from loader.files.chunk import Chunk
 from loader.load.counts import Loaded
 from loader.load.database import Connection, connect
 from loader.load.schema import SCHEMA_VERSION, schema_version
-from loader.load.sqlstate import explain
+from loader.load.sqlstate import explain, is_temporary
+from loader.service.batches import Batches
 from loader.service.connection import WorkerConnection
 from loader.service.health import Health
 from loader.service.retry import Failure, RetryPolicy
@@ -60,6 +64,8 @@ class Workers:
 
     def connect(self) -> None:
         """Return once the database answers, or `stop` is set. Raises LoaderError if waiting did not help."""
+        if any(connection.is_open for connection in self._connections):
+            return
         first = self._connections[0]
         self._run_in_threads([lambda: self._retry.call(first.connect)])
         if not self._signals.stop.is_set():
@@ -71,7 +77,12 @@ class Workers:
         Raises LoaderError if waiting did not help; what was committed by then stays.
         """
         run = LoadRun(sources)
-        self._run_in_threads([self._worker(run, connection) for connection in self._connections])
+        batches = Batches(run)
+        self._run_in_threads([self._worker(batches, connection) for connection in self._connections])
+        run.retire_finished()  # files without a line
+        if batches.refusal is not None and not self._signals.stop.is_set():
+            self._retry.refused(batches.refusal)
+            run.report.failures.clear()  # one reason for all of them, which was reported
         return run.report
 
     def close(self) -> None:
@@ -81,27 +92,68 @@ class Workers:
 
     # ---- a worker -----------------------------------------------------------------------------------
 
-    def _worker(self, run: LoadRun, connection: WorkerConnection) -> Callable[[], None]:
-        return lambda: self._work(run, connection)
+    def _worker(self, batches: Batches, connection: WorkerConnection) -> Callable[[], None]:
+        return lambda: self._work(batches, connection)
 
-    def _work(self, run: LoadRun, connection: WorkerConnection) -> None:
+    def _work(self, batches: Batches, connection: WorkerConnection) -> None:
         try:
-            while not self._signals.stop.is_set() and (batch := run.take()):
-                loaded = self._retry.call(self._load, connection, [chunk for chunk, _ in batch])
-                run.commit(batch, loaded)
-                run.retire_finished()
-            run.retire_finished()  # files without a line
+            while not self._signals.stop.is_set() and not batches.done():
+                if batches.wait(_TICK_SECONDS):
+                    self._retry.call(self._attempt, batches, connection)
         except BaseException:
-            run.give_up()
+            batches.give_up()
             raise
 
+    def _attempt(self, batches: Batches, connection: WorkerConnection) -> None:
+        """Load a batch if there is one, and a connection. Raises what is worth waiting for."""
+        if not self._has_connection(connection) or not (batch := batches.take()):
+            return
+        try:
+            loaded = self._load(connection, [chunk for chunk, _ in batch])
+        except psycopg.Error as error:
+            if is_temporary(error):
+                batches.give_back(batch)
+                raise
+            batches.postpone(batch, error, str(explain(error)))
+        except BaseException:
+            batches.give_back(batch)
+            raise
+        else:
+            batches.commit(batch, loaded)
+
     def _load(self, connection: WorkerConnection, batch: Sequence[Chunk]) -> Loaded:
-        connection.connect()
         started = time.monotonic()
         loaded = connection.load(batch, self._spool)
         self._health.loaded(loaded, time.monotonic() - started)
         self._retry.recovered()
         return loaded
+
+    def _has_connection(self, connection: WorkerConnection) -> bool:
+        """Return whether a worker has its connection now; it may do without one while others have theirs."""
+        if connection.is_open:
+            return True
+        if not any(other.is_open for other in self._connections):
+            connection.connect()
+            return True
+        if not connection.is_due:
+            self._signals.stop.wait(_TICK_SECONDS)
+            return False
+        try:
+            connection.connect()
+        except (psycopg.Error, OSError, LoaderError) as error:
+            if connection.failures > 1:  # one failure may be an outage, which the others are about to notice
+                self._report_connections(f": {explain(error)}")
+            return False
+        if self._health.connections is not None:
+            self._report_connections()
+        return True
+
+    def _report_connections(self, why: str = "") -> None:
+        """Log once that there are fewer connections than workers, and when there are as many again."""
+        count, workers = sum(connection.is_open for connection in self._connections), len(self._connections)
+        if self._health.limited_to(count if count < workers else None):
+            level = logging.WARNING if count < workers else logging.INFO
+            log.log(level, "loading with %d of %d connections%s", count, workers, why)
 
     def _connect(self) -> Connection:
         return connect(self._dsn(), self._health.progressed)

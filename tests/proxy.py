@@ -1,0 +1,111 @@
+"""A wire to Postgres that a test can cut at any byte: a Unix socket that forwards to the server's own.
+
+    with Proxy.to(dsn) as proxy:
+        proxy.cut_at_commit(7)       # the next COMMIT ends after 7 bytes of it and its answer
+        database.connect(proxy.dsn)
+
+Bytes are counted from the first one of the client's message: 0 cuts before it, its length after it was sent,
+and what is above that within the server's answer. A cut closes both sides, as a crash of either would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+COMMIT = b"COMMIT\0"
+COPY_DONE = b"c\0\0\0\4"
+_SOCKET = ".s.PGSQL.5432"
+
+
+class _Cut:
+    """Where to cut: `left` bytes after the message that contains `mark` begins."""
+
+    def __init__(self, mark: bytes, left: int) -> None:
+        self.mark = mark
+        self.left = left
+        self.begun = False
+
+
+class Proxy:
+    """Forwards each connection to a server, and cuts the one that reaches the place it was asked for."""
+
+    def __init__(self, server: str, directory: Path) -> None:
+        self.dsn = make_conninfo(server, host=str(directory))
+        self.cuts = 0
+        """Connections that were cut."""
+        self._server = f"{conninfo_to_dict(server)['host']}/{_SOCKET}"
+        self._cut: _Cut | None = None
+        self._lock = threading.Lock()
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(directory / _SOCKET))
+        self._listening.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @classmethod
+    @contextlib.contextmanager
+    def to(cls, dsn: str) -> Iterator[Proxy]:
+        """Listen in a temporary directory; its path is short enough for a socket."""
+        with tempfile.TemporaryDirectory(prefix="proxy-") as directory:
+            proxy = cls(dsn, Path(directory))
+            try:
+                yield proxy
+            finally:
+                proxy._listening.close()
+
+    def cut_at_commit(self, position: int) -> None:
+        """Cut the next COMMIT after so many bytes of it and its answer."""
+        self.cut_at(COMMIT, position)
+
+    def cut_at(self, mark: bytes, position: int) -> None:
+        """As `cut_at_commit`, for the message of the client that contains `mark`."""
+        with self._lock:
+            self._cut = _Cut(mark, position)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listening.accept()
+                server = socket.socket(socket.AF_UNIX)
+                server.connect(self._server)
+                for source, target, from_client in ((client, server, True), (server, client, False)):
+                    forward = (source, target, from_client)
+                    threading.Thread(target=self._forward, args=forward, daemon=True).start()
+
+    def _forward(self, source: socket.socket, target: socket.socket, from_client: bool) -> None:
+        with contextlib.suppress(OSError):
+            going = True
+            while going and (data := source.recv(1 << 16)):
+                allowed, going = self._allowed(data, from_client)
+                target.sendall(data[:allowed])
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _allowed(self, data: bytes, from_client: bool) -> tuple[int, bool]:
+        """Return how many of these bytes may pass, and whether the connection goes on."""
+        with self._lock:
+            cut = self._cut
+            if cut is None or not (cut.begun or (from_client and cut.mark in data)):
+                return len(data), True
+            begin = 0 if cut.begun else _message_of(data, cut.mark)
+            cut.begun = True
+            passing = min(len(data) - begin, cut.left)
+            cut.left -= passing
+            if cut.left:
+                return begin + passing, True
+            self._cut = None
+            self.cuts += 1
+            return begin + passing, False
+
+
+def _message_of(data: bytes, mark: bytes) -> int:
+    """Return where the message begins that contains the mark: one byte and its length are before the text."""
+    place = data.index(mark)
+    return place if mark[:1] == b"c" else place - 5

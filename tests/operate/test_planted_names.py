@@ -137,7 +137,8 @@ def test_rows_that_were_loaded_are_pruned_and_read_without_what_was_planted(cli:
 
 
 def test_psql_applies_the_schema_without_what_was_planted(planted: Connection) -> None:
-    psql = ["psql", "-v", "ON_ERROR_STOP=1", "-q", "-f", str(ROOT / "schema.sql"), planted.info.dsn]
+    psql = ["psql", "-v", "ON_ERROR_STOP=1", "-q", "-f", str(ROOT / "schema.sql"),
+            f"host={planted.info.host} user=postgres dbname={planted.info.dbname}"]  # fmt: skip
     for command in (psql, [*psql, "-1"], psql):
         ended = subprocess.run(command, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr

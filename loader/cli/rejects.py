@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from pathlib import Path
+from typing import Final
 
 import click
 import orjson
@@ -12,6 +15,10 @@ from loader import settings
 from loader.cli import options
 from loader.errors import LoaderError, UsageError
 from loader.files import rejects
+from loader.files.claim import claimed
+
+_CLAIM_SECONDS: Final = 10.0
+"""Seconds that a file is awaited which the daemon retries."""
 
 
 @click.group("rejects")
@@ -50,9 +57,10 @@ def list_rejects(spool_dir: Path | None, as_json: bool) -> None:
     """
     from loader.cli import terminal
 
+    from loader.operate.status import reject_counts
+
     rows = []
-    for path in rejects.files(settings.spool_directory(spool_dir)):
-        codes = rejects.count([path])
+    for path, codes in reject_counts(settings.spool_directory(spool_dir)):
         if as_json:
             terminal.print_json({"file": path.name, "lines": codes.total(), "codes": codes})
         rows.append((path.name, codes.total(), ", ".join(f"{code} {n}" for code, n in codes.most_common())))
@@ -77,13 +85,14 @@ def show_rejects(names: tuple[str, ...], spool_dir: Path | None, as_json: bool) 
     from loader.cli import terminal
 
     for path in _reject_files(settings.spool_directory(spool_dir), names):
-        for rejected in rejects.read(path):
-            if as_json:
-                terminal.print_json(orjson.loads(rejected.encode()))
-                continue
-            terminal.say(f"{rejected.file}, line {rejected.line}: {rejected.code}", "bold")
-            terminal.say(f"  {rejected.reason}")
-            terminal.say(f"  {rejected.raw[:2000].decode(errors='backslashreplace')}", "dim")
+        with contextlib.suppress(FileNotFoundError):  # loaded since it was listed
+            for rejected in rejects.read(path):
+                if as_json:
+                    terminal.print_json(orjson.loads(rejected.encode()))
+                    continue
+                terminal.say(f"{rejected.file}, line {rejected.line}: {rejected.code}", "bold")
+                terminal.say(f"  {rejected.reason}")
+                terminal.say(f"  {rejected.raw[:2000].decode(errors='backslashreplace')}", "dim")
 
 
 @command.command("retry")
@@ -117,8 +126,17 @@ def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | Non
         for path in files:
             if signals.stop.is_set():
                 break
-            report.loaded += retry(connection, path)
-            report.files += 1
+            deadline = time.monotonic() + _CLAIM_SECONDS
+            while not signals.stop.is_set() and path.exists():  # else the daemon has loaded all of it
+                with claimed(path) as is_ours:
+                    if is_ours:
+                        report.loaded += retry(connection, path)
+                        report.files += 1
+                        break
+                if time.monotonic() > deadline:
+                    report.failures[path.name] = "is being retried by another process: try again later"
+                    break
+                signals.stop.wait(0.1)
             shown(report.files)
     finish(report, signals, as_json=as_json)
 

@@ -15,6 +15,7 @@ from loader.files.lock import holder
 from loader.files.scan import Backlog, backlog
 from loader.load.counts import Counts
 from loader.load.database import Connection
+from loader.service import parents
 
 
 _RATE_MINUTES: Final = 5
@@ -28,6 +29,8 @@ class Spool(Backlog):
     loader: str | None
     reject_files: int
     rejected: Mapping[str, int]
+    waiting_for_parents: int
+    """Rejects of the last hour for a parent that does not exist, which the daemon retries."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def spool(directory: Path) -> Spool:
         loader=holder(directory),
         reject_files=len(counted),
         rejected=dict(sum((codes for _, codes in counted), Counter()).most_common()),
+        waiting_for_parents=sum(count for _, _, count in parents.waiting(directory, {})),
     )
 
 

@@ -95,9 +95,7 @@ def database_dsn(given: str | None, environment: Mapping[str, str] = os.environ)
             "no database is set: set LOADER_DSN (or DATABASE_URL, or libpq's PGHOST and PGDATABASE), "
             "or give --dsn, for example postgresql://user@host/database"
         )
-    source = (
-        "the DSN" if given else "LOADER_DSN" if direct else "LOADER_DSN_FILE" if file else "DATABASE_URL"
-    )
+    source = "the DSN" if given else "LOADER_DSN" if direct else "LOADER_DSN_FILE" if file else "DATABASE_URL"
     return _conninfo(dsn, source)
 
 
@@ -154,7 +152,7 @@ def _libpq_parameter(name: str, value: str, source: str, options: str) -> dict[s
         raise UsageError(_NO_DSN)
     if name not in _libpq_names():
         raise UsageError(
-            f"{source} has the parameter \"{name}\", which PostgreSQL's libpq does not know: remove it, or set "
+            f'{source} has the parameter "{name}", which PostgreSQL\'s libpq does not know: remove it, or set '
             "LOADER_DSN to a URL without it"
         )
     return {name: value}

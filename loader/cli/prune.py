@@ -9,11 +9,7 @@ import click
 
 from loader import settings
 from loader.cli import options, terminal
-from loader.cli.loading import INTERRUPTED, only_for
 from loader.errors import LoaderError
-from loader.load import database
-from loader.operate import prune
-from loader.service.signals import until_signal
 
 
 @click.command("prune")
@@ -40,6 +36,11 @@ def command(
       loader prune --older-than 90d --dry-run
       loader prune --older-than 90d
     """
+    from loader.cli.loading import INTERRUPTED, only_for
+    from loader.load import database
+    from loader.operate import prune
+    from loader.service.signals import until_signal
+
     spool = settings.spool_directory(spool_dir)
     with until_signal() as signals, database.connect(settings.database_dsn(dsn)) as connection:
         rows = prune.Rows(connection, age, signals.stop)

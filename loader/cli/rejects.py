@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Final
 
 import click
-import orjson
 from click.shell_completion import CompletionItem
 
 from loader import settings
 from loader.cli import options
 from loader.errors import LoaderError, UsageError
-from loader.files import rejects
-from loader.files.claim import claimed
 
 _CLAIM_SECONDS: Final = 10.0
 """Seconds that a file is awaited which the daemon retries."""
@@ -34,6 +31,8 @@ def command() -> None:
 
 
 def _complete_reject_file(ctx: click.Context, _: click.Parameter, begun: str) -> list[CompletionItem]:
+    from loader.files import rejects
+
     try:
         files = rejects.files(settings.spool_directory(ctx.params.get("spool_dir")))
     except (LoaderError, OSError):
@@ -56,7 +55,6 @@ def list_rejects(spool_dir: Path | None, as_json: bool) -> None:
       loader rejects list --json
     """
     from loader.cli import terminal
-
     from loader.operate.status import reject_counts
 
     rows = []
@@ -82,7 +80,10 @@ def show_rejects(names: tuple[str, ...], spool_dir: Path | None, as_json: bool) 
       loader rejects show
       loader rejects show --json
     """
+    import orjson
+
     from loader.cli import terminal
+    from loader.files import rejects
 
     for path in _reject_files(settings.spool_directory(spool_dir), names):
         with contextlib.suppress(FileNotFoundError):  # loaded since it was listed
@@ -109,6 +110,7 @@ def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | Non
     """
     from loader.cli import terminal
     from loader.cli.loading import finish
+    from loader.files.claim import claimed
     from loader.load import database
     from loader.load.batch import retry
     from loader.service import logs
@@ -142,6 +144,8 @@ def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | Non
 
 
 def _reject_files(spool: Path, names: tuple[str, ...]) -> list[Path]:
+    from loader.files import rejects
+
     files = rejects.files(spool)
     known = {path.name for path in files}
     for name in names:

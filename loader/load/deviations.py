@@ -70,7 +70,9 @@ _TYPES: Final = {
     "varchar(100)": r"text|character varying(\(\d+\))?", "varchar(50)": r"text|character varying(\(\d+\))?",
 }  # fmt: skip
 """Types, as format_type() writes them, that hold every value unchanged; a width is checked beside."""
-_TEXTUAL: Final = re.compile(r"text|character|character varying|character\(\d+\)|character varying\(\d+\)|json|jsonb")
+_TEXTUAL: Final = re.compile(
+    r"text|character|character varying|character\(\d+\)|character varying\(\d+\)|json|jsonb"
+)
 
 # All names are those of pg_catalog: nobody else can have put an operator or a function there.
 _RELATIONS_SQL: Final = """
@@ -188,7 +190,10 @@ def _columns(relation: Any, columns: Mapping[str, Any]) -> Iterator[Deviation]:
     for name, kind in expected.items():
         if name not in columns:
             yield Deviation(
-                relation.name, Severity.REFUSED, f'lacks the column "{name}"', f"{alter} ADD COLUMN {name} {kind};"
+                relation.name,
+                Severity.REFUSED,
+                f'lacks the column "{name}"',
+                f"{alter} ADD COLUMN {name} {kind};",
             )
         else:
             yield from _loaded_column(relation, columns[name], kind)
@@ -210,7 +215,9 @@ def _loaded_column(relation: Any, column: Any, kind: str) -> Iterator[Deviation]
         if (change := _type_change(column, kind)) is None:
             yield _moved_away(relation, problem)
         else:
-            yield Deviation(relation.name, Severity.REFUSED, problem, f"{_drop_views(column)}{alter} {change};")
+            yield Deviation(
+                relation.name, Severity.REFUSED, problem, f"{_drop_views(column)}{alter} {change};"
+            )
         return
     if column.generated:
         # A virtual column (PostgreSQL 18) has no values that could be kept.
@@ -283,7 +290,9 @@ def _uniqueness(relation: Any, indexes: Sequence[Any]) -> Iterator[Deviation]:
         remedy = f"REINDEX INDEX CONCURRENTLY {unique[0].name};"
     elif unique:
         kind = "PRIMARY KEY" if unique[0].is_primary else "UNIQUE"
-        problem = f'checks that "{key}" is unique at the end of a transaction only, as its constraint is deferrable'
+        problem = (
+            f'checks that "{key}" is unique at the end of a transaction only, as its constraint is deferrable'
+        )
         remedy = f"{alter} DROP CONSTRAINT {_quoted(unique[0].constraint_name)}, ADD {kind} ({key});"
     elif relation.kind == "p":
         yield _moved_away(relation, f"{problem}, as it is partitioned by something else")
@@ -318,8 +327,12 @@ def _hook(relation: Any, hook: Any) -> Deviation:
 
 
 def _moved_away(relation: Any, problem: str) -> Deviation:
-    kind = {"v": "VIEW", "m": "MATERIALIZED VIEW", "f": "FOREIGN TABLE", "S": "SEQUENCE"}.get(relation.kind, "TABLE")
-    remedy = f"ALTER {kind} {relation.shown} RENAME TO {relation.name}_old; then `loader init` creates the table"
+    kind = {"v": "VIEW", "m": "MATERIALIZED VIEW", "f": "FOREIGN TABLE", "S": "SEQUENCE"}.get(
+        relation.kind, "TABLE"
+    )
+    remedy = (
+        f"ALTER {kind} {relation.shown} RENAME TO {relation.name}_old; then `loader init` creates the table"
+    )
     return Deviation(relation.name, Severity.REFUSED, problem, remedy)
 
 

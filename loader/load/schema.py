@@ -105,7 +105,7 @@ def apply_schema(
 
 def schema_version(connection: Connection) -> int:
     """Return the version of the tables, 0 if there are none. Raises psycopg.Error."""
-    kinds = dict(connection.execute(_FOUND).fetchall())
+    kinds: dict[str, str] = dict(connection.execute(_FOUND).fetchall())
     if kinds.get("analytics_schema") != "r":  # functions of a view would run with the rights of the caller
         return 1 if "analytics_loads" in kinds else 0
     statement = "SELECT coalesce(pg_catalog.max(version), 1) FROM analytics_schema"
@@ -130,7 +130,9 @@ def _until_locked(
                 return
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
             if expired:
-                message = f"{error.diag.message_primary} within {patience:g} s: try again when less is going on"
+                message = (
+                    f"{error.diag.message_primary} within {patience:g} s: try again when less is going on"
+                )
                 raise OutOfReachError(message) from error
         time.sleep(random.uniform(0.5, 1.5) * _PAUSE_SECONDS)
 

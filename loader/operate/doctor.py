@@ -45,9 +45,7 @@ _TABLE_PRIVILEGES: Final = (
     "FROM pg_catalog.unnest(%s::text[]) AS name, "
     "pg_catalog.unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE']) AS privilege"
 )
-_SETTINGS: Final = (
-    "SELECT name, setting, source FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) ANY (%s::text[])"
-)
+_SETTINGS: Final = "SELECT name, setting, source FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) ANY (%s::text[])"
 _UNSAFE_SETTINGS: Final = {
     "fsync": "a crash of the server may lose or damage rows that were loaded, and their files are gone",
     "full_page_writes": "a crash of the server may damage tables",
@@ -122,7 +120,9 @@ def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: 
     if archive is not None:
         yield from _guarded(_archive, archive)
     try:
-        with psycopg.connect(settings.database_dsn(dsn), prepare_threshold=None, autocommit=True) as connection:
+        with psycopg.connect(
+            settings.database_dsn(dsn), prepare_threshold=None, autocommit=True
+        ) as connection:
             yield _ok("connection", f"{connection.info.user}@{connection.info.host}/{connection.info.dbname}")
             found = _settings(connection)
             connection.execute("SET statement_timeout = 0")
@@ -275,7 +275,9 @@ def _server(connection: Connection) -> Iterator[Finding]:
 
 def _clock(connection: Connection) -> Iterator[Finding]:
     begun = time.time()
-    ((server,),) = connection.execute("SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float").fetchall()
+    ((server,),) = connection.execute(
+        "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float"
+    ).fetchall()
     away = server - (begun + time.time()) / 2
     like = f"{abs(away):.1f} s {'before' if away < 0 else 'after'} this machine's"
     if abs(away) > _CLOCK_SECONDS:

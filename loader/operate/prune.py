@@ -43,7 +43,9 @@ _KINDS: Final = (
     "WHERE kind IS NOT NULL) SELECT kind FROM kinds WHERE kind IS NOT NULL"
 )
 """The kinds there are, by leaps through the index."""
-_COUNT: Final = "SELECT pg_catalog.count(*) FROM {table} WHERE {kind} OPERATOR(pg_catalog.=) %s AND timestamp < %s"
+_COUNT: Final = (
+    "SELECT pg_catalog.count(*) FROM {table} WHERE {kind} OPERATOR(pg_catalog.=) %s AND timestamp < %s"
+)
 _DELETE: Final = (
     "WITH old AS MATERIALIZED (SELECT {key} AS key FROM {table} WHERE {kind} OPERATOR(pg_catalog.=) %s "
     "AND timestamp < %s AND timestamp >= %s::timestamptz ORDER BY timestamp LIMIT %s), "

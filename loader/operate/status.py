@@ -17,7 +17,6 @@ from loader.load.counts import Counts
 from loader.load.database import Connection
 from loader.service import parents
 
-
 _RATE_MINUTES: Final = 5
 
 

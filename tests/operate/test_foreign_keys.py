@@ -52,7 +52,9 @@ def test_the_choice_is_remembered_and_printed(cli: Cli, application: Connection)
     assert rows(application, KEYS) == BOTH
     assert "added" not in owner("init") and rows(application, KEYS) == BOTH
     with psycopg.connect(cli.dsn) as loader:
-        assert loader.execute("SELECT name, value FROM analytics_settings").fetchall() == [("foreign_keys", "on")]
+        assert loader.execute("SELECT name, value FROM analytics_settings").fetchall() == [
+            ("foreign_keys", "on")
+        ]
 
 
 def test_a_parent_that_is_created_later_is_referred_to_by_the_next_init(
@@ -101,7 +103,10 @@ def test_a_key_that_cannot_be_created_is_a_warning_and_the_rest_is_applied(
     assert "upgraded from version 1" in printed and reason in printed
     assert "Warning: could not add the foreign key" in printed
     assert rows(one_connection, KEYS) == [("auth.users", True)]
-    assert number(one_connection, "SELECT count(*) FROM pg_class WHERE relname = 'analytics_loads_loaded_at'") == 1
+    assert (
+        number(one_connection, "SELECT count(*) FROM pg_class WHERE relname = 'analytics_loads_loaded_at'")
+        == 1
+    )
 
 
 def test_rows_without_their_parent_leave_a_key_for_new_rows(cli: Cli, one_connection: Connection) -> None:
@@ -122,7 +127,9 @@ def test_a_missing_privilege_on_a_parent_is_a_warning(one_server: str, applicati
     application.execute("CREATE ROLE weak_owner LOGIN")
     application.execute("CREATE SCHEMA mine AUTHORIZATION weak_owner")
     application.commit()
-    with psycopg.connect(application.info.dsn, user="weak_owner", options="-c search_path=mine,public") as weak:
+    with psycopg.connect(
+        application.info.dsn, user="weak_owner", options="-c search_path=mine,public"
+    ) as weak:
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             schema.apply_schema(weak)
     with psycopg.connect(application.info.dsn, user="weak_owner", options="-c search_path=mine") as weak:

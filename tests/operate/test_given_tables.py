@@ -30,7 +30,10 @@ METRICS = """
 """
 ALL_TABLES = "analytics_events, analytics_metrics, analytics_loads, analytics_schema, analytics_settings"
 PARTITIONED = (
-    ("id UUID PRIMARY KEY DEFAULT gen_random_uuid(), event_id UUID UNIQUE NOT NULL", "id UUID, event_id UUID NOT NULL"),
+    (
+        "id UUID PRIMARY KEY DEFAULT gen_random_uuid(), event_id UUID UNIQUE NOT NULL",
+        "id UUID, event_id UUID NOT NULL",
+    ),
     ("DEFAULT now())", "DEFAULT now(), UNIQUE (event_id, timestamp)) PARTITION BY RANGE (timestamp)"),
 )
 
@@ -82,7 +85,9 @@ def owner(one_connection: Connection) -> Connection:
 def create(connection: Connection, changes: tuple[tuple[str, str], ...]) -> None:
     for table in (EVENTS, METRICS):
         for old, new in changes:
-            table = table.replace(old, new) if "analytics_events" in table or changes != PARTITIONED else table
+            table = (
+                table.replace(old, new) if "analytics_events" in table or changes != PARTITIONED else table
+            )
         connection.execute(table.encode())
     connection.commit()
 
@@ -191,7 +196,10 @@ def test_missing_uniqueness_is_found_in_an_index_that_failed(owner: Connection) 
             "'0190163d-8694-739b-aea5-966c26f8ad91', 'x', now(), gen_random_uuid(), gen_random_uuid()"
         )
     owner.commit()
-    with psycopg.connect(owner.info.dsn, autocommit=True) as other, pytest.raises(psycopg.errors.UniqueViolation):
+    with (
+        psycopg.connect(owner.info.dsn, autocommit=True) as other,
+        pytest.raises(psycopg.errors.UniqueViolation),
+    ):
         other.execute("CREATE UNIQUE INDEX CONCURRENTLY broken ON analytics_events (event_id)")
     with pytest.raises(LoaderError, match="REINDEX INDEX CONCURRENTLY broken"):
         schema.apply_schema(owner)

@@ -24,7 +24,9 @@ OTHER = "0190163d-8694-739b-aea5-966c26f8ad92"
 @pytest.fixture
 def users(one_connection: Connection) -> Connection:
     one_connection.execute("CREATE SCHEMA auth; CREATE TABLE auth.users (id UUID PRIMARY KEY)")
-    one_connection.execute("ALTER TABLE analytics_events ADD FOREIGN KEY (user_id) REFERENCES auth.users (id)")
+    one_connection.execute(
+        "ALTER TABLE analytics_events ADD FOREIGN KEY (user_id) REFERENCES auth.users (id)"
+    )
     one_connection.commit()
     return one_connection
 
@@ -80,9 +82,7 @@ def test_retries_by_hand_and_by_the_daemon_at_once_load_each_line_once(cli: Cli,
     register(users)
     command = [*LOADER, "rejects", "retry", "--json"]
     with cli.daemon():
-        retrying = [
-            subprocess.Popen(command, env=cli.environment, stdout=subprocess.PIPE) for _ in range(3)
-        ]
+        retrying = [subprocess.Popen(command, env=cli.environment, stdout=subprocess.PIPE) for _ in range(3)]
         printed = [json.loads(process.communicate(timeout=60)[0]) for process in retrying]
         eventually(lambda: not rejected(cli.spool))
     assert [process.returncode for process in retrying] == [0, 0, 0], printed

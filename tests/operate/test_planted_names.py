@@ -81,7 +81,9 @@ def new_role(connection: Connection) -> str:
 @pytest.fixture
 def planted(one_connection: Connection) -> Connection:
     """The owner's connection to a database without our tables, where mallory planted what she could."""
-    one_connection.execute("DROP TABLE analytics_events, analytics_metrics, analytics_loads, analytics_schema, analytics_settings CASCADE")
+    one_connection.execute(
+        "DROP TABLE analytics_events, analytics_metrics, analytics_loads, analytics_schema, analytics_settings CASCADE"
+    )
     mallory_name = new_role(one_connection)
     one_connection.execute("GRANT CREATE ON SCHEMA public TO PUBLIC")
     one_connection.commit()
@@ -122,7 +124,9 @@ def test_no_statement_of_the_loader_calls_what_was_planted(cli: Cli, planted: Co
     assert "planted" not in owner("prune", "--older-than", "1d")
 
 
-def test_rows_that_were_loaded_are_pruned_and_read_without_what_was_planted(cli: Cli, planted: Connection) -> None:
+def test_rows_that_were_loaded_are_pruned_and_read_without_what_was_planted(
+    cli: Cli, planted: Connection
+) -> None:
     owner = cli.owner()
     owner("init", "--role", ROLE)
     planted.execute(
@@ -130,7 +134,9 @@ def test_rows_that_were_loaded_are_pruned_and_read_without_what_was_planted(cli:
         "pg_catalog.gen_random_uuid(), 'x', '2020-01-01', pg_catalog.gen_random_uuid(), pg_catalog.gen_random_uuid() "
         "FROM pg_catalog.generate_series(1, 10)"
     )
-    planted.execute("SELECT * FROM analytics_events_daily; SELECT * FROM analytics_metrics_hourly; SELECT * FROM analytics_missing_segments")
+    planted.execute(
+        "SELECT * FROM analytics_events_daily; SELECT * FROM analytics_metrics_hourly; SELECT * FROM analytics_missing_segments"
+    )
     planted.commit()
     assert "events 10" in owner("prune", "--older-than", "1d")
     assert number(planted, "SELECT pg_catalog.count(*) FROM analytics_events") == 0
@@ -145,27 +151,37 @@ def test_psql_applies_the_schema_without_what_was_planted(planted: Connection) -
     assert schema.schema_version(planted) == 3
 
 
-@pytest.mark.parametrize("table", ["analytics_schema", "analytics_loads", "analytics_events", "analytics_settings"])
+@pytest.mark.parametrize(
+    "table", ["analytics_schema", "analytics_loads", "analytics_events", "analytics_settings"]
+)
 @pytest.mark.parametrize("kind", ["trigger", "view"])
 def test_a_planted_table_is_refused_before_it_is_used(
     cli: Cli, one_connection: Connection, table: str, kind: str
 ) -> None:
-    one_connection.execute("DROP TABLE analytics_events, analytics_metrics, analytics_loads, analytics_schema, analytics_settings CASCADE")
+    one_connection.execute(
+        "DROP TABLE analytics_events, analytics_metrics, analytics_loads, analytics_schema, analytics_settings CASCADE"
+    )
     mallory_name = new_role(one_connection)
     one_connection.execute(f"GRANT CREATE ON SCHEMA public TO {mallory_name}".encode())
     one_connection.commit()
     with psycopg.connect(one_connection.info.dsn, user=mallory_name) as mallory:
         for name, returns, value in (("evil", "trigger", "NEW"), ("viewed", "int", "1")):
             body = f"BEGIN ALTER ROLE {mallory_name} SUPERUSER; RETURN {value}; END"
-            mallory.execute(f"CREATE FUNCTION {name}() RETURNS {returns} LANGUAGE plpgsql AS '{body}'".encode())
+            mallory.execute(
+                f"CREATE FUNCTION {name}() RETURNS {returns} LANGUAGE plpgsql AS '{body}'".encode()
+            )
         if kind == "view":
-            mallory.execute(f"CREATE VIEW {table} AS SELECT viewed() AS version, 'foreign_keys' AS name, 'on' AS value".encode())
+            mallory.execute(
+                f"CREATE VIEW {table} AS SELECT viewed() AS version, 'foreign_keys' AS name, 'on' AS value".encode()
+            )
         else:
             mallory.execute(
                 f"CREATE TABLE {table} (version INT PRIMARY KEY, name TEXT UNIQUE, value TEXT, "
                 "applied_at TIMESTAMPTZ, CHECK (viewed() = 1))".encode()
             )
-            mallory.execute(f"CREATE TRIGGER evil BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION evil()".encode())
+            mallory.execute(
+                f"CREATE TRIGGER evil BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION evil()".encode()
+            )
     assert "Error: " in cli.owner()("init", code=1)
     cli.owner()("doctor", code=1)
     rises = f"SELECT count(*) FROM pg_roles WHERE rolname = '{mallory_name}' AND rolsuper"

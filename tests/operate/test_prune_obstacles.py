@@ -36,7 +36,9 @@ def test_a_deadlock_and_a_lock_that_takes_long_do_not_end_it(cli: Cli, one_conne
         other.execute("SET deadlock_timeout = '60s'")  # so that prune is the one that is ended
         other.execute(lock_row.format(10).encode())
         pruning = subprocess.Popen(
-            [*LOADER, "prune", "--older-than", "1d", "--json"], env=cli.owner().environment, stdout=subprocess.PIPE
+            [*LOADER, "prune", "--older-than", "1d", "--json"],
+            env=cli.owner().environment,
+            stdout=subprocess.PIPE,
         )
         eventually(lambda: number(one_connection, waits))
         other.execute("UPDATE analytics_events SET metadata = '{}'")  # rows that prune has locked
@@ -60,7 +62,9 @@ def test_a_file_in_the_archive_that_is_not_a_day_is_left_alone(cli: Cli, tmp_pat
     assert ("20200101 is a file" in printed) == (name == "20200101")
 
 
-def test_an_entry_that_cannot_be_removed_is_named_and_the_others_are_removed(cli: Cli, tmp_path: Path) -> None:
+def test_an_entry_that_cannot_be_removed_is_named_and_the_others_are_removed(
+    cli: Cli, tmp_path: Path
+) -> None:
     archive = tmp_path / "archive"
     (archive / "20200102").mkdir(parents=True)
     (archive / "20200101").symlink_to(tmp_path)
@@ -84,7 +88,9 @@ def test_a_client_whose_clock_is_years_ahead_removes_nothing_that_is_new(
         "datetime.datetime = Ahead\n"
         "from loader.__main__ import main\nsys.argv[1:] = ['prune', '--older-than', '90d', '--json']\nmain()"
     )
-    ended = subprocess.run([sys.executable, "-c", code], env=cli.owner().environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=cli.owner().environment, capture_output=True, text=True
+    )
     printed = json.loads(ended.stdout)
     assert (printed["events"], printed["rejected_files"]) == (0, 0)
     assert number(one_connection, EVENTS) == 1

@@ -55,7 +55,17 @@ def test_a_parameter_that_nobody_knows_is_named_with_its_variable_but_not_its_va
 
 
 @pytest.mark.parametrize(
-    "userinfo", ["u:se@cret", "u:se@/cret", "u:s/e@cret", "u:@secret", "u:s%40e@cret", "u:se#@cret", "u:s?e@cret", "u@x:cret"]
+    "userinfo",
+    [
+        "u:se@cret",
+        "u:se@/cret",
+        "u:s/e@cret",
+        "u:@secret",
+        "u:s%40e@cret",
+        "u:se#@cret",
+        "u:s?e@cret",
+        "u@x:cret",
+    ],
 )
 @pytest.mark.parametrize("query", ["", "?sslmode=disable", "?pgbouncer=true"])
 def test_a_password_with_special_characters_shows_nothing_of_itself(userinfo: str, query: str) -> None:
@@ -84,7 +94,11 @@ def test_the_schema_of_a_url_holds_the_tables(cli: Cli, one_connection: Connecti
 
 @pytest.mark.parametrize(
     ("variable", "value", "command"),
-    [("LOADER_WORKERS", "many", "run"), ("LOADER_WORKERS", "0", "backfill x"), ("LOADER_METRICS_PORT", "x", "run")],
+    [
+        ("LOADER_WORKERS", "many", "run"),
+        ("LOADER_WORKERS", "0", "backfill x"),
+        ("LOADER_METRICS_PORT", "x", "run"),
+    ],
 )
 def test_a_wrong_value_of_the_environment_is_reported_with_its_variable(
     cli: Cli, variable: str, value: str, command: str
@@ -98,9 +112,11 @@ def test_a_wrong_value_of_an_option_is_reported_with_the_option(cli: Cli) -> Non
     assert "--workers" in printed and "LOADER_WORKERS" not in printed
 
 
-@pytest.mark.parametrize("arguments", ["rejects show", "rejects list", "status", "doctor", "rejects show --json"])
+@pytest.mark.parametrize(
+    "arguments", ["rejects show", "rejects list", "status", "doctor", "rejects show --json"]
+)
 def test_every_command_prints_on_an_ascii_terminal(cli: Cli, arguments: str) -> None:
-    segment(cli.spool, 1, "{\"größe\": \"日本\"".encode())
+    segment(cli.spool, 1, '{"größe": "日本"'.encode())
     cli("run", "--once", code=3)
     ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     printed = cli(*arguments.split(), variables=ascii_only)
@@ -119,7 +135,9 @@ def test_init_reports_what_it_created_and_granted(cli: Cli, one_connection: Conn
     one_connection.commit()
 
 
-@pytest.mark.parametrize("bug", ["ValueError('sesame')", "TypeError('x')", "psycopg.ProgrammingError('x')", "KeyError(1)"])
+@pytest.mark.parametrize(
+    "bug", ["ValueError('sesame')", "TypeError('x')", "psycopg.ProgrammingError('x')", "KeyError(1)"]
+)
 def test_a_bug_is_printed_as_a_bug(cli: Cli, bug: str) -> None:
     code = (
         "import psycopg, sys\nfrom loader.operate import status\n"

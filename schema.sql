@@ -17,7 +17,9 @@ DECLARE
     existing CONSTANT pg_catalog.oid := pg_catalog.to_regclass('analytics_events');
     families CONSTANT pg_catalog.oid := pg_catalog.to_regclass('family_units');
     home pg_catalog.name;
+    is_versioned pg_catalog.bool;
     is_upgrade pg_catalog.bool;
+    version_before pg_catalog.int4;
     choice pg_catalog.text := pg_catalog.current_setting('analytics.foreign_keys', true);
     foreign_name pg_catalog.name;
     foreign_owner pg_catalog.name;
@@ -36,39 +38,17 @@ BEGIN
         RAISE EXCEPTION 'the search path "%" names no schema to create the tables in: create one, or change it', caller_path;
     END IF;
 
-    -- Triggers, defaults and checks of a table run with the rights of whoever changes it.
-    SELECT relname, rolname INTO foreign_name, foreign_owner
-        FROM pg_class
-        JOIN pg_namespace ON pg_namespace.oid = relnamespace
-        JOIN pg_roles AS table_owner ON table_owner.oid = relowner
-        WHERE nspname = home AND NOT rolsuper
-            AND relname IN ('analytics_schema', 'analytics_settings', 'analytics_events', 'analytics_metrics',
-                'analytics_loads', 'analytics_events_daily', 'analytics_metrics_hourly', 'analytics_missing_segments')
-            AND ((SELECT rolsuper FROM pg_roles WHERE rolname = current_user) OR NOT pg_has_role(relowner, 'USAGE'))
-        ORDER BY relname
-        LIMIT 1;
-    IF foreign_name IS NOT NULL THEN
-        RAISE EXCEPTION 'the table "%" belongs to the role "%", whose triggers would run with the rights of "%": connect as "%"',
-            foreign_name, foreign_owner, current_user, foreign_owner;
-    END IF;
-
     -- pg_catalog is searched first because it is not named; named first, tables would be created in it.
     PERFORM pg_catalog.set_config('search_path', pg_catalog.format('%I, pg_temp', home), true);
 
+    is_versioned := pg_catalog.to_regclass('analytics_schema') IS NOT NULL;
     is_upgrade := pg_catalog.to_regclass('analytics_loads') IS NOT NULL;
-    IF pg_catalog.to_regclass('analytics_schema') IS NOT NULL THEN
-        IF (SELECT pg_catalog.max(version) FROM analytics_schema) > 3 THEN
-            RAISE EXCEPTION 'the tables are newer than version 3, nothing was changed: upgrade the loader';
-        END IF;
-    END IF;
 
     -- Which versions were applied, and when; version 1 did not record it.
     CREATE TABLE IF NOT EXISTS analytics_schema (
         version INTEGER PRIMARY KEY,
         applied_at TIMESTAMPTZ NOT NULL DEFAULT pg_catalog.now()
     );
-    INSERT INTO analytics_schema (version) VALUES (3) ON CONFLICT DO NOTHING;
-
     -- What was chosen when the schema was applied: foreign_keys is on or off.
     CREATE TABLE IF NOT EXISTS analytics_settings (
         name TEXT PRIMARY KEY,
@@ -113,6 +93,32 @@ BEGIN
         loaded_at TIMESTAMPTZ NOT NULL DEFAULT pg_catalog.now(),
         CONSTRAINT every_line_is_accounted_for CHECK (lines = events + metrics + duplicates + rejected)
     );
+
+    -- Triggers, defaults and checks of a table, and functions of a view, run with the rights of whoever uses it. From
+    -- here on, tables are used: those that exist now cannot be exchanged by anybody but their owner.
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    SELECT relname, rolname INTO foreign_name, foreign_owner
+        FROM pg_class
+        JOIN pg_namespace ON pg_namespace.oid = relnamespace
+        JOIN pg_roles AS table_owner ON table_owner.oid = relowner
+        WHERE nspname = home AND NOT rolsuper
+            AND relname IN ('analytics_schema', 'analytics_settings', 'analytics_events', 'analytics_metrics',
+                'analytics_loads', 'analytics_events_daily', 'analytics_metrics_hourly', 'analytics_missing_segments')
+            AND ((SELECT rolsuper FROM pg_roles WHERE rolname = current_user) OR NOT pg_has_role(relowner, 'USAGE'))
+        ORDER BY relname
+        LIMIT 1;
+    IF foreign_name IS NOT NULL THEN
+        RAISE EXCEPTION 'the table "%" belongs to the role "%", whose triggers would run with the rights of "%": connect as "%"',
+            foreign_name, foreign_owner, current_user, foreign_owner;
+    END IF;
+    PERFORM set_config('search_path', format('%I, pg_temp', home), true);
+
+    version_before := CASE WHEN is_versioned THEN coalesce((SELECT pg_catalog.max(version) FROM analytics_schema), 1)
+        WHEN is_upgrade THEN 1 ELSE 0 END;
+    IF version_before > 3 THEN
+        RAISE EXCEPTION 'the tables are newer than version 3, nothing was changed: upgrade the loader';
+    END IF;
+    INSERT INTO analytics_schema (version) VALUES (3) ON CONFLICT DO NOTHING;
 
     -- What exists is left alone: CREATE INDEX IF NOT EXISTS and ADD COLUMN IF NOT EXISTS lock the table first.
 
@@ -192,6 +198,10 @@ BEGIN
         ON CONFLICT (name) DO NOTHING;
     END IF;
 
+    -- For `loader init`.
+    PERFORM pg_catalog.set_config('analytics.version_before', version_before::text, true);
+    PERFORM pg_catalog.set_config('analytics.foreign_keys', value, true)
+        FROM analytics_settings WHERE name = 'foreign_keys';
     PERFORM pg_catalog.set_config('search_path', caller_path, true);
 END
 $tables$;

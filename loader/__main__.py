@@ -6,7 +6,12 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or say what to install where only the emitter is."""
+    """Run the command line, or report what to install if only the emitter is."""
+    if sys.argv[1:] == ["--version"]:  # without click, whose import takes most of the time
+        from importlib.metadata import version
+
+        print(f"loader, version {version('analytics-spool')}")
+        return
     try:
         from loader.cli.main import cli
     except ModuleNotFoundError as error:

@@ -21,6 +21,10 @@ class OutOfReachError(LoaderError):
     exit_code = 4
 
 
+class DamagedFileError(LoaderError, ValueError):
+    """A file of the spool does not hold what the loader writes."""
+
+
 SOME_REJECTED = 3
 """Exit code of a command that did its work but rejected some lines."""
 

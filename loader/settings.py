@@ -9,9 +9,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
-
-import psycopg
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from urllib.parse import parse_qsl, quote, urlencode
 
 from loader.errors import UsageError
 from spool.segment import DEFAULT_DIRECTORY
@@ -29,6 +27,22 @@ _CONNECTION: Final = {
 """Defaults of a connection: who it is, the encoding of the rows, and seconds and milliseconds after which a
 host that does not answer is given up (https://www.postgresql.org/docs/current/libpq-connect.html)."""
 
+
+_SSL_MODES: Final = {
+    "": "require", "1": "require", "t": "require", "true": "require", "on": "require", "yes": "require",
+    "no-verify": "require", "0": "disable", "f": "disable", "false": "disable", "off": "disable", "no": "disable",
+}  # fmt: skip
+"""Values of `ssl` (asyncpg, node-postgres, JDBC) and `sslmode` that are not libpq's, as libpq's sslmode."""
+_SCHEMA_PARAMETERS: Final = ("schema", "currentSchema", "search_path")
+"""Where Prisma, JDBC and others look up tables."""
+_POOL_PARAMETERS: Final = frozenset(
+    {"pgbouncer", "connection_limit", "pool_timeout", "socket_timeout", "pool", "pool_size", "max_overflow",
+     "pool_recycle", "pool_pre_ping", "conn_max_age", "conn_health_checks", "statement_cache_size",
+     "prepared_statement_cache_size", "prepared_statements", "prepareThreshold", "command_timeout", "timeout",
+     "reaping_frequency", "checkout_timeout", "idle_timeout", "max_client_conn", "encoding", "async_fallback",
+     "single_sentence", "supa", "workaround"}
+)  # fmt: skip
+"""Of drivers and their pools (Prisma, SQLAlchemy, asyncpg, Django, Rails, Supabase): no matter of a connection."""
 
 _NO_DSN: Final = (
     "the DSN can't be read (it may hold a password and is not shown): write postgresql://user@host/database "
@@ -81,18 +95,79 @@ def database_dsn(given: str | None, environment: Mapping[str, str] = os.environ)
             "no database is set: set LOADER_DSN (or DATABASE_URL, or libpq's PGHOST and PGDATABASE), "
             "or give --dsn, for example postgresql://user@host/database"
         )
+    source = "the DSN" if given else "LOADER_DSN" if direct else "LOADER_DSN_FILE" if file else "DATABASE_URL"
+    return _conninfo(dsn, source)
+
+
+def _conninfo(dsn: str, source: str) -> str:
+    """Return libpq's form of a DSN that came from `source`. Raises UsageError as `database_dsn`."""
+    import psycopg  # takes long, and a command without a database does without it
+    from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
     try:
-        given_values = conninfo_to_dict(_DRIVER.sub(r"\1://", dsn))
+        given = conninfo_to_dict(_libpq_url(_DRIVER.sub(r"\1://", dsn), source))
     except psycopg.ProgrammingError:
         raise UsageError(_NO_DSN) from None
-    values = {name: str(value) for name, value in given_values.items()}
-    if not re.fullmatch(r"(\d+(,|$))*", values.get("port", "")):
+    values = {name: str(value) for name, value in given.items()}
+    hosts = values.get("host", "").split(",")
+    if not re.fullmatch(r"(\d+(,|$))*", values.get("port", "")) or any("@" in host[1:] for host in hosts):
         raise UsageError(_NO_DSN)
     return make_conninfo("", **{**_CONNECTION, **values})
 
 
+def _libpq_url(dsn: str, source: str) -> str:
+    """Return a URL with the parameters of drivers as libpq's, or without; anything else as it is.
+
+    Raises UsageError for a parameter that nobody knows, and for a URL with more than one @: what comes after the first
+    would be taken for a host, and be shown.
+    """
+    if not re.match(r"postgres(ql)?://", dsn):
+        return dsn
+    place, at, rest = dsn.partition("@") if "@" in dsn.partition("?")[0] else ("", "", dsn)
+    location, question, query = rest.partition("?")
+    if "@" in location or "/" in place.partition("://")[2]:
+        raise UsageError(_NO_DSN)
+    if not at and "@" in query and not re.fullmatch(r"[^:]*(:\d*)?(/.*)?", location.partition("://")[2]):
+        raise UsageError(_NO_DSN)  # a password with a question mark
+    if not question:
+        return dsn
+    kept: dict[str, str] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        kept.update(_libpq_parameter(name, value, source, kept.get("options", "")))
+    return f"{place}{at}{location}?{urlencode(kept, quote_via=quote)}"
+
+
+def _libpq_parameter(name: str, value: str, source: str, options: str) -> dict[str, str]:
+    """Return the libpq parameters that mean the same as one of a URL, which may be none."""
+    if name in _POOL_PARAMETERS:
+        return {}
+    if name in ("ssl", "sslmode"):
+        return {"sslmode": _SSL_MODES.get(value.lower(), value)}
+    if name in _SCHEMA_PARAMETERS:
+        setting = value.replace("\\", "\\\\").replace(" ", "\\ ")
+        return {"options": f"{options} -c search_path={setting}".strip()}
+    if name == "options":
+        return {"options": f"{options} {value}".strip()}
+    if not re.fullmatch(r"\w+", name):
+        raise UsageError(_NO_DSN)
+    if name not in _libpq_names():
+        raise UsageError(
+            f'{source} has the parameter "{name}", which PostgreSQL\'s libpq does not know: remove it, or set '
+            "LOADER_DSN to a URL without it"
+        )
+    return {name: value}
+
+
+def _libpq_names() -> set[str]:
+    from psycopg import pq
+
+    return {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+
+
 def has_password(dsn: str) -> bool:
     """Whether a DSN, as it was given, holds a password."""
+    from psycopg.conninfo import conninfo_to_dict
+
     return bool(conninfo_to_dict(database_dsn(dsn)).get("password"))
 
 

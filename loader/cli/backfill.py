@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from loader import settings
 from loader.cli import options, terminal
-from loader.cli.loading import dsn_source, finish, patient_workers
-from loader.operate import backfill
-from loader.operate.backfill import GivenFile
-from loader.service import logs
-from loader.service.run import Report
-from loader.service.signals import until_signal
+
+if TYPE_CHECKING:
+    from loader.operate.backfill import GivenFile
 
 
 @click.command("backfill")
@@ -38,6 +36,11 @@ def command(
       loader backfill archive/ older.ndjson.gz
       zcat older.ndjson.gz | loader backfill -
     """
+    from loader.cli.loading import dsn_source, finish, patient_workers
+    from loader.operate import backfill
+    from loader.service import logs
+    from loader.service.signals import until_signal
+
     logs.to_stderr()
     files = backfill.find(paths)
     if dry_run:
@@ -54,6 +57,10 @@ def command(
 
 
 def _dry_run(files: list[GivenFile], as_json: bool) -> None:
+    from loader.cli.loading import finish
+    from loader.operate import backfill
+    from loader.service.run import Report
+
     with terminal.bar_over(files):
         checked = backfill.dry_run(files)
     if not as_json:

@@ -27,5 +27,5 @@ def command(dsn: str | None) -> None:
             raise LoaderError(f"{needed} is not installed: pip install 'analytics-spool[demo]'")
     from loader.demo import tour  # imports them
 
-    if not tour.run(settings.database_dsn(dsn) if dsn else None, terminal.out):
+    if not tour.run(settings.database_dsn(dsn) if dsn else None, terminal.console()):
         raise LoaderError("the demo's sums do not hold: see above")

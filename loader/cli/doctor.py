@@ -8,8 +8,6 @@ import click
 
 from loader.cli import options, terminal
 from loader.errors import LoaderError
-from loader.operate import doctor
-from loader.operate.doctor import Verdict
 
 
 @click.command("doctor")
@@ -30,6 +28,9 @@ def command(
       loader doctor
       loader doctor --json
     """
+    from loader.operate import doctor
+    from loader.operate.doctor import Verdict
+
     findings = list(doctor.examine(spool_dir, dsn, archive, workers))
     if as_json:
         terminal.print_json([finding.facts() for finding in findings])

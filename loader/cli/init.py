@@ -6,8 +6,6 @@ import click
 
 from loader import settings
 from loader.cli import options, terminal
-from loader.cli.loading import only_for
-from loader.load import database, schema
 
 
 @click.command("init")
@@ -32,6 +30,9 @@ def command(dsn: str | None, foreign_keys: bool | None, role: str | None, as_jso
       loader init --role analytics_loader
       loader init --no-foreign-keys
     """
+    from loader.cli.loading import only_for
+    from loader.load import database, schema
+
     actor = "the owner of the database, or a role that may create tables and roles in it"
     with only_for(actor), database.connect(settings.database_dsn(dsn)) as connection:
         applied = schema.apply_schema(connection, foreign_keys=foreign_keys, role=role)

@@ -5,11 +5,14 @@ A command's module imports what it needs, so that `--version`, `--help` and comp
 
 from __future__ import annotations
 
+import io
 import sys
+import traceback
 from importlib import import_module
 from typing import Any, Final, NoReturn
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from loader.errors import LoaderError, one_line
@@ -51,30 +54,54 @@ class Commands(click.Group):
         return commands + click.Command.shell_complete(self, ctx, incomplete)
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal may have no character for what a line holds
+                stream.reconfigure(errors="backslashreplace")
         try:
             sys.exit(super().main(*args, **{**kwargs, "standalone_mode": False}))
         except (click.Abort, KeyboardInterrupt):
             _fail("interrupted: run it again to go on", LoaderError.exit_code)
         except click.UsageError as error:
+            _name_the_variable(error)
             command = error.ctx.command_path if error.ctx else "loader"
             _fail(f"{error.format_message()} See `{command} --help`.", error.exit_code)
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code)
-        except (LoaderError, OSError, ValueError) as error:
+        except (LoaderError, OSError) as error:
             _fail(str(error), getattr(error, "exit_code", LoaderError.exit_code))
         except Exception as error:
             _fail_for_database(error)
-            raise
+            traceback.print_exc()
+            _fail(f"this is a bug in the loader {_version()}: please report it with the lines above", 1)
+
+
+def _name_the_variable(error: click.UsageError) -> None:
+    """Have a wrong value that comes from the environment reported with the variable, not with the option."""
+    if isinstance(error, click.BadParameter) and error.ctx and error.param and error.param.name:
+        if error.ctx.get_parameter_source(error.param.name) is ParameterSource.ENVIRONMENT:
+            error.param_hint = f"{error.param.envvar}"
 
 
 def _fail_for_database(error: Exception) -> None:
     """End the command if it is an error of the database, whose driver is loaded only then."""
     psycopg = sys.modules.get("psycopg")
-    if psycopg is not None and isinstance(error, psycopg.Error):
+    if psycopg is not None and isinstance(error, psycopg.Error) and not _is_misuse(error, psycopg):
         from loader.load.sqlstate import explain  # imports psycopg
 
         explained = explain(error)
         _fail(str(explained), explained.exit_code)
+
+
+def _is_misuse(error: Any, psycopg: Any) -> bool:
+    """Whether the driver itself raised it because it was called in a wrong way."""
+    wrong = (psycopg.ProgrammingError, psycopg.InterfaceError, psycopg.NotSupportedError, psycopg.DataError)
+    return error.sqlstate is None and isinstance(error, wrong)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("analytics-spool")
 
 
 def _fail(message: str, code: int) -> NoReturn:

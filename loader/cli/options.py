@@ -31,18 +31,20 @@ archive = click.option(
 as_json = click.option("--json", "as_json", is_flag=True, help="For machines: JSON.")
 
 
-class Age(click.ParamType[datetime]):
+class Age(click.ParamType[timedelta]):
     """An age such as `90d`: a number and w, d, h or m for weeks, days, hours or minutes."""
 
     name = "age"
     _UNITS: Final = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes"}
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
-        """Return the moment that long ago."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        """Return the age; which moment that is depends on the server's clock."""
         parts = re.fullmatch(r"(\d{1,6})([wdhm])", str(value))
         if parts is None:
             self.fail(f"{value!r} is not an age: write a number and w, d, h or m, such as 90d.", param, ctx)
+        age = timedelta(**{self._UNITS[parts[2]]: int(parts[1])})
         try:
-            return datetime.now(UTC) - timedelta(**{self._UNITS[parts[2]]: int(parts[1])})
+            datetime.now(UTC) - age
         except OverflowError:
             self.fail(f"{value!r} is before the year 1.", param, ctx)
+        return age

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from pathlib import Path
+from typing import Final
 
 import click
-import orjson
 from click.shell_completion import CompletionItem
 
 from loader import settings
 from loader.cli import options
 from loader.errors import LoaderError, UsageError
-from loader.files import rejects
+
+_CLAIM_SECONDS: Final = 10.0
+"""Seconds that a file is awaited which the daemon retries."""
 
 
 @click.group("rejects")
@@ -27,6 +31,8 @@ def command() -> None:
 
 
 def _complete_reject_file(ctx: click.Context, _: click.Parameter, begun: str) -> list[CompletionItem]:
+    from loader.files import rejects
+
     try:
         files = rejects.files(settings.spool_directory(ctx.params.get("spool_dir")))
     except (LoaderError, OSError):
@@ -49,10 +55,10 @@ def list_rejects(spool_dir: Path | None, as_json: bool) -> None:
       loader rejects list --json
     """
     from loader.cli import terminal
+    from loader.operate.status import reject_counts
 
     rows = []
-    for path in rejects.files(settings.spool_directory(spool_dir)):
-        codes = rejects.count([path])
+    for path, codes in reject_counts(settings.spool_directory(spool_dir)):
         if as_json:
             terminal.print_json({"file": path.name, "lines": codes.total(), "codes": codes})
         rows.append((path.name, codes.total(), ", ".join(f"{code} {n}" for code, n in codes.most_common())))
@@ -74,16 +80,20 @@ def show_rejects(names: tuple[str, ...], spool_dir: Path | None, as_json: bool) 
       loader rejects show
       loader rejects show --json
     """
+    import orjson
+
     from loader.cli import terminal
+    from loader.files import rejects
 
     for path in _reject_files(settings.spool_directory(spool_dir), names):
-        for rejected in rejects.read(path):
-            if as_json:
-                terminal.print_json(orjson.loads(rejected.encode()))
-                continue
-            terminal.say(f"{rejected.file}, line {rejected.line}: {rejected.code}", "bold")
-            terminal.say(f"  {rejected.reason}")
-            terminal.say(f"  {rejected.raw[:2000].decode(errors='backslashreplace')}", "dim")
+        with contextlib.suppress(FileNotFoundError):  # loaded since it was listed
+            for rejected in rejects.read(path):
+                if as_json:
+                    terminal.print_json(orjson.loads(rejected.encode()))
+                    continue
+                terminal.say(f"{rejected.file}, line {rejected.line}: {rejected.code}", "bold")
+                terminal.say(f"  {rejected.reason}")
+                terminal.say(f"  {rejected.raw[:2000].decode(errors='backslashreplace')}", "dim")
 
 
 @command.command("retry")
@@ -100,6 +110,7 @@ def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | Non
     """
     from loader.cli import terminal
     from loader.cli.loading import finish
+    from loader.files.claim import claimed
     from loader.load import database
     from loader.load.batch import retry
     from loader.service import logs
@@ -117,13 +128,24 @@ def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | Non
         for path in files:
             if signals.stop.is_set():
                 break
-            report.loaded += retry(connection, path)
-            report.files += 1
+            deadline = time.monotonic() + _CLAIM_SECONDS
+            while not signals.stop.is_set() and path.exists():  # else the daemon has loaded all of it
+                with claimed(path) as is_ours:
+                    if is_ours:
+                        report.loaded += retry(connection, path)
+                        report.files += 1
+                        break
+                if time.monotonic() > deadline:
+                    report.failures[path.name] = "is being retried by another process: try again later"
+                    break
+                signals.stop.wait(0.1)
             shown(report.files)
     finish(report, signals, as_json=as_json)
 
 
 def _reject_files(spool: Path, names: tuple[str, ...]) -> list[Path]:
+    from loader.files import rejects
+
     files = rejects.files(spool)
     known = {path.name for path in files}
     for name in names:

@@ -6,19 +6,16 @@ import contextlib
 import faulthandler
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from loader import settings
 from loader.cli import options, terminal
-from loader.cli.loading import dsn_source, finish, patient_workers
 from loader.errors import UsageError
-from loader.files.lock import exclusive
-from loader.files.scan import backlog
-from loader.service import daemon, logs
-from loader.service.health import Health
-from loader.service.notify import Notifier
-from loader.service.signals import Signals, until_signal
+
+if TYPE_CHECKING:
+    from loader.service.signals import Signals
 
 
 @click.command("run")
@@ -45,6 +42,11 @@ def command(
       loader run --metrics-port 9187 --archive /var/lib/analytics-archive
       loader run --once
     """
+    from loader.cli.loading import dsn_source
+    from loader.service import daemon, logs
+    from loader.service.notify import Notifier
+    from loader.service.signals import until_signal
+
     logs.to_stderr()
     if as_json and not once:
         raise UsageError("--json goes with --once: the daemon's log is JSON already")
@@ -70,6 +72,12 @@ def command(
 def _run_once(
     dsn: Callable[[], str], spool: Path, workers: int, archive: Path | None, signals: Signals, as_json: bool
 ) -> None:
+    from loader.cli.loading import finish, patient_workers
+    from loader.files.lock import exclusive
+    from loader.files.scan import backlog
+    from loader.service import daemon
+    from loader.service.health import Health
+
     with exclusive(spool), terminal.bar("loading", backlog(spool).sealed_bytes, of_bytes=True) as shown:
         health = Health()
         pool = patient_workers(dsn, spool, workers, signals, health, lambda: shown(health.total.bytes))

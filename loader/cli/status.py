@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import psycopg
 
 from loader import settings
 from loader.cli import options, terminal
 from loader.errors import LoaderError
-from loader.load import database
-from loader.load.sqlstate import explain
-from loader.operate import status
+
+if TYPE_CHECKING:
+    from loader.operate.status import Ledger
 
 
 @click.command("status")
@@ -28,9 +28,15 @@ def command(dsn: str | None, spool_dir: Path | None, as_json: bool) -> None:
       loader status
       loader status --json
     """
+    import psycopg
+
+    from loader.load import database
+    from loader.load.sqlstate import explain
+    from loader.operate import status
+
     spool = status.spool(settings.spool_directory(spool_dir))
     failure: LoaderError | None = None
-    ledger: status.Ledger | None = None
+    ledger: Ledger | None = None
     try:
         with database.connect(settings.database_dsn(dsn)) as connection:
             ledger = status.ledger(connection)

@@ -1,4 +1,7 @@
-"""What a person sees: tables, facts and progress bars, with nothing in them that a terminal would obey."""
+"""What a person sees: tables, facts and progress bars, with nothing in them that a terminal would obey.
+
+rich is imported only for what needs it: it takes longer to import than most commands take to run.
+"""
 
 from __future__ import annotations
 
@@ -6,63 +9,61 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from rich.text import Text
+import click
 
 from loader.errors import one_line
-from loader.operate.backfill import GivenFile
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from loader.operate.backfill import GivenFile
 
 _NO_EDGE: Final = 1000
-"""Columns of what is no terminal: a name that is cut can't be given to the next command."""
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _NO_EDGE)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+"""Columns of what is not a terminal: a name that is cut cannot be given to the next command."""
+_STYLES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "": {}, "bold": {"bold": True}, "dim": {"dim": True},
+    "green": {"fg": "green"}, "yellow": {"fg": "yellow"}, "red": {"fg": "red"},
+}  # fmt: skip
 
 
 def say(text: str, style: str = "") -> None:
     """Print one line."""
-    out.print(Text(one_line(text), style=style))
+    click.echo(click.style(one_line(text), **_STYLES[style]) if style else one_line(text))
 
 
 def warn(text: str) -> None:
     """Print one line to standard error."""
-    err.print(Text(one_line(text)))
+    click.echo(one_line(text), err=True)
 
 
 def print_json(facts: Any) -> None:
     """Print one JSON object, in ASCII, so that no control character is raw."""
-    out.print(Text(json.dumps(facts, default=str)))
+    click.echo(json.dumps(facts, default=str))
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print rows under headings."""
+    from rich.table import Table
+    from rich.text import Text
+
     shown = Table()
     for heading in headings:
         shown.add_column(heading, overflow="fold")
     for row in rows:
         shown.add_row(*(Text(one_line(str(value))) for value in row))
-    out.print(shown)
+    console().print(shown)
 
 
 def facts(title: str, values: Mapping[str, object]) -> None:
     """Print names and values."""
-    shown = Table(title=title, show_header=False, title_justify="left")
-    shown.add_column(no_wrap=True)
-    shown.add_column(overflow="fold")
+    say(title, "bold")
+    width = max(map(len, values), default=0)
     for name, value in values.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
-        shown.add_row(name.replace("_", " "), Text(one_line("-" if text in (None, "") else str(text))))
-    out.print(shown)
+        say(f"  {name.replace('_', ' '):<{width}}  {'-' if text in (None, '') else text}")
 
 
 def counts(values: Mapping[str, object]) -> str:
@@ -72,9 +73,11 @@ def counts(values: Mapping[str, object]) -> str:
 
 @contextlib.contextmanager
 def bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on a terminal; what is given is told how much is done."""
-    amount = DownloadColumn() if of_bytes else MofNCompleteColumn()
-    with _progress(amount) as progress:
+    """Show a progress bar on a terminal; call what is yielded with the amount that is done."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with _progress(of_bytes=of_bytes) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
 
@@ -82,13 +85,34 @@ def bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[Callable[[
 @contextlib.contextmanager
 def bar_over(files: Sequence[GivenFile]) -> Iterator[None]:
     """Show a progress bar over the bytes of files as they are read."""
-    with _progress(DownloadColumn()) as progress:
+    if not sys.stderr.isatty():
+        yield
+        return
+    with _progress(of_bytes=True) as progress:
         task = progress.add_task("reading", total=sum(file.size() for file in files))
         for file in files:
             file.wrap = lambda stream: progress.wrap_file(stream, task_id=task)
         yield
 
 
-def _progress(amount: DownloadColumn | MofNCompleteColumn) -> Progress:
+def console(*, stderr: bool = False) -> Console:
+    """Return rich's view of standard output, or of standard error."""
+    from rich.console import Console
+
+    width = None if stderr or sys.stdout.isatty() else _NO_EDGE
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=width)
+
+
+def _progress(*, of_bytes: bool) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    amount = DownloadColumn() if of_bytes else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
-    return Progress(*columns, console=err, disable=not err.is_terminal)
+    return Progress(*columns, console=console(stderr=True))

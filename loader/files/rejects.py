@@ -24,6 +24,7 @@ from typing import Final
 import msgspec
 import orjson
 
+from loader.errors import DamagedFileError
 from loader.files import nofollow
 from loader.files.chunk import CHUNK_BYTES, Chunk
 
@@ -82,14 +83,14 @@ def read(path: Path) -> Iterator[Rejected]:
     with nofollow.opened(path.parent) as fd, nofollow.open_file(path.name, fd) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > _LARGEST_FILE:
-            raise ValueError(f"{path} has {size} bytes, more than the loader writes: move it away")
+            raise DamagedFileError(f"{path} has {size} bytes, more than the loader writes: move it away")
         for number in itertools.count(1):
             if not (line := stream.readline(_LONGEST_LINE)):
                 return
             try:
                 yield decode(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not a reject line: {error}") from None
+                raise DamagedFileError(f"{path}, line {number}: not a reject line: {error}") from None
 
 
 def files(spool: Path) -> list[Path]:

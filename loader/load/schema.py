@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import psycopg
 from psycopg.errors import Diagnostic
@@ -32,10 +32,25 @@ _PAUSE_SECONDS: Final = 1.0
 _STATEMENT: Final = re.compile(r"^DO \$(\w+)\$.*?^\$\1\$;$", re.MULTILINE | re.DOTALL)
 _NO_LOCK: Final = ("55P03", "40P01")
 """lock_not_available, deadlock_detected."""
+_FOUND: Final = (
+    "SELECT relname, relkind::text FROM pg_catalog.pg_class WHERE oid OPERATOR(pg_catalog.=) ANY (ARRAY["
+    "pg_catalog.to_regclass('analytics_schema')::oid, pg_catalog.to_regclass('analytics_loads')::oid])"
+)
+_REPORTED: Final = (
+    "SELECT pg_catalog.current_setting('analytics.version_before'), "
+    "pg_catalog.current_setting('analytics.foreign_keys')"
+)
+"""What the first statement of schema.sql leaves for its transaction."""
 _SUCCESS: Final = "00000"
 """Of a RAISE NOTICE without a code."""
 
 ForeignKeys = Literal["on", "off"]
+
+
+class _Notice(NamedTuple):
+    severity: str | None
+    sqlstate: str | None
+    message: str
 
 
 @dataclass
@@ -48,13 +63,13 @@ class Applied:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def note(self, notices: Sequence[Diagnostic]) -> None:
+    def note(self, notices: Sequence[_Notice]) -> None:
         """Keep what schema.sql and role.sql report themselves, not that a table exists."""
         for notice in notices:
-            is_warning = notice.severity_nonlocalized == "WARNING"
-            kept, message = self.warnings if is_warning else self.notes, notice.message_primary or ""
-            if (is_warning or notice.sqlstate == _SUCCESS) and message not in kept:
-                kept.append(message)
+            is_warning = notice.severity == "WARNING"
+            kept = self.warnings if is_warning else self.notes
+            if (is_warning or notice.sqlstate == _SUCCESS) and notice.message not in kept:
+                kept.append(notice.message)
 
 
 def apply_schema(
@@ -71,7 +86,6 @@ def apply_schema(
     applied = Applied()
 
     def apply_tables() -> None:
-        applied.before = schema_version(connection)
         deviations.refuse(deviations.find(connection))
         choice = "" if foreign_keys is None else "on" if foreign_keys else "off"
         _set(connection, "analytics.foreign_keys", choice)
@@ -79,8 +93,8 @@ def apply_schema(
         if role is not None:
             _set(connection, "analytics.role", role)
             connection.execute(_script("role.sql").encode())
-        applied.version = schema_version(connection)
-        applied.foreign_keys = _remembered(connection)
+        ((version, choice),) = connection.execute(_REPORTED).fetchall()
+        applied.before, applied.foreign_keys = int(version), choice
         applied.warnings += [str(each) for each in deviations.find(connection)]
 
     _until_locked(connection, apply_tables, applied, patience)
@@ -91,10 +105,9 @@ def apply_schema(
 
 def schema_version(connection: Connection) -> int:
     """Return the version of the tables, 0 if there are none. Raises psycopg.Error."""
-    found = "SELECT pg_catalog.to_regclass('analytics_schema'), pg_catalog.to_regclass('analytics_loads')"
-    ((versions, ledger),) = connection.execute(found).fetchall()
-    if versions is None:
-        return 0 if ledger is None else 1
+    kinds: dict[str, str] = dict(connection.execute(_FOUND).fetchall())
+    if kinds.get("analytics_schema") != "r":  # functions of a view would run with the rights of the caller
+        return 1 if "analytics_loads" in kinds else 0
     statement = "SELECT coalesce(pg_catalog.max(version), 1) FROM analytics_schema"
     ((version,),) = connection.execute(statement).fetchall()
     return int(version)
@@ -136,20 +149,19 @@ def _set_up(connection: Connection) -> None:
 
 
 @contextmanager
-def _notices(connection: Connection) -> Iterator[list[Diagnostic]]:
+def _notices(connection: Connection) -> Iterator[list[_Notice]]:
     """Collect what the server reports beside the results."""
-    notices: list[Diagnostic] = []
-    connection.add_notice_handler(notices.append)
+    notices: list[_Notice] = []
+
+    def note(diagnostic: Diagnostic) -> None:  # which is valid during this call only
+        severity, message = diagnostic.severity_nonlocalized, diagnostic.message_primary or ""
+        notices.append(_Notice(severity, diagnostic.sqlstate, message))
+
+    connection.add_notice_handler(note)
     try:
         yield notices
     finally:
-        connection.remove_notice_handler(notices.append)
-
-
-def _remembered(connection: Connection) -> ForeignKeys:
-    statement = "SELECT value FROM analytics_settings WHERE name OPERATOR(pg_catalog.=) 'foreign_keys'"
-    ((value,),) = connection.execute(statement).fetchall()
-    return "off" if value == "off" else "on"
+        connection.remove_notice_handler(note)
 
 
 def _set(connection: Connection, name: str, value: str) -> None:

@@ -1,77 +1,111 @@
-"""What is older than it has to be kept: rows, ledger rows, rejected and archived files.
+"""Removes what is older than it has to be kept: rows, ledger rows, rejected and archived files.
 
-Rows go by their own `timestamp`, in batches of a transaction each that lock nothing but these rows, found
-through the index that begins with their kind. The ledger's go by when they were loaded, and a writer's
-together, once its last one is old: the view of missing segments counts from 1. A file whose ledger rows went
-is loaded again when it is met again, as from an archive. Files go by when they were written.
+Rows are removed by their own `timestamp` and by the server's clock, in batches of a transaction each that lock
+nothing but these rows, found through the index that begins with their kind. A batch that meets a deadlock or a lock
+is repeated. Ledger rows are removed by when they were loaded, and a writer's together, once its last one is old: the
+view of missing segments counts from 1. A file whose ledger rows were removed is loaded again when it is read again,
+as from an archive. Files are removed by when they were written.
+
+Operators are qualified because those on `varchar` are not exactly those of pg_catalog (see schema.sql).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
+import stat
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, LiteralString
+from typing import Any, Final, LiteralString, cast
 
+import psycopg
 from psycopg import sql
 
 from loader.files import nofollow, rejects
 from loader.files.retire import SUFFIX
-from loader.load.database import Connection
+from loader.load.database import Connection, prepare
 from loader.load.tables import EVENTS, METRICS, Table
 from spool.segment import SEALED
 
 BATCH_ROWS: Final = 5000
 """Some tenths of a second of a server's work."""
-_DAY: Final = re.compile(r"\d{8}")
+_DAY: Final = re.compile(r"[0-9]{8}")
 
 _KINDS: Final = (
     "WITH RECURSIVE kinds AS ((SELECT {kind} AS kind FROM {table} ORDER BY 1 LIMIT 1) UNION ALL "
-    "SELECT (SELECT {kind} FROM {table} WHERE {kind} > kinds.kind ORDER BY 1 LIMIT 1) FROM kinds "
+    "SELECT (SELECT {kind} FROM {table} WHERE {kind} OPERATOR(pg_catalog.>) kinds.kind ORDER BY 1 LIMIT 1) FROM kinds "
     "WHERE kind IS NOT NULL) SELECT kind FROM kinds WHERE kind IS NOT NULL"
 )
 """The kinds there are, by leaps through the index."""
-_COUNT: Final = "SELECT count(*) FROM {table} WHERE {kind} = %s AND timestamp < %s"
+_COUNT: Final = (
+    "SELECT pg_catalog.count(*) FROM {table} WHERE {kind} OPERATOR(pg_catalog.=) %s AND timestamp < %s"
+)
 _DELETE: Final = (
-    "WITH old AS MATERIALIZED (SELECT {key} AS key FROM {table} WHERE {kind} = %s "
+    "WITH old AS MATERIALIZED (SELECT {key} AS key FROM {table} WHERE {kind} OPERATOR(pg_catalog.=) %s "
     "AND timestamp < %s AND timestamp >= %s::timestamptz ORDER BY timestamp LIMIT %s), "
     "gone AS (DELETE FROM {table} USING old WHERE {table}.{key} = old.key RETURNING {table}.timestamp) "
-    "SELECT count(*), max(timestamp)::text FROM gone"
+    "SELECT pg_catalog.count(*), pg_catalog.max(timestamp)::text FROM gone"
 )
 """A batch begins where the last one ended, which spares the way over index entries of what is gone."""
 _WRITERS: Final = "SELECT DISTINCT writer FROM analytics_loads WHERE loaded_at >= %s AND writer IS NOT NULL"
-_OLD_LOADS: Final = "analytics_loads WHERE coalesce(writer, '') <> ALL(%s) AND loaded_at < %s"
-_COUNT_LOADS: Final = f"SELECT count(*) FROM {_OLD_LOADS}"
+_OLD_LOADS: Final = "analytics_loads WHERE coalesce(writer, '') <> ALL(%s::text[]) AND loaded_at < %s"
+_COUNT_LOADS: Final = f"SELECT pg_catalog.count(*) FROM {_OLD_LOADS}"
 _DELETE_LOADS: Final = (
     f"WITH old AS MATERIALIZED (SELECT digest AS key FROM {_OLD_LOADS} "
     "AND loaded_at >= %s::timestamptz ORDER BY loaded_at LIMIT %s), gone AS "
     "(DELETE FROM analytics_loads USING old WHERE digest = old.key RETURNING loaded_at) "
-    "SELECT count(*), max(loaded_at)::text FROM gone"
+    "SELECT pg_catalog.count(*), pg_catalog.max(loaded_at)::text FROM gone"
 )
+
+
+_LOCK_SECONDS: Final = 5
+_PATIENCE: Final = 60.0
+"""Seconds that a batch is repeated which other sessions keep from its rows."""
+_REPEATED: Final = ("40001", "40P01", "55P03", "57014")
+"""serialization_failure, deadlock_detected, lock_not_available, query_canceled (by a timeout)."""
 
 
 @dataclass
 class Pruned:
-    """How much is old, or went: rows by table, `loads` of the ledger, files."""
+    """How much is old, or was removed: rows by table, `loads` of the ledger, files.
+
+    `skipped` maps an entry of the archive that is not a day's directory to why it was left alone, and `failures` what
+    could not be removed.
+    """
 
     events: int = 0
     metrics: int = 0
     loads: int = 0
     rejected_files: int = 0
     archived_files: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts by the names that `loader prune` prints."""
+        return {
+            "events": self.events, "metrics": self.metrics, "loads": self.loads,
+            "rejected_files": self.rejected_files, "archived_files": self.archived_files,
+        }  # fmt: skip
 
 
 class Rows:
-    """The rows that are older than `before`. Methods raise psycopg.Error."""
+    """The rows that are older than `age` by the server's clock, `before`. Methods raise psycopg.Error."""
 
-    def __init__(self, connection: Connection, before: datetime) -> None:
+    def __init__(self, connection: Connection, age: timedelta, stop: threading.Event) -> None:
         self._connection = connection
-        self._before = before
+        self._stop = stop
+        ((self._before,),) = self._run("SELECT pg_catalog.now() - %s::interval", EVENTS, age)
+
+    @property
+    def before(self) -> datetime:
+        return cast(datetime, self._before)
 
     def count(self) -> Pruned:
         events, metrics = (
@@ -80,21 +114,19 @@ class Rows:
         )
         return Pruned(events, metrics, self._number(_COUNT_LOADS, EVENTS, self._writers(), self._before))
 
-    def delete(self, stop: threading.Event, deleted: Callable[[int], None]) -> Pruned:
-        """Delete them until done or asked to stop; `deleted` is told the rows of each committed batch."""
+    def delete(self, deleted: Callable[[int], None]) -> Pruned:
+        """Delete them until done or asked to stop; `deleted` gets the number of rows of each committed batch."""
         events, metrics = (
-            sum(self._delete(_DELETE, table, kind, stop, deleted) for kind in self._kinds(table))
+            sum(self._delete(_DELETE, table, kind, deleted) for kind in self._kinds(table))
             for table in (EVENTS, METRICS)
         )
-        loads = self._delete(_DELETE_LOADS, EVENTS, self._writers(), stop, deleted)
-        return Pruned(events, metrics, loads)
+        return Pruned(events, metrics, self._delete(_DELETE_LOADS, EVENTS, self._writers(), deleted))
 
     def _delete(
-        self, statement: LiteralString, table: Table, which: object, stop: threading.Event,
-        deleted: Callable[[int], None],
-    ) -> int:  # fmt: skip
+        self, statement: LiteralString, table: Table, which: object, deleted: Callable[[int], None]
+    ) -> int:
         total, count, since = 0, BATCH_ROWS, "-infinity"
-        while count == BATCH_ROWS and not stop.is_set():
+        while count == BATCH_ROWS and not self._stop.is_set():
             ((count, last),) = self._run(statement, table, which, self._before, since, BATCH_ROWS)
             since = last or since
             total += count
@@ -113,36 +145,65 @@ class Rows:
         return int(number)
 
     def _run(self, statement: LiteralString, table: Table, *values: object) -> list[tuple[Any, ...]]:
-        """Run a statement in a transaction of its own."""
+        """Run a statement in a transaction of its own, again if other sessions were in its way."""
         names = {name: sql.Identifier(getattr(table, name)) for name in ("key", "kind")}
         text = sql.SQL(statement).format(table=sql.Identifier(table.name), **names)
-        with self._connection.transaction():
-            return self._connection.execute(text, values).fetchall()
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                with self._connection.transaction():
+                    prepare(self._connection)
+                    self._connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'".encode())
+                    return self._connection.execute(text, values).fetchall()
+            except psycopg.Error as error:
+                if error.sqlstate not in _REPEATED or time.monotonic() > deadline or self._stop.is_set():
+                    raise
+            self._stop.wait(random.uniform(0.1, 0.5))
 
 
 def files(spool: Path, archive: Path | None, before: datetime, *, dry_run: bool) -> Pruned:
-    """Remove the rejected and archived files that are older than `before`, or count them. Raises OSError."""
-    limit = before.timestamp()
+    """Remove the rejected and archived files that are older than `before`, or count them."""
     pruned = Pruned()
-    with contextlib.suppress(FileNotFoundError), nofollow.opened(spool / rejects.DIRECTORY) as rejected:
-        pruned.rejected_files = _remove(rejected, (SEALED, rejects.WHOLE), limit, dry_run)
+    with _noting_failures(pruned, rejects.DIRECTORY), nofollow.opened(spool / rejects.DIRECTORY) as rejected:
+        pruned.rejected_files = _remove(rejected, (SEALED, rejects.WHOLE), before, pruned, dry_run)
     if archive is not None:
-        with contextlib.suppress(FileNotFoundError), nofollow.opened(archive) as base:
+        with _noting_failures(pruned, str(archive)), nofollow.opened(archive) as base:
             for name in filter(_DAY.fullmatch, os.listdir(base)):
-                with nofollow.opened(name, base) as day:
-                    pruned.archived_files += _remove(day, (SEALED + SUFFIX,), limit, dry_run)
-                if not dry_run:
-                    with contextlib.suppress(OSError):  # there is more in it
-                        os.rmdir(name, dir_fd=base)
+                with _noting_failures(pruned, name):
+                    pruned.archived_files += _day(base, name, before, pruned, dry_run)
     return pruned
 
 
-def _remove(where: int, suffixes: tuple[str, ...], limit: float, dry_run: bool) -> int:
+def _day(base: int, name: str, before: datetime, pruned: Pruned, dry_run: bool) -> int:
+    """Prune a day's directory of the archive; return the number of old files."""
+    if stat.S_ISREG(os.stat(name, dir_fd=base, follow_symlinks=False).st_mode):
+        pruned.skipped[name] = "is a file, not the directory of a day"
+        return 0
+    with nofollow.opened(name, base) as day:
+        count = _remove(day, (SEALED + SUFFIX,), before, pruned, dry_run)
+    if not dry_run:
+        with contextlib.suppress(OSError):  # there is more in it
+            os.rmdir(name, dir_fd=base)
+    return count
+
+
+def _remove(where: int, suffixes: tuple[str, ...], before: datetime, pruned: Pruned, dry_run: bool) -> int:
     count = 0
     for name in nofollow.names(where, suffixes):
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(name, dir_fd=where, follow_symlinks=False).st_mtime < limit:
+        with _noting_failures(pruned, name):
+            if os.stat(name, dir_fd=where, follow_symlinks=False).st_mtime < before.timestamp():
                 if not dry_run:
                     os.unlink(name, dir_fd=where)
                 count += 1
     return count
+
+
+@contextlib.contextmanager
+def _noting_failures(pruned: Pruned, name: str) -> Iterator[None]:
+    """Go on after an entry that cannot be removed; one that no longer exists needs nothing."""
+    try:
+        yield
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        pruned.failures[name] = error.strerror or str(error)

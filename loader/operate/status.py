@@ -8,12 +8,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Final
 
 from loader.files import rejects
 from loader.files.lock import holder
 from loader.files.scan import Backlog, backlog
 from loader.load.counts import Counts
 from loader.load.database import Connection
+from loader.service import parents
+
+_RATE_MINUTES: Final = 5
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Spool(Backlog):
     loader: str | None
     reject_files: int
     rejected: Mapping[str, int]
+    waiting_for_parents: int
+    """Rejects of the last hour for a parent that does not exist, which the daemon retries."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +38,15 @@ class Ledger:
 
     chunks: int
     counts: Counts
+    retried: int
+    """Lines that were rejected at first; `counts` has them twice."""
     last_loaded_at: datetime | None
     rows_per_second: float
 
     def facts(self) -> dict[str, object]:
         """Return the values by the names that `loader status` prints."""
         return {
-            "chunks": self.chunks, "lines": self.counts.lines, **asdict(self.counts),
+            "chunks": self.chunks, "lines": self.counts.lines, **asdict(self.counts), "retried": self.retried,
             "last_loaded_at": self.last_loaded_at, "rows_per_second": self.rows_per_second,
         }  # fmt: skip
 
@@ -52,6 +60,7 @@ def spool(directory: Path) -> Spool:
         loader=holder(directory),
         reject_files=len(counted),
         rejected=dict(sum((codes for _, codes in counted), Counter()).most_common()),
+        waiting_for_parents=sum(count for _, _, count in parents.waiting(directory, {})),
     )
 
 
@@ -68,11 +77,15 @@ def reject_counts(directory: Path) -> Iterator[tuple[Path, Counter[str]]]:
 def ledger(connection: Connection) -> Ledger:
     """Sum up the ledger. Raises psycopg.Error."""
     row = connection.execute(
-        "SELECT count(*), coalesce(sum(events), 0)::bigint, "
-        "coalesce(sum(metrics), 0)::bigint, coalesce(sum(duplicates), 0)::bigint, "
-        "coalesce(sum(rejected), 0)::bigint, max(loaded_at), coalesce(sum(events + metrics) "
-        "FILTER (WHERE loaded_at > now() - interval '5 minutes'), 0)::float / 300 FROM analytics_loads"
+        "SELECT pg_catalog.count(*), coalesce(pg_catalog.sum(events), 0)::bigint, "
+        "coalesce(pg_catalog.sum(metrics), 0)::bigint, coalesce(pg_catalog.sum(duplicates), 0)::bigint, "
+        "coalesce(pg_catalog.sum(rejected), 0)::bigint, pg_catalog.max(loaded_at), "
+        "coalesce(pg_catalog.sum(events + metrics) FILTER "
+        "(WHERE loaded_at > pg_catalog.now() - pg_catalog.make_interval(mins => %s::int)), 0)::float, "
+        "coalesce(pg_catalog.sum(lines) FILTER (WHERE pg_catalog.starts_with(file, %s)), 0)::bigint "
+        "FROM analytics_loads",
+        [_RATE_MINUTES, f"{rejects.DIRECTORY}/"],
     ).fetchone()
     assert row is not None  # an aggregate has one row
-    chunks, *counts, last_loaded_at, rows_per_second = row
-    return Ledger(chunks, Counts(*counts), last_loaded_at, rows_per_second)
+    chunks, *counts, last_loaded_at, recent_rows, retried = row
+    return Ledger(chunks, Counts(*counts), retried, last_loaded_at, recent_rows / (60 * _RATE_MINUTES))

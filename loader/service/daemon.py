@@ -22,6 +22,7 @@ from loader.files.retire import SpoolFile
 from loader.files.scan import Backlog, Scan, backlog, scan
 from loader.service.health import Health
 from loader.service.notify import Notifier
+from loader.service.parents import ParentRetries
 from loader.service.run import Report
 from loader.service.signals import Signals
 from loader.service.workers import Workers
@@ -51,6 +52,7 @@ class Daemon:
         self._archive = archive
         self._notifier = notifier
         self._workers = Workers(dsn, spool, count, signals, None, self.health, self._report_status)
+        self._parents = ParentRetries(dsn, spool, signals, self.health)
         self._rescan = min(RESCAN_SECONDS, notifier.watchdog_seconds / 4 or RESCAN_SECONDS)
         self._reloads = 0
         self._reported: dict[str, str] = {}
@@ -59,8 +61,13 @@ class Daemon:
 
     def run(self) -> None:
         """Return when asked to stop. Raises LoaderError where another loader has the spool, OSError."""
-        with exclusive(self._spool), contextlib.closing(self._workers):
+        with (
+            exclusive(self._spool),
+            contextlib.closing(self._workers),
+            contextlib.closing(self._parents),
+        ):
             log.info("watching %s", self._spool)
+            self._parents.start()
             self._scan_and_load()
             for _ in self._hints():
                 if not self._signals.stop.is_set():

@@ -123,7 +123,7 @@ MISTAKES: dict[str, tuple[Prepare, str, int, str]] = {
         "is not a directory: set SPOOL_DIR",
     ),
     "too few workers": (nothing, "run --workers 0", 2, "--workers"),
-    "workers that are no number": (setting("LOADER_WORKERS", "many"), "run", 2, "--workers"),
+    "workers that are no number": (setting("LOADER_WORKERS", "many"), "run", 2, "LOADER_WORKERS"),
     "JSON of a daemon": (nothing, "run --json", 2, "--json goes with --once"),
     "nothing to backfill": (nothing, "backfill", 2, "PATH"),
     "a file that is not there": (

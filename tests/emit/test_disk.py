@@ -248,7 +248,10 @@ def btrfs(tmp_path: Path) -> Iterator[Path]:
     with image.open("wb") as file:
         file.truncate(128 << 20)
     made = subprocess.run(["mkfs.btrfs", "-q", image], capture_output=True)
-    if made.returncode or subprocess.run(["mount", "-o", "loop", image, disk], capture_output=True).returncode:
+    if (
+        made.returncode
+        or subprocess.run(["mount", "-o", "loop", image, disk], capture_output=True).returncode
+    ):
         pytest.skip("mounting a btrfs takes a privilege or a kernel that is not here")
     try:
         yield disk

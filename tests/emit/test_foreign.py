@@ -150,7 +150,9 @@ def uwsgi() -> Path:
 
 
 @pytest.mark.parametrize("at_import", ["1", "0"])
-@pytest.mark.parametrize("options", [(), ("--enable-threads", "--py-call-uwsgi-fork-hooks")], ids=["plain", "hooks"])
+@pytest.mark.parametrize(
+    "options", [(), ("--enable-threads", "--py-call-uwsgi-fork-hooks")], ids=["plain", "hooks"]
+)
 def test_uwsgi_workers_that_were_forked_from_a_loaded_application(
     tmp_path: Path, uwsgi: Path, at_import: str, options: tuple[str, ...]
 ) -> None:
@@ -356,7 +358,9 @@ def test_an_emit_at_the_recursion_limit_is_dropped_and_counted(tmp_path: Path) -
         if depth:
             down(depth - 1)
         else:
-            results.append(emitter.emit_event(event_type="tick", user_id=USER_ID, family_unit_id=USER_ID, metadata=TEXT))
+            results.append(
+                emitter.emit_event(event_type="tick", user_id=USER_ID, family_unit_id=USER_ID, metadata=TEXT)
+            )
 
     reached = 0
     for depth in range(sys.getrecursionlimit() - 200, sys.getrecursionlimit()):

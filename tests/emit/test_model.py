@@ -78,9 +78,7 @@ def scan_for_ever(spool: Path) -> None:
             scan(spool)
 
 
-def emit_in_a_child(
-    emitter: Emitter, fork: Callable[[], int], count: int, close: bool
-) -> list[str | None]:
+def emit_in_a_child(emitter: Emitter, fork: Callable[[], int], count: int, close: bool) -> list[str | None]:
     ours, theirs = FORK.Pipe()
     if (child := fork()) == 0:
         theirs.send([emit(emitter) for _ in range(count)])

@@ -374,6 +374,8 @@ class Emitter:
 
     def close(self) -> None:
         """Seal everything and stop the housekeeping thread. Safe to repeat."""
+        if self._drops.is_waiting():
+            self._report_dropped()
         self._housekeeper.stop()
         self._appender.close()
         self._drops.log()

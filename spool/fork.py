@@ -10,7 +10,8 @@ With Python's hooks, the housekeeping threads end before the fork, so that the c
 that is half changed, and Python 3.12 and later do not warn about threads; the parent starts its own again.
 
 What cannot be repaired from inside: a child forked in C while another thread of the parent wanted the GIL
-waits for that thread to take it, for ever, before any code of ours runs. So uWSGI's options are checked, once, and reported.
+waits for that thread to take it, for ever, before any code of ours runs. So uWSGI's options
+are checked, once, and reported.
 """
 
 from __future__ import annotations

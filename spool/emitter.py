@@ -28,10 +28,12 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from time import time_ns
-from typing import Any, Final
+from types import SimpleNamespace
+from typing import Any, Final, cast
 
 from orjson import dumps
 
@@ -52,6 +54,8 @@ from spool.timer import Timer
 log = logging.getLogger("spool")
 
 _NO_TICK: Final = (0, "", b"")
+_REHEARSALS: Final = 20
+_NOBODY: Final = "00000000-0000-7000-8000-000000000000"
 _BACKSLASH: Final = ord("\\")
 _MICROSECONDS: Final = tuple(b"%03dZ" % micro for micro in range(1000))
 
@@ -377,7 +381,18 @@ class Emitter:
         self._prepared = True
         with suppress(Exception):
             self._appender.prepare()
+            self._rehearse()
         self._housekeeper.wake()
+
+    def _rehearse(self) -> None:
+        """Run the code of an emit a few times without a spool: the very first run of it takes 0.2 ms."""
+        rehearsal = copy(self)
+        rehearsal._appender = cast(Appender, SimpleNamespace(write=len))
+        for _ in range(_REHEARSALS):
+            rehearsal.emit_event(
+                event_type="rehearsal", user_id=_NOBODY, family_unit_id=_NOBODY, metadata={"n": 1}
+            )
+            rehearsal.increment_counter(metric_name="rehearsal", labels={"n": "1"})
 
     def _keep_house(self) -> float | None:
         """Do what is due. Returns the seconds after which to do so again, None if only a wake-up helps."""
@@ -428,6 +443,8 @@ class Emitter:
 
     def close(self) -> None:
         """Seal everything and stop the housekeeping thread. Safe to repeat."""
+        if self._drops.is_waiting():
+            self._report_dropped()
         self._housekeeper.stop()
         self._appender.close()
         self._drops.log()

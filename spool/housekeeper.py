@@ -6,7 +6,8 @@ thread left, greenlets that never yield) emits do without: it only prepares what
 It is started without `threading.Thread`, whose `start` waits for the new thread: 68-311 ms beside three busy
 threads, and for ever while Python 3.11 finalizes.
 
-A fork in C copies the condition variable of the GIL with those who wait on it. If one of them was the parent's
+A fork in C copies the condition variable of the GIL with those who wait on it. If one of them was the
+parent's
 housekeeping thread, the child would hang as soon as two of its threads want the GIL. So such a child has no
 thread: the emit that begins a new millisecond does the work when it is due (`do_if_due`).
 """

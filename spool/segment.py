@@ -5,13 +5,45 @@
 
     <stem> = 20261123T120000.000000Z-host-boot-pid-random-000001
 
-This room never parses JSON: it knows only the newline, and that a line has no NUL byte.
+Nothing here parses JSON: a segment is lines that end in a newline and have no NUL byte.
 
-Why appending needs no lock: `mmap.write` copies the bytes and moves the position inside one C call that
-keeps the GIL, so no thread, signal handler or finalizer can come between (CPython, Modules/mmapmodule.c).
-Closing the map makes every later write raise ValueError, so a writer that still holds a retired segment is
-told so and takes the next one. What was written is then found from the file itself, exactly as after a crash:
-sealing and recovery are one function.
+What a crash (SIGKILL, or power loss with `fsync`) leaves after each step, and what repairs it:
+
+    step                               leaves                                  repaired by
+    create    1 open <stem>.new        an empty file that loaders ignore       an emitter that measures the
+              2 lock it                                                        spool removes it after a minute
+              3 reserve, map           the same, with its capacity             (`written_bytes`)
+              4 rename to .open  a locked file of NUL bytes  adopt: no line, so it is removed
+    append  copy into the map  every line whose emit returned; the  adopt: cut to the last whole line,
+                                       last one may be cut, or have a hole     `torn_bytes` reports the rest
+    rotate    1 the spare takes lines  two files with lines                    adopt, each
+              2 the full one retires
+    resize    1 reserve or cut         a file without lines, of another size   adopt: it is removed
+              2 map again
+    seal      1 cut to its lines       a shorter .open                         adopt: seals it
+              2 sync the file          the same, durable                       adopt
+              3 rename to .ndjson      sealed                                  nothing to do
+              4 sync the directory     sealed; before it, power loss may       adopt
+                                       bring .open back
+    seal by   1 write <stem>.part      both; loaders ignore .part              adopt: writes .part again
+    copying  2 sync, rename it  .ndjson beside .open  adopt waits until .ndjson is loaded;
+                                                                               then its lines are known
+              3 remove .open           sealed                                  nothing to do
+    adopt       lock, then as seal     the lock is free again                  the next loader
+
+A writer that lives repairs its own: a step that failed is repeated (`seal`), a file that was removed is
+written
+again, one that it may no longer rename is left to the loader by freeing its lock.
+
+What nothing repairs: a file that somebody else truncates while it is open (`: > file`, logrotate with
+`copytruncate`). Its lines are gone, and the next emit of the process ends it by SIGBUS. Linux offers no seal,
+lease or lock against it for a file in a directory, and a handler for SIGBUS would have to replace the
+application's. The mode 0640 keeps other users from it; `SPOOL_MAPPED=0` survives it, at the latency of a
+write(2): tens of milliseconds at p99 beside busy threads. Rotation is the emitter's own work; a logrotate
+rule
+for other files of the same host must not match it, and may only remove old rejects, whole:
+
+    /var/spool/analytics/rejected/*.ndjson { weekly rotate 4 missingok nocreate nocopytruncate }
 """
 
 from __future__ import annotations

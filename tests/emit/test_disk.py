@@ -277,7 +277,7 @@ def emit():
     return made, time.perf_counter() - begin
 kept = [emit() for _ in range(10)]
 with open(sys.argv[1] + "/filler", "wb", buffering=0) as filler:
-    for size in (1 << 20, 1 << 12, 1):
+    for size in (1 << 20, 1 << 12):
         try:
             while True: filler.write(b"x" * size)
         except OSError: pass

@@ -35,14 +35,14 @@ def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates
 
     `duplicates` is the share of lines that are expected to exist; a wrong guess costs time only. Raises
     psycopg.Error and OSError, after which nothing was loaded, or, if the connection broke in the COMMIT, all
-    of it: load again, the ledger knows.
+    of it: load again, the ledger knows. A chunk that is to be loaded `again` is, whatever the ledger knows.
     """
     with connection.transaction():
         known = ledger.known(connection, [chunk.digest for chunk in batch])
         fresh, repeated = _divide(batch, known)
         prepare(connection)
         outcomes = insert(connection, fresh, duplicates) if fresh else []
-        ledger.record(connection, [outcome.entry() for outcome in outcomes])
+        ledger.record(connection, [_entry(outcome, known) for outcome in outcomes])
         for outcome in outcomes:
             rejects.write(spool, outcome.chunk, outcome.rejects)
     return sum(
@@ -87,11 +87,18 @@ def _divide(batch: Sequence[Chunk], known: set[bytes]) -> tuple[list[Chunk], lis
     """Return the chunks to load, and those whose bytes the ledger or an earlier chunk of the batch has."""
     fresh: list[Chunk] = []
     repeated: list[Chunk] = []
-    seen = set(known)
+    earlier: set[bytes] = set()
     for chunk in batch:
-        (repeated if chunk.digest in seen else fresh).append(chunk)
-        seen.add(chunk.digest)
+        is_known = chunk.digest in earlier or (chunk.digest in known and not chunk.again)
+        (repeated if is_known else fresh).append(chunk)
+        earlier.add(chunk.digest)
     return fresh, repeated
+
+
+def _entry(outcome: Outcome, known: set[bytes]) -> Entry:
+    """Return the chunk's row of the ledger; what is loaded again has a random key, as in `retry`."""
+    entry = outcome.entry()
+    return replace(entry, digest=secrets.token_bytes(32)) if entry.digest in known else entry
 
 
 def _in_its_place(now: Rejected, before: Rejected) -> Rejected:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, LiteralString
+from typing import Any, Final, LiteralString
 
 import psycopg
 from psycopg import sql
@@ -19,10 +19,14 @@ from loader.load.database import Connection
 from loader.load.decode import Row
 from loader.load.tables import Table
 
+_SHOWN_CHARACTERS: Final = 300
+"""Of a stored row that is in a row's way: its ids and the beginning of its payload. It may have megabytes,
+and be in the way of a whole chunk."""
+
 
 @dataclass(frozen=True)
 class Collision:
-    """A row whose key belongs to a row with another payload, which is `existing`."""
+    """A row whose key belongs to a row with another payload, which begins with `existing`."""
 
     position: int
     existing: str
@@ -74,6 +78,7 @@ class Staging:
             "staging": sql.Identifier(f"staging_{table.name}"),
             "key": sql.Identifier(table.key),
             "columns": sql.SQL(", ").join(map(sql.Identifier, table.columns)),
+            "shown": sql.Literal(_SHOWN_CHARACTERS),
             "staged_payload": _payload("staged", table),
             "stored_payload": _payload("stored", table),
         }
@@ -116,7 +121,8 @@ class Staging:
         """
         equal, unequal, stored = self._run(
             "WITH compared AS MATERIALIZED (SELECT staged.position, "
-            "CASE WHEN ({staged_payload}) IS DISTINCT FROM ({stored_payload}) THEN stored::text END AS other "
+            "CASE WHEN ({staged_payload}) IS DISTINCT FROM ({stored_payload}) "
+            "THEN left(stored::text, {shown}) END AS other "
             "FROM {staging} staged CROSS JOIN LATERAL "
             "(SELECT * FROM {table} found WHERE found.{key} = staged.{key} OFFSET 0) AS stored "
             f"WHERE {which}) SELECT array_agg(position) FILTER (WHERE other IS NULL), "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from grp import getgrgid
@@ -18,8 +19,8 @@ import watchfiles
 from loader import settings
 from loader.errors import LoaderError, OutOfReachError
 from loader.files import nofollow, rejects
-from loader.files.lock import holder
-from loader.files.scan import backlog, segment_names
+from loader.files.lock import LOCK, holder, is_foreign, lock_holders
+from loader.files.scan import STALE_SECONDS, Adopter, backlog, is_stale, segment_names
 from loader.load import database, schema
 from loader.load.database import Connection
 from loader.load.sqlstate import explain
@@ -123,7 +124,7 @@ def _permissions(spool: Path) -> Iterator[Finding]:
 
 
 def _segments(spool: Path) -> Iterator[Finding]:
-    names = segment_names(spool)
+    names = list(segment_names(spool))
     unreadable = [name for name in names if not os.access(spool / name, os.R_OK, follow_symlinks=False)]
     if unreadable:
         remedy = f"chmod g+r {spool}/*{SEALED} {spool}/*{OPEN}, and let writer and loader share a group"
@@ -131,13 +132,45 @@ def _segments(spool: Path) -> Iterator[Finding]:
     future = [name for name in names if (spool / name).lstat().st_mtime > time.time() + _CLOCK_SECONDS]
     if future:
         yield _warning("segments", f"{future[0]} is from the future", "timedatectl set-ntp true")
-    if not unreadable and not future:
+    held = list(_held(spool, names))
+    yield from held
+    if not unreadable and not future and not held:
         yield _ok("segments", f"{len(names)} can be read")
+
+
+def _held(spool: Path, names: Sequence[str]) -> Iterator[Finding]:
+    """Open segments that no loader here will seal, or that should have been sealed by now."""
+    adopter = Adopter(spool)
+    for name in (name for name in names if name.endswith(OPEN)):
+        with contextlib.suppress(FileNotFoundError):  # sealed in the meantime
+            if reason := adopter.why_not(name):
+                yield _warning("segments", f"{name} is not sealed here: {reason}", "")
+            elif is_stale(spool / name):
+                who = _holders(spool / name)
+                like = f"{name} has lines and has not changed for {STALE_SECONDS:.0f} s"
+                if who:
+                    yield _warning(
+                        "segments", f"{like}; process {who} has it locked", f"fuser -v {spool / name}"
+                    )
+                else:
+                    yield _warning(
+                        "segments", f"{like}", "`loader run --once` seals it if its writer is dead"
+                    )
+
+
+def _holders(path: Path) -> str:
+    try:
+        with nofollow.open_file(path) as stream:
+            return ", ".join(map(str, lock_holders(stream.fileno())))
+    except PermissionError:
+        return ""
 
 
 def _lock(spool: Path) -> Iterator[Finding]:
     who = holder(spool)
-    if who is None:
+    if who is not None and is_foreign(who):
+        yield _warning("loader", who, f"fuser -v {spool / LOCK}")
+    elif who is None:
         yield _warning("loader", "none runs here", "systemctl start analytics-loader, or `loader run`")
     else:
         yield _ok("loader", who)

@@ -17,6 +17,7 @@ import psycopg
 import tenacity
 
 from loader.errors import LoaderError, OutOfReachError
+from loader.files.rejects import CannotWriteError
 from loader.load import sqlstate
 from loader.load.sqlstate import explain
 from loader.service.health import Health
@@ -74,6 +75,8 @@ class RetryPolicy:
             log.info("loading goes on")
 
     def _is_worth_waiting(self, error: BaseException) -> bool:
+        if isinstance(error, CannotWriteError):
+            return False  # the batch is set aside, so that the others go on
         if self._forever:
             return isinstance(error, Failure)
         if isinstance(error, psycopg.Error):

@@ -20,6 +20,7 @@ from typing import Final
 import psycopg
 
 from loader.files.chunk import Chunk
+from loader.files.rejects import CannotWriteError
 from loader.load.counts import Loaded
 from loader.load.database import Connection, connect
 from loader.load.schema import SCHEMA_VERSION, schema_version
@@ -70,9 +71,14 @@ class Workers:
 
         Raises LoaderError if waiting did not help; what was committed by then stays.
         """
-        run = LoadRun(sources)
+        run = LoadRun(sources, self._health.progressed)
         self._run_in_threads([self._worker(run, connection) for connection in self._connections])
         return run.report
+
+    @property
+    def stopping(self) -> bool:
+        """Whether they were asked to stop."""
+        return self._signals.stop.is_set()
 
     def close(self) -> None:
         """Close the connections. Safe to repeat."""
@@ -87,7 +93,11 @@ class Workers:
     def _work(self, run: LoadRun, connection: WorkerConnection) -> None:
         try:
             while not self._signals.stop.is_set() and (batch := run.take()):
-                loaded = self._retry.call(self._load, connection, [chunk for chunk, _ in batch])
+                try:
+                    loaded = self._retry.call(self._load, connection, [chunk for chunk, _ in batch])
+                except CannotWriteError as error:
+                    run.set_aside(batch, error)
+                    continue
                 run.commit(batch, loaded)
                 run.retire_finished()
             run.retire_finished()  # files without a line

@@ -161,7 +161,7 @@ def _salvage(inflate: zlib._Decompress, data: bytes) -> bytes:
 
 
 class _Limited:
-    """A bzip2 or xz stream. What one call would return is lost if there is damage in it, so that is little."""
+    """A bzip2 or xz stream. What a call would return is lost if there is damage in it: that is little."""
 
     def __init__(self, decompressor: bz2.BZ2Decompressor | lzma.LZMADecompressor) -> None:
         self._decompressor = decompressor

@@ -42,9 +42,9 @@ def test_a_copy_that_pauses_is_loaded_at_once_and_removed_when_it_is_done(
         segment(cli.spool, 2, event(100))  # what follows is not held up
         eventually(lambda: number(one_connection, EVENTS) == 11)
         assert path.exists()
-        copy.write(whole[end : end + 200])
-        eventually(lambda: number(one_connection, EVENTS) > 11 - (cut > 0))
-        copy.write(whole[end + 200 :])
+        copy.write(whole[end : end + 500])
+        eventually(lambda: number(one_connection, EVENTS) > 11)
+        copy.write(whole[end + 500 :])
         copy.close()
         eventually(lambda: number(one_connection, EVENTS) == 31)
         eventually(lambda: not path.exists())

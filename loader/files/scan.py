@@ -72,9 +72,7 @@ def scan(
                 found.skip(name, "its name is not a segment's")
             elif not entry.is_file(follow_symlinks=False):
                 found.skip(name, "it is not a regular file")
-            elif name.endswith(OPEN):
-                name = adopter.adopt(name, found)
-            if name.endswith(SEALED) and name not in found.skipped:
+            elif name.endswith(SEALED) or (name := adopter.adopt(name, found)).endswith(SEALED):
                 candidates.append(name)
             if len(candidates) >= 2 * limit:
                 candidates, found.more = heapq.nsmallest(limit, candidates), True

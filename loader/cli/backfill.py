@@ -21,20 +21,25 @@ if TYPE_CHECKING:
 @options.spool_dir
 @options.workers
 @click.option("--dry-run", is_flag=True, help="Read and check every line, without a database.")
+@click.option(
+    "--again", is_flag=True, help="Load what the ledger knows, too: rows that were deleted come back."
+)
 @options.as_json
 def command(
     paths: tuple[str, ...], dsn: str | None, spool_dir: Path | None, workers: int, dry_run: bool,
-    as_json: bool,
+    again: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Load files, directories, or - for standard input.
 
-    They may be compressed with gzip or zstd. The files are never changed. Rejected lines go to the spool's rejected/.
+    They may be compressed with gzip, zstd, bzip2 or xz. The files are never changed. Rejected lines go to the
+    spool's rejected/. What was loaded before is known and not loaded again, unless --again is given.
 
     \b
     Examples:
       loader backfill --dry-run archive/
       loader backfill archive/ older.ndjson.gz
       zcat older.ndjson.gz | loader backfill -
+      loader backfill --again archive/
     """
     from loader.cli.loading import dsn_source, finish, patient_workers
     from loader.operate import backfill
@@ -42,7 +47,10 @@ def command(
     from loader.service.signals import until_signal
 
     logs.to_stderr()
-    files = backfill.find(paths)
+    found = backfill.find(paths, again=again)
+    files = found.files
+    for name, reason in found.skipped.items():
+        terminal.warn(f"skipped {name}: {reason}")
     if dry_run:
         _dry_run(files, as_json)
         return

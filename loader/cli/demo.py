@@ -9,6 +9,7 @@ import click
 from loader import settings
 from loader.cli import terminal
 from loader.errors import LoaderError
+from loader.service.signals import interrupted_by_hangup
 
 
 @click.command("demo")
@@ -27,5 +28,7 @@ def command(dsn: str | None) -> None:
             raise LoaderError(f"{needed} is not installed: pip install 'analytics-spool[demo]'")
     from loader.demo import tour  # imports them
 
-    if not tour.run(settings.database_dsn(dsn) if dsn else None, terminal.console()):
+    with interrupted_by_hangup():
+        holds = tour.run(settings.database_dsn(dsn) if dsn else None, terminal.console())
+    if not holds:
         raise LoaderError("the demo's sums do not hold: see above")

@@ -24,6 +24,11 @@ PATIENCE: Final = 60.0
 """Seconds that a command which ends by itself waits for a database that became unavailable."""
 INTERRUPTED: Final = "interrupted: what is counted above is done; run it again to go on"
 
+ALL_KNOWN: Final = (
+    "all of it was loaded before, so nothing was done; "
+    "if its rows were deleted since, `loader backfill --again` loads it again"
+)
+
 
 def dsn_source(given: str | None) -> Callable[[], str]:
     """Return what yields the DSN now, and later, when it may have changed. Raises UsageError without one."""
@@ -58,6 +63,8 @@ def finish(report: Report, signals: Signals | None, *, as_json: bool, **more: ob
         terminal.say(terminal.counts(counts))
         for name, reason in report.failures.items():
             terminal.warn(f"{name} {reason}")
+    if report.loaded.known and not report.loaded.counts.lines:
+        terminal.warn(ALL_KNOWN)
     if signals is not None and signals.stop.is_set():
         raise LoaderError(INTERRUPTED)
     if report.failures:

@@ -25,17 +25,22 @@ if TYPE_CHECKING:
 @options.archive
 @click.option("--once", is_flag=True, help="Load what is sealed, segments of dead writers too, and exit.")
 @click.option(
+    "--adopt", metavar="HOST", multiple=True,
+    help="With --once, on a network file system: seal open segments of HOST, whose writers have ended.",
+)  # fmt: skip
+@click.option(
     "--metrics-port", type=click.IntRange(1, 65535), envvar="LOADER_METRICS_PORT",
     help="Answer Prometheus on this port of this machine; else LOADER_METRICS_PORT.",
 )  # fmt: skip
 @options.as_json
 def command(
     dsn: str | None, spool_dir: Path | None, workers: int, archive: Path | None, once: bool,
-    metrics_port: int | None, as_json: bool,
+    adopt: tuple[str, ...], metrics_port: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Watch a spool and load what is sealed, until SIGTERM.
 
-    SIGHUP makes it reconnect, with the DSN as it is then. Log lines are JSON unless they go to a terminal.
+    Under systemd, SIGHUP makes it reconnect, with the DSN as it is then; elsewhere it ends it. Log lines are
+    JSON unless they go to a terminal.
 
     \b
     Examples:
@@ -48,6 +53,8 @@ def command(
     from loader.service.signals import until_signal
 
     logs.to_stderr()
+    if adopt and not once:
+        raise UsageError("--adopt goes with --once")
     if as_json and not once:
         raise UsageError("--json goes with --once: the daemon's log is JSON already")
     source = dsn_source(dsn)
@@ -58,7 +65,7 @@ def command(
         )
     with until_signal() as signals:
         if once:
-            _run_once(source, spool, workers, archive, signals, as_json)
+            _run_once(source, spool, workers, archive, adopt, signals, as_json)
             return
         faulthandler.enable()  # when systemd's watchdog aborts it, the journal shows what each thread did
         watching = daemon.Daemon(source, spool, workers, signals, archive, Notifier())
@@ -70,19 +77,24 @@ def command(
 
 
 def _run_once(
-    dsn: Callable[[], str], spool: Path, workers: int, archive: Path | None, signals: Signals, as_json: bool
-) -> None:
+    dsn: Callable[[], str], spool: Path, workers: int, archive: Path | None, adopt: tuple[str, ...],
+    signals: Signals, as_json: bool,
+) -> None:  # fmt: skip
     from loader.cli.loading import finish, patient_workers
-    from loader.files.lock import exclusive
-    from loader.files.scan import backlog
+    from loader.files.lock import exclusive, holder
+    from loader.files.scan import backlog, scan
     from loader.service import daemon
     from loader.service.health import Health
 
+    if adopt and holder(spool):
+        sealed = scan(spool, adopt=adopt).adopted
+        terminal.say(f"sealed {len(sealed)} segments, which the loader that runs here loads")
+        return
     with exclusive(spool), terminal.bar("loading", backlog(spool).sealed_bytes, of_bytes=True) as shown:
         health = Health()
         pool = patient_workers(dsn, spool, workers, signals, health, lambda: shown(health.total.bytes))
         with contextlib.closing(pool):
-            found, report = daemon.once(spool, pool, archive)
+            found, report = daemon.once(spool, pool, archive, adopt)
     for name, reason in found.skipped.items():
         terminal.warn(f"skipped {name}: {reason}")
     finish(report, signals, as_json=as_json)

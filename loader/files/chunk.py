@@ -3,16 +3,20 @@
 The same bytes always give the same chunks, so the ledger knows a file again that was copied or renamed. A
 line longer than a chunk becomes a chunk of its own that holds only its head: memory stays bounded whatever
 the file, and the line is rejected with its length.
+
+What reading raises is raised after the complete lines before it: those of a truncated file load.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import BinaryIO, Final, cast
+from typing import BinaryIO, Final, Protocol, cast
+
+from loader.files.content import BOM, UNREADABLE, Reader, is_object
 
 CHUNK_BYTES: Final = 4 << 20
 """Some 10,000 events, a quarter of a second of a server's work: a transaction's fixed cost is nothing beside
@@ -37,6 +41,8 @@ class Chunk:
     oversize: bool = False
     given_digest: bytes = b""
     """Of an oversize line, whose bytes are not kept."""
+    again: bool = False
+    """Load it although the ledger knows it."""
 
     @cached_property
     def digest(self) -> bytes:
@@ -44,27 +50,105 @@ class Chunk:
         return self.given_digest or hashlib.sha256(self.data).digest()
 
     def lines(self) -> Iterator[bytes]:
-        """Yield the lines without their newlines."""
-        return (line.removesuffix(b"\n") for line in io.BytesIO(self.data))
+        """Yield the lines without their newlines, and without the byte-order mark of their file."""
+        lines = (line.removesuffix(b"\n") for line in io.BytesIO(self.data))
+        return (line.removeprefix(BOM) for line in lines) if BOM in self.data else lines
 
 
-def chunks(stream: BinaryIO, file: str, limit: int = CHUNK_BYTES, most: int = CHUNK_LINES) -> Iterator[Chunk]:
-    """Yield the chunks of a binary stream from its current place. Raises OSError."""
+class Stream(Protocol):
+    """Bytes to cut into chunks."""
+
+    def readinto(self, view: memoryview, /) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file is read."""
+
+    cuts: Sequence[int] = ()
+    """Offsets at which a chunk ends: where the file ended when it was loaded before. So what was loaded then
+    has the same chunks now, and the ledger knows them."""
+    growing: bool = False
+    """Whether the file may still be written: a last line without its newline is left for the next time."""
+    again: bool = False
+    """Whether its chunks are loaded although the ledger knows them."""
+    progressed: Callable[[], None] = lambda: None
+    """Called at each piece of a long line."""
+
+
+WHOLE_FILE: Final = Reading()
+
+
+def chunks(
+    stream: Stream | BinaryIO, file: str, limit: int = CHUNK_BYTES, most: int = CHUNK_LINES,
+    reading: Reading = WHOLE_FILE,
+) -> Iterator[Chunk]:  # fmt: skip
+    """Yield the chunks of a stream from its current place. Raises UNREADABLE, after the complete lines."""
+    source = _Source(stream)
     offset, line, rest, expected = 0, 1, b"", _FIRST_BYTES
-    while data := _read(stream, rest, expected, limit):
+    while data := _read(source, rest, expected, limit, _until_cut(reading, offset, rest)):
         whole = data.rfind(b"\n") + 1
         if not whole and len(data) >= limit:
-            chunk, rest = _oversize(stream, file, offset, line, bytes(data), limit)
+            chunk, rest = _oversize(source, file, offset, line, data, limit, reading)
+            if source.ended and not rest and _is_cut_off(source, b"", reading) and not source.at_newline:
+                break
         else:
+            if whole < len(data) and _is_cut_off(source, data[whole:], reading):
+                del data[whole:]
+                if not data:
+                    break
             whole = _after_lines(data, most) or whole or len(data)  # the last line may lack its newline
             rest = bytes(data[whole:])
             del data[whole:]
             count = data.count(b"\n") + (not data.endswith(b"\n"))
-            chunk = Chunk(file, offset, len(data), line, count, data)
+            chunk = Chunk(file, offset, len(data), line, count, data, again=reading.again)
         line += chunk.line_count
         yield chunk
         offset += chunk.size
         expected = limit
+    if source.error is not None:
+        raise source.error
+
+
+class _Source:
+    """A stream whose end is remembered, and what reading it raised."""
+
+    def __init__(self, stream: Stream | BinaryIO) -> None:
+        self.ended = False
+        self.at_newline = False
+        """Whether the last long line has its end."""
+        self.error: Exception | None = None
+        self._stream = cast(Stream, stream)  # as every binary stream of the standard library is
+
+    def fill(self, view: memoryview) -> int:
+        """Fill the view and return its size, or less at the end."""
+        end = 0
+        while end < len(view) and not self.ended:
+            with view[
+                end:
+            ] as part:  # released: what is raised keeps its frames, and a view its buffer's size
+                try:
+                    got = self._stream.readinto(part) or 0
+                except UNREADABLE as error:
+                    self.error, got = error, 0
+            self.ended = not got
+            end += got
+        return end
+
+    def skip_hole(self, multiple: int) -> int:
+        return self._stream.skip_hole(multiple) if isinstance(self._stream, Reader) else 0
+
+
+def _until_cut(reading: Reading, offset: int, rest: bytes) -> int | None:
+    """Return the bytes up to the next cut, if there is one."""
+    return next((cut - offset for cut in reading.cuts if cut > offset + len(rest)), None)
+
+
+def _is_cut_off(source: _Source, last: bytes | bytearray, reading: Reading) -> bool:
+    """Whether a last line without its newline is left out: it is incomplete, or may be."""
+    if not source.ended:
+        return False
+    return source.error is not None or (reading.growing and not is_object(bytes(last)))
 
 
 def _after_lines(data: bytearray, most: int) -> int:
@@ -77,34 +161,63 @@ def _after_lines(data: bytearray, most: int) -> int:
     return end
 
 
-def _read(stream: BinaryIO, begin: bytes, expected: int, limit: int) -> bytearray:
-    """Return `begin` and what follows, up to `limit` bytes. In place: a copy costs more than the read."""
-    reader = cast(io.BufferedIOBase, stream)  # as every binary stream of the standard library is
-    data = bytearray(min(limit, max(expected, len(begin))))
+def _read(source: _Source, begin: bytes, expected: int, limit: int, cut: int | None) -> bytearray:
+    """Return `begin` and what follows, up to `limit` bytes, or to the cut if a line ends there.
+
+    In place: a copy costs more than the read.
+    """
+    upto = limit if cut is None else min(cut, limit)
+    data = bytearray(min(upto, max(expected, len(begin))))
     data[: len(begin)] = begin
     end = len(begin)
     while True:
-        with memoryview(data) as view:
-            while end < len(data) and (got := reader.readinto(view[end:])):
-                end += got
-        if end < len(data) or end == limit:
+        with memoryview(data) as view, view[end:] as room:
+            end += source.fill(room)
+        if end < len(data):
             break
-        data.extend(bytes(min(limit - end, 3 * end)))
+        if end == upto:
+            if upto == limit or data.endswith(b"\n"):
+                break
+            upto = limit  # other lines than before
+        data.extend(bytes(min(upto - end, 3 * end)))
     del data[end:]
     return data
 
 
 def _oversize(
-    stream: BinaryIO, file: str, offset: int, line: int, data: bytes, limit: int
+    source: _Source, file: str, offset: int, line: int, data: bytearray, limit: int, reading: Reading
 ) -> tuple[Chunk, bytes]:
-    """Read to the end of a line that began with `data`; return its chunk and what was read beyond it."""
-    digest, size, head = hashlib.sha256(), 0, data[:HEAD_BYTES]
-    end = 0
-    while data and not end:
+    """Read to the end of a line that began with `data`; return its chunk and what was read beyond it.
+
+    Blocks of nothing but zeros are counted, not hashed, and those of a hole are not even read: a sparse file
+    of 30 GiB takes no time.
+    """
+    digest, size, zeros, head, rest = hashlib.sha256(), 0, 0, bytes(data[:HEAD_BYTES]), b""
+    source.at_newline = False
+    while data:
+        reading.progressed()
         end = data.find(b"\n") + 1
-        used = end or len(data)
-        digest.update(data[:used])
-        size += used
-        rest = data[used:]
-        data = b"" if end else stream.read(limit)
-    return Chunk(file, offset, size, line, 1, head, oversize=True, given_digest=digest.digest()), rest
+        with memoryview(data) as view:
+            used = view[: end or len(data)]
+            size += len(used)
+            if len(used) == limit and not data.strip(b"\0"):
+                zeros += limit
+            else:
+                digest.update(_counted(zeros))
+                digest.update(used)
+                zeros = 0
+            used.release()
+        if end:
+            source.at_newline, rest = True, bytes(data[end:])
+            break
+        skipped = source.skip_hole(limit)
+        size, zeros = size + skipped, zeros + skipped
+        data = _read(source, b"", limit, limit, None)
+    digest.update(_counted(zeros))
+    return Chunk(
+        file, offset, size, line, 1, head, oversize=True, given_digest=digest.digest(), again=reading.again
+    ), rest
+
+
+def _counted(zeros: int) -> bytes:
+    return b"%d zeros" % zeros if zeros else b""

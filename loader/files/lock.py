@@ -24,6 +24,8 @@ from spool.segment import MODE
 
 LOCK: Final = ".loader.lock"
 
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_FOREIGN: Final = "which holds the lock of"
 _LOCKING: Final = tenacity.Retrying(
     retry=tenacity.retry_if_exception_type(BlockingIOError),
     wait=tenacity.wait_fixed(0.05),
@@ -35,40 +37,95 @@ _LOCKING: Final = tenacity.Retrying(
 
 @contextlib.contextmanager
 def exclusive(spool: Path) -> Iterator[None]:
-    """Hold the spool's lock. Raises LoaderError, OSError."""
+    """Hold the spool's lock. Raises LoaderError, OSError.
+
+    On a disk that is full a lock file cannot be made, or not written: then the directory is locked instead,
+    by everyone beside the file, because only a loader that runs frees space.
+    """
     with contextlib.ExitStack() as held:
         try:
-            file = held.enter_context(_lock_file(spool, os.O_RDWR | os.O_CREAT))
-        except PermissionError:  # somebody else of the group has loaded here before
-            left = held.enter_context(_lock_file(spool, os.O_RDONLY))
-            _lock(left, spool)
-            os.unlink(spool / LOCK)
-            file = held.enter_context(_lock_file(spool, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-        _lock(file, spool)
-        file.truncate()
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
-        file.flush()
+            file = held.enter_context(_opened_or_replaced(spool))
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+        else:
+            _lock(file, spool)
+            _write(file)
+        directory = os.open(spool, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        held.callback(os.close, directory)
+        _lock(directory, spool)
         yield
 
 
-def _lock(file: BinaryIO, spool: Path) -> None:
+def _opened_or_replaced(spool: Path) -> BinaryIO:
+    try:
+        return _lock_file(spool, os.O_RDWR | os.O_CREAT)
+    except PermissionError:  # somebody else of the group has loaded here before
+        with _lock_file(spool, os.O_RDONLY) as left:
+            _lock(left, spool)
+            os.unlink(spool / LOCK)
+            return _lock_file(spool, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+
+
+def _write(file: BinaryIO) -> None:
+    """Write who has the lock, for people; on a full disk the lock holds without it."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(file.fileno(), 0)
+        os.pwrite(file.fileno(), f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def _lock(file: BinaryIO | int, spool: Path) -> None:
     try:
         _LOCKING(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise LoaderError(f"{spool} has a loader already: {_written(file)}") from None
+        raise LoaderError(f"{spool} has a loader already: {holder(spool) or 'unknown'}") from None
 
 
 def holder(spool: Path) -> str | None:
-    """Return who loads this spool, or None. Raises LoaderError, OSError."""
+    """Return who loads this spool, or None. Raises LoaderError, OSError.
+
+    What the file says is what the last loader wrote. Whoever may open the file may lock it: if the kernel
+    names another process of this host, that is returned, too.
+    """
     try:
         with _lock_file(spool, os.O_RDONLY) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return _written(file)
+                return _described(_written(file), lock_holders(file.fileno()))
     except FileNotFoundError:
         pass
     return None
+
+
+def is_foreign(who: str) -> bool:
+    """Whether the holder of a lock is not the loader that wrote its name into it."""
+    return _FOREIGN in who
+
+
+def lock_holders(fd: int) -> list[int]:
+    """Return the processes that hold an flock on a file, as far as the kernel shows them (proc_locks(5))."""
+    status = os.fstat(fd)
+    wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with contextlib.suppress(OSError):
+        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        return [
+            int(words[4]) for words in lines if len(words) > 5 and words[1] == "FLOCK" and words[5] == wanted
+        ]
+    return []
+
+
+def _described(written: str, holders: list[int]) -> str:
+    if not holders or any(written.startswith(f"pid {pid} ") for pid in holders):
+        return written
+    return f"process {holders[0]} ({_command(holders[0])}), {_FOREIGN} {written or 'nobody'}"
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return "unknown"
 
 
 def _lock_file(spool: Path, flags: int) -> BinaryIO:
@@ -83,10 +140,10 @@ def _lock_file(spool: Path, flags: int) -> BinaryIO:
         if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
             if flags & os.O_CREAT:
                 nofollow.hand_over(fd, spool.stat())
-            return open(fd, "rb" if flags == os.O_RDONLY else "r+b")
+            return open(fd, "rb" if flags == os.O_RDONLY else "r+b", buffering=0)
         os.close(fd)
     raise LoaderError(f"{spool / LOCK} is a link, or no file: remove it")
 
 
 def _written(file: BinaryIO) -> str:
-    return file.read(200).decode(errors="replace").strip()
+    return os.pread(file.fileno(), 200, 0).decode(errors="replace").strip()

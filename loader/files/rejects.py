@@ -1,11 +1,13 @@
 """Lines that were not loaded, each with its reason, in files under the spool's `rejected/`.
 
-    rejected/<stem>-<offset>.ndjson            the rejects of the chunk that begins at <offset> of <stem>
-    rejected/<stem>-<offset>-<digest>.ndjson   the same, where another chunk has taken that name
+    rejected/<stem>-<offset>-<digest>.ndjson   the rejects of the chunk with these bytes at <offset> of <stem>
     rejected/<stem>.whole                      a file with a line longer than a chunk, kept whole
 
-A file is written under a passing name, synced and renamed before the COMMIT of its chunk, so that a crash in
-between leaves it to be written again. It is never appended to and never replaces the rejects of other lines.
+A file is written under a temporary name of its own, synced and renamed before the COMMIT of its chunk, so
+that a crash in between leaves it to be written again. It is never appended to and never replaces the rejects
+of other lines: two files of one base name have other chunks, or the ledger knows the second.
+
+A reject is bounded by its line: its reason has at most REASON_CHARACTERS, whatever it quotes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import contextlib
 import itertools
 import os
 import re
+import secrets
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,9 +34,12 @@ from loader.files.chunk import CHUNK_BYTES, Chunk
 
 DIRECTORY: Final = "rejected"
 WHOLE: Final = ".whole"
+REASON_CHARACTERS: Final = 500
 _LONGEST_LINE: Final = 16 * CHUNK_BYTES
 """A line of a chunk, each byte of it escaped (six bytes for a control character), and room for its reason."""
-_LARGEST_FILE: Final = 1 << 30
+_DIGEST_CHARACTERS: Final = 12
+_LEFT_SECONDS: Final = 3600.0
+"""Seconds after which a temporary file is one that a crash has left."""
 _SUFFIXES: Final = (".gz", ".zst", ".ndjson", ".jsonl")
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
 
@@ -49,8 +56,11 @@ class Rejected:
 
     def encode(self) -> bytes:
         """Return the line of a reject file; what is not UTF-8 goes as `raw_base64`."""
+        reason = self.reason
+        if len(reason) > REASON_CHARACTERS:
+            reason = reason[: REASON_CHARACTERS - 3] + "..."
         wrapped: dict[str, object] = {
-            "file": self.file, "line": self.line, "code": self.code, "reason": self.reason,
+            "file": self.file, "line": self.line, "code": self.code, "reason": reason,
         }  # fmt: skip
         try:
             wrapped["raw"] = self.raw.decode()
@@ -78,12 +88,13 @@ def decode(line: bytes) -> Rejected:
     return Rejected(wrapped.file, wrapped.line, wrapped.code, wrapped.reason, raw)
 
 
+class CannotWriteError(OSError):
+    """Rejects that could not be written, as on a full disk."""
+
+
 def read(path: Path) -> Iterator[Rejected]:
     """Yield the rejects of a file. Raises OSError, and ValueError that names the file and the line."""
     with nofollow.opened(path.parent) as fd, nofollow.open_file(path.name, fd) as stream:
-        size = os.fstat(stream.fileno()).st_size
-        if size > _LARGEST_FILE:
-            raise DamagedFileError(f"{path} has {size} bytes, more than the loader writes: move it away")
         for number in itertools.count(1):
             if not (line := stream.readline(_LONGEST_LINE)):
                 return
@@ -106,12 +117,15 @@ def count(paths: Iterable[Path]) -> Counter[str]:
 
 
 def write(spool: Path, chunk: Chunk, rejects: Sequence[Rejected]) -> None:
-    """Write the rejects of a chunk, also where an interrupted load had written them. Raises OSError."""
-    stem = stem_of(chunk.file)
-    path = spool / DIRECTORY / f"{stem}-{chunk.offset}.ndjson"
-    if os.path.lexists(path) and not _is_of(chunk, path):
-        path = path.with_name(f"{stem}-{chunk.offset}-{chunk.digest.hex()[:12]}.ndjson")
-    replace(path, rejects)
+    """Write the rejects of a chunk, also where an interrupted load had written them.
+
+    Raises CannotWriteError.
+    """
+    name = f"{stem_of(chunk.file)}-{chunk.offset}-{chunk.digest.hex()[:_DIGEST_CHARACTERS]}.ndjson"
+    try:
+        replace(spool / DIRECTORY / name, rejects)
+    except OSError as error:
+        raise CannotWriteError(error.errno, error.strerror, error.filename) from error
 
 
 def replace(path: Path, rejects: Sequence[Rejected]) -> None:
@@ -120,15 +134,35 @@ def replace(path: Path, rejects: Sequence[Rejected]) -> None:
         return
     with nofollow.opened(path.parent, create=True) as fd:
         if rejects:
-            passing = f"{path.stem}.part"
-            with nofollow.create_file(passing, fd) as stream:
-                stream.writelines(rejected.encode() for rejected in rejects)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.rename(passing, path.name, src_dir_fd=fd, dst_dir_fd=fd)
+            _write_and_rename(path.name, rejects, fd)
         else:
-            os.unlink(path.name, dir_fd=fd)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path.name, dir_fd=fd)
         os.fsync(fd)
+
+
+def _write_and_rename(name: str, rejects: Sequence[Rejected], directory: int) -> None:
+    """Write a file whole. Two loaders may write the rejects of the same lines at the same time."""
+    temporary = f"{name.removesuffix('.ndjson')}.{secrets.token_hex(4)}.part"
+    try:
+        with nofollow.create_file(temporary, directory) as stream:
+            stream.writelines(rejected.encode() for rejected in rejects)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=directory)
+        raise
+
+
+def remove_leftovers(spool: Path) -> None:
+    """Remove the temporary files that a crash has left. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), nofollow.opened(spool / DIRECTORY) as fd:
+        for name in nofollow.names(fd, (".part",)):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - os.stat(name, dir_fd=fd, follow_symlinks=False).st_mtime > _LEFT_SECONDS:
+                    os.unlink(name, dir_fd=fd)
 
 
 def stem_of(file: str) -> str:
@@ -137,12 +171,3 @@ def stem_of(file: str) -> str:
     while name.endswith(_SUFFIXES):
         name = os.path.splitext(name)[0]
     return _UNSAFE.sub("_", name).lstrip(".")[:150] or "stdin"
-
-
-def _is_of(chunk: Chunk, path: Path) -> bool:
-    """Whether every line of a reject file stands in the chunk, so that it is from an earlier try."""
-    lines = set(chunk.lines())
-    try:
-        return all(rejected.raw in lines for rejected in read(path))
-    except (OSError, ValueError):  # a link, or no reject file: another name is taken
-        return False

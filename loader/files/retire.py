@@ -3,11 +3,19 @@
 removed        what was loaded
 archived       the same, where an archive is wanted: <archive>/<day>/<name>.zst, for a backfill to read
 kept whole     a file with a line that is too long for a reject: rejected/<stem>.whole
+
+A segment that somebody copies into the spool has its name before it has all its bytes. Loading is never
+delayed, removal is: until nobody has the file open for writing, or it has not changed for a while (see
+writing.py). If it has grown since, the new lines are loaded: it is read again with chunks that end where it
+ended before, so that the ledger knows the old ones.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -15,10 +23,17 @@ from typing import BinaryIO, Final
 import zstandard
 
 from loader.files import nofollow, rejects
+from loader.files.chunk import Chunk, Reading, chunks
+from loader.files.content import unpacked
+from loader.files.scan import SCAN_FILES, Scan, scan
+from loader.files.writing import is_complete, leased
 
 SUFFIX: Final = ".zst"
 _DAY: Final = len("20261123")
 """Characters of a segment's name that are the day it was begun."""
+_FIRST_RETRY: Final = 1.0
+_LONGEST_RETRY: Final = 30.0
+"""Seconds until a file that could not be loaded is tried again."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +51,116 @@ class FileIdentity:
 
 
 class SpoolFile:
-    """A sealed segment of the spool, retired when it is loaded; its ledger name is its file name."""
+    """A sealed segment of the spool, retired when it is loaded; its ledger name is its file name.
+
+    It lasts from one scan to the next while it waits to be removed, or to be loaded again.
+    """
 
     def __init__(self, path: Path, archive: Path | None = None) -> None:
         self.name = path.name
+        self.loaded = False
+        self.retired = False
         self._path = path
         self._archive = archive
         self._identity: FileIdentity | None = None
+        self._since = time.monotonic()
+        """When it was first seen as it was when it was last read."""
+        self._cuts: list[int] = []
+        """Where it ended when it was loaded before."""
+        self._oversize = False
+        self._left_out = False
+        """Whether its last line has no newline yet, and was not loaded."""
+        self._retry_at = 0.0
+        """When to read it again: one that grows is not read all the time, one that failed neither."""
+        self._retry_after = _FIRST_RETRY
 
     def open(self) -> BinaryIO:
         stream = nofollow.open_file(self._path)
-        self._identity = FileIdentity.of(os.fstat(stream.fileno()))
+        identity = FileIdentity.of(os.fstat(stream.fileno()))
+        if identity != self._identity:
+            self._identity, self._since = identity, time.monotonic()
         return stream
 
+    def chunks(self, progressed: Callable[[], None] = lambda: None) -> Iterator[Chunk]:
+        """Yield its lines. Raises UNREADABLE, after the complete lines before."""
+        self.loaded, end, begun = False, 0, time.monotonic()
+        with self.open() as stream:
+            growing = not self._is_complete(stream.fileno(), ends_in_line=_ends_in_newline(stream))
+            reading = Reading(cuts=tuple(self._cuts), growing=growing, progressed=progressed)
+            reader = unpacked(stream, lambda multiple: _skip_hole(stream, multiple))
+            for chunk in chunks(reader, self.name, reading=reading):
+                end = chunk.offset + chunk.size
+                yield chunk
+            self._left_out = growing and reader.position > end
+        if end and end not in self._cuts:
+            self._cuts.append(end)
+        self._retry_at = time.monotonic() + min(5 * (time.monotonic() - begun), _LONGEST_RETRY)
+
     def retire(self, *, oversize: bool) -> None:
+        """Remove it, or leave it for a later `settle`. Raises OSError."""
+        self.loaded, self._oversize = True, oversize
+        self.settle()
+
+    def postpone(self) -> None:
+        self._retry_at = time.monotonic() + self._retry_after
+        self._retry_after = min(2 * self._retry_after, _LONGEST_RETRY)
+
+    def settle(self) -> bool:
+        """Remove the file if it is loaded and complete. Return whether it has to be loaded now.
+
+        Raises OSError, as for a directory that is read-only.
+        """
+        if not self.loaded:
+            return time.monotonic() >= self._retry_at
         assert self._identity is not None  # a file that is loaded was open
-        if not retire(self._path, self._identity, self._archive, whole=oversize):
-            raise OSError("it has changed since")
+        with contextlib.suppress(FileNotFoundError), nofollow.open_file(self._path) as stream:
+            if FileIdentity.of(os.fstat(stream.fileno())) != self._identity:
+                return time.monotonic() >= self._retry_at
+            if not self._is_complete(stream.fileno(), ends_in_line=not self._left_out):
+                return False
+            if self._left_out:
+                return True
+        self.retired = retire(self._path, self._identity, self._archive, whole=self._oversize)
+        return not self.retired
+
+    def _is_complete(self, fd: int, *, ends_in_line: bool) -> bool:
+        return is_complete(fd, time.monotonic() - self._since, ends_in_line=ends_in_line)
+
+
+class SpoolFiles:
+    """The sealed files of a spool from scan to scan. To be used by one thread."""
+
+    def __init__(self, directory: Path, archive: Path | None = None, adopt: Container[str] = ()) -> None:
+        self._directory = directory
+        self._archive = archive
+        self._adopt = adopt
+        self._kept: dict[str, SpoolFile] = {}
+        """Files that are there after they were read: loaded, or to be tried again."""
+
+    def scan(self) -> tuple[Scan, list[SpoolFile]]:
+        """Scan the spool; return also the files to load, oldest first. Raises OSError for the directory."""
+        failures: dict[str, str] = {}
+        again = [file for file in self._kept.values() if self._settle(file, failures)]
+        self._kept = {name: file for name, file in self._kept.items() if not file.retired}
+        found = scan(self._directory, max(1, SCAN_FILES - len(self._kept)), self._kept, self._adopt)
+        new = [SpoolFile(path, self._archive) for path in found.sealed]
+        self._kept |= {file.name: file for file in new}
+        found.failures |= failures
+        return found, sorted([*again, *new], key=lambda file: file.name)
+
+    def unsettled(self) -> list[str]:
+        """Return the names of the files that are loaded, but may still be written."""
+        return [name for name, file in self._kept.items() if not file.retired and file.loaded]
+
+    def _settle(self, file: SpoolFile, failures: dict[str, str]) -> bool:
+        if file.retired or not os.path.lexists(self._directory / file.name):
+            file.retired = True
+            return False
+        try:
+            return file.settle()
+        except OSError as error:
+            failures[file.name] = f"is loaded, but could not be removed: {error}"
+            return False
 
 
 def retire(path: Path, loaded: FileIdentity, archive: Path | None = None, *, whole: bool = False) -> bool:
@@ -66,17 +174,52 @@ def retire(path: Path, loaded: FileIdentity, archive: Path | None = None, *, who
             return False
         if whole:
             with nofollow.opened(path.parent / rejects.DIRECTORY, create=True) as kept:
-                os.rename(path, path.stem + rejects.WHOLE, dst_dir_fd=kept)
+                os.rename(path, _free_name(path, loaded, kept), dst_dir_fd=kept)
             return True
-        if archive is not None:
-            with nofollow.open_file(path) as stream:
+        with nofollow.open_file(path) as stream:
+            if archive is not None:
                 if FileIdentity.of(os.fstat(stream.fileno())) != loaded:
                     return False
                 _store(stream, archive, path.name)
-        os.unlink(path)
+            with leased(stream.fileno()):  # so that nobody begins to append between the two calls
+                if FileIdentity.of(os.lstat(path)) != loaded:
+                    return False
+                os.unlink(path)
     except FileNotFoundError:
         pass
     return True
+
+
+def _free_name(path: Path, loaded: FileIdentity, directory: int) -> str:
+    """Return a name for a file that is kept whole; none replaces another."""
+    name = path.stem + rejects.WHOLE
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return name
+    return f"{path.stem}-{loaded.inode}-{loaded.modified_ns}{rejects.WHOLE}"
+
+
+def _ends_in_newline(stream: BinaryIO) -> bool:
+    """Whether a file is empty or its last byte is a newline."""
+    size = os.fstat(stream.fileno()).st_size
+    return not size or os.pread(stream.fileno(), 1, size - 1) == b"\n"
+
+
+def _skip_hole(stream: BinaryIO, multiple: int) -> int:
+    """Skip the hole of a sparse file at the current place, in multiples; return the bytes skipped."""
+    position = stream.tell()
+    fd = stream.fileno()
+    raw = os.lseek(fd, 0, os.SEEK_CUR)
+    try:
+        data = os.lseek(fd, position, os.SEEK_DATA)
+    except OSError:  # ENXIO: a hole up to the end
+        data = os.fstat(fd).st_size
+    finally:
+        os.lseek(fd, raw, os.SEEK_SET)
+    skipped = max(0, data - position) // multiple * multiple
+    stream.seek(position + skipped)
+    return skipped
 
 
 def _store(stream: BinaryIO, archive: Path, name: str) -> None:

@@ -2,57 +2,154 @@
 
 A name says nothing before its file was looked at: only a regular file under a segment's name is touched,
 links are not followed, and everything else is reported, never opened.
+
+A scan is bounded: it returns at most SCAN_FILES of the oldest files, and `more` if there are others. Of
+200,000 files it keeps the names of those, and calls lstat(2) on none but open segments.
 """
 
 from __future__ import annotations
 
 import contextlib
+import heapq
 import os
-import stat
 import time
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
-from spool.segment import OPEN, SEALED, STEM, recover
+from loader.files import nofollow
+from loader.files.filesystem import network_type
+from loader.files.writing import is_complete
+from spool.segment import OPEN, SEALED, STEM, Writer, recover
+
+SCAN_FILES: Final = 10_000
+_REPORTED_NAMES: Final = 100
+_LARGEST_HOLE: Final = 1 << 30
+"""Bytes; a segment is reserved, so it has no holes, except on file systems that cannot, where it grows."""
+STALE_SECONDS: Final = 300.0
+"""Seconds after which a segment with lines should be sealed: many times SPOOL_MAX_AGE."""
 
 
 @dataclass
 class Scan:
-    """What one look at a spool found. `skipped` maps a name to why it was not touched."""
+    """What one scan of a spool found. `skipped` maps a name to why it was not touched."""
 
     sealed: list[Path] = field(default_factory=list)
+    more: bool = False
+    """Whether there are sealed files that are not in `sealed`."""
     adopted: list[Path] = field(default_factory=list)
+    unsettled: int = 0
+    """Open segments that are adopted later, unless they change: they may be copies in the making."""
     torn_bytes: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    """What could not be done about a file that was loaded before."""
+
+    def skip(self, name: str, reason: str) -> None:
+        if len(self.skipped) < _REPORTED_NAMES:
+            self.skipped[name] = reason
+        else:
+            self.skipped["another name"] = "there are more than 100 of these"
 
 
-def scan(directory: Path) -> Scan:
-    """Look at every entry once, sealed ones oldest first. Raises OSError for the directory itself."""
+def scan(
+    directory: Path, limit: int = SCAN_FILES, known: Container[str] = (), adopt: Container[str] = ()
+) -> Scan:
+    """Look at every entry once; `known` names are passed over. Raises OSError for the directory itself.
+
+    On a network file system, segments of other hosts are adopted only if they are those named in `adopt`.
+    """
     found = Scan()
+    adopter = Adopter(directory, adopt)
+    candidates: list[str] = []
     with os.scandir(directory) as entries:
         for entry in entries:
-            name = Path(entry.name)
-            if name.suffix not in (OPEN, SEALED):
+            name = entry.name
+            if not name.endswith((OPEN, SEALED)) or name in known:
                 continue
-            if not STEM.fullmatch(name.stem):
-                found.skipped[entry.name] = "its name is not a segment's"
-            elif not _regular(entry):
-                found.skipped[entry.name] = "it is not a regular file"
-            elif name.suffix == SEALED:
-                found.sealed.append(directory / name)
-            else:
-                _adopt(directory / name, found)
-    found.sealed.sort()
+            if not STEM.fullmatch(os.path.splitext(name)[0]):
+                found.skip(name, "its name is not a segment's")
+            elif not entry.is_file(follow_symlinks=False):
+                found.skip(name, "it is not a regular file")
+            elif name.endswith(SEALED) or (name := adopter.adopt(name, found)).endswith(SEALED):
+                candidates.append(name)
+            if len(candidates) >= 2 * limit:
+                candidates, found.more = heapq.nsmallest(limit, candidates), True
+    candidates.sort()
+    found.more |= len(candidates) > limit
+    found.sealed = [directory / name for name in candidates[:limit]]
     return found
 
 
-def segment_names(directory: Path) -> list[str]:
-    """Return the names of the segments, open and sealed. Raises OSError."""
-    return [
-        name
-        for name in os.listdir(directory)
-        if name.endswith((OPEN, SEALED)) and STEM.fullmatch(os.path.splitext(name)[0])
-    ]
+class Adopter:
+    """Seals the segments of dead writers in a spool."""
+
+    def __init__(self, directory: Path, hosts: Container[str] = ()) -> None:
+        self._directory = directory
+        self._hosts = hosts
+        self._network = network_type(directory)
+        self._here = Writer.here()
+
+    def adopt(self, name: str, found: Scan) -> str:
+        """Seal a segment whose writer is dead; return its name, which is another one then."""
+        path = self._directory / name
+        try:
+            if reason := self.why_not(name):
+                found.skip(name, reason)
+                return name
+            if not self._is_complete(path):
+                found.unsettled += 1
+                return name
+            sealed = recover(path)
+        except FileNotFoundError:
+            return name  # its writer sealed it in the meantime
+        except OSError as error:
+            found.skip(name, str(error.strerror))
+            return name
+        if sealed is None:
+            return name
+        found.torn_bytes += sealed.torn_bytes
+        if sealed.path is None:
+            return name
+        found.adopted.append(sealed.path)
+        return sealed.path.name
+
+    def why_not(self, name: str) -> str | None:
+        """Return why a segment is never adopted here, None if it may be once its writer is dead."""
+        host, boot = host_and_boot(name)
+        here = self._here
+        if self._network and boot != here.boot and host != here.host and host not in self._hosts:
+            return (
+                f"host {host} may be writing it, and a lock on {self._network} may not reach this host; once "
+                f"its writers have ended, run there, or here: `loader run --once --adopt {host}`"
+            )
+        status = os.lstat(self._directory / name)
+        if status.st_size > max(_LARGEST_HOLE, 1024 * status.st_blocks):
+            return "it is a sparse file, which no segment is: remove it, or cut it with `truncate`"
+        return None
+
+    def _is_complete(self, path: Path) -> bool:
+        """Whether it is not a copy that is still being made. A copy that is cut short would lose lines."""
+        try:
+            with nofollow.open_file(path) as stream:
+                return is_complete(stream.fileno())
+        except PermissionError:
+            return True  # why it cannot be read is reported by who seals it
+
+
+def host_and_boot(name: str) -> tuple[str, str]:
+    """Return the parts of a segment's name that tell where it was written."""
+    host, boot, _ = name.split("-", 1)[1].rsplit("-", 4)[:3]
+    return host, boot
+
+
+def segment_names(directory: Path) -> Iterator[str]:
+    """Yield the names of the segments, open and sealed. Raises OSError."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.endswith((OPEN, SEALED)) and STEM.fullmatch(os.path.splitext(entry.name)[0]):
+                yield entry.name
 
 
 @dataclass(frozen=True)
@@ -60,6 +157,8 @@ class Backlog:
     """What waits in a spool. `lag_seconds` is the age of the oldest sealed segment, 0 where there is none."""
 
     open_segments: int
+    stale_segments: int
+    """Open segments that have lines and should have been sealed by now: something holds them."""
     sealed_files: int
     sealed_bytes: int
     lag_seconds: float
@@ -67,36 +166,26 @@ class Backlog:
 
 def backlog(directory: Path) -> Backlog:
     """Look at a spool, touching nothing. Raises OSError."""
-    open_segments, sizes, oldest = 0, [], time.time()
+    open_segments = stale = files = size = 0
+    now = oldest = time.time()
     for name in segment_names(directory):
-        open_segments += name.endswith(OPEN)
-        if name.endswith(SEALED):
-            with contextlib.suppress(FileNotFoundError):  # loaded meanwhile
+        with contextlib.suppress(FileNotFoundError):  # loaded in the meantime
+            if name.endswith(OPEN):
+                open_segments += 1
+                stale += is_stale(directory / name)
+            else:
                 status = os.lstat(directory / name)
-                sizes.append(status.st_size)
-                oldest = min(oldest, status.st_mtime)
-    lag = max(0.0, time.time() - oldest) if sizes else 0.0
-    return Backlog(open_segments, len(sizes), sum(sizes), round(lag, 3))
+                files, size, oldest = files + 1, size + status.st_size, min(oldest, status.st_mtime)
+    return Backlog(open_segments, stale, files, size, round(max(0.0, now - oldest), 3))
 
 
-def _regular(entry: os.DirEntry[str]) -> bool:
-    try:
-        return stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode)
-    except FileNotFoundError:
+def is_stale(path: Path) -> bool:
+    """Whether an open segment has lines and has not changed for long. Raises OSError."""
+    status = os.lstat(path)
+    if time.time() - status.st_mtime < STALE_SECONDS:
         return False
-
-
-def _adopt(path: Path, found: Scan) -> None:
-    """Seal a segment whose writer is dead; one whose writer lives is left alone."""
     try:
-        sealed = recover(path)
-    except FileNotFoundError:
-        return  # its writer sealed it meanwhile
-    except OSError as error:
-        found.skipped[path.name] = str(error.strerror)
-        return
-    if sealed is not None:
-        found.torn_bytes += sealed.torn_bytes
-        if sealed.path is not None:
-            found.adopted.append(sealed.path)
-            found.sealed.append(sealed.path)
+        with nofollow.open_file(path) as stream:
+            return stream.read(1).strip(b"\0") != b""
+    except PermissionError:
+        return True

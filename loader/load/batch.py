@@ -37,13 +37,13 @@ def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates
 
     `duplicates` is the share of lines that are expected to exist; a wrong guess costs time only. Raises
     psycopg.Error and OSError, after which nothing was loaded, or, if the connection broke in the COMMIT, all
-    of it: load again, the ledger knows.
+    of it: load again, the ledger knows. A chunk that is to be loaded `again` is, whatever the ledger knows.
     """
     with transaction(connection):
         known = ledger.known(connection, [chunk.digest for chunk in batch])
         fresh, repeated = _divide(batch, known)
         outcomes = insert(connection, fresh, duplicates) if fresh else []
-        outcomes, overtaken = _record(connection, outcomes)
+        outcomes, overtaken = _record(connection, outcomes, known)
         for outcome in outcomes:
             rejects.write(spool, outcome.chunk, outcome.rejects)
     repeated += [outcome.chunk for outcome in overtaken]
@@ -84,15 +84,20 @@ def check(chunk: Chunk) -> Outcome:
     return outcome
 
 
-def _record(connection: Connection, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], list[Outcome]]:
+def _record(
+    connection: Connection, outcomes: Sequence[Outcome], known: set[bytes]
+) -> tuple[list[Outcome], list[Outcome]]:
     """Write the chunks to the ledger; return those that it has now, and those that another loader had loaded.
 
     All rows of the latter existed, so nothing is counted twice. Raises psycopg.errors.SerializationFailure if
     some did not: another loader had rejected lines that could be loaded here.
     """
-    recorded = ledger.record(connection, [outcome.entry() for outcome in outcomes])
-    ours = [outcome for outcome in outcomes if outcome.chunk.digest in recorded]
-    overtaken = [outcome for outcome in outcomes if outcome.chunk.digest not in recorded]
+    entries = [_entry(outcome, known) for outcome in outcomes]
+    recorded = ledger.record(connection, entries)
+    ours: list[Outcome] = []
+    overtaken: list[Outcome] = []
+    for outcome, entry in zip(outcomes, entries, strict=True):
+        (ours if entry.digest in recorded else overtaken).append(outcome)
     if any(outcome.counts.rows for outcome in overtaken):
         raise psycopg.errors.SerializationFailure("another loader was faster with these lines: try again")
     return ours, overtaken
@@ -102,11 +107,18 @@ def _divide(batch: Sequence[Chunk], known: set[bytes]) -> tuple[list[Chunk], lis
     """Return the chunks to load, and those whose bytes the ledger or an earlier chunk of the batch has."""
     fresh: list[Chunk] = []
     repeated: list[Chunk] = []
-    seen = set(known)
+    earlier: set[bytes] = set()
     for chunk in batch:
-        (repeated if chunk.digest in seen else fresh).append(chunk)
-        seen.add(chunk.digest)
+        is_known = chunk.digest in earlier or (chunk.digest in known and not chunk.again)
+        (repeated if is_known else fresh).append(chunk)
+        earlier.add(chunk.digest)
     return fresh, repeated
+
+
+def _entry(outcome: Outcome, known: set[bytes]) -> Entry:
+    """Return the chunk's row of the ledger; what is loaded again has a random key, as in `retry`."""
+    entry = outcome.entry()
+    return replace(entry, digest=secrets.token_bytes(32)) if entry.digest in known else entry
 
 
 def _in_its_place(now: Rejected, before: Rejected) -> Rejected:

@@ -18,6 +18,9 @@ from loader.load.tables import EVENTS
 OVERSIZE: Final = "oversize"
 """Code of a line longer than a chunk: its reject holds its beginning only, so it cannot be retried."""
 
+BLANK: Final = "empty"
+"""Code of a line without a character that is not a blank: not a line, so it is not counted."""
+
 
 @dataclass
 class Outcome:
@@ -84,7 +87,7 @@ def decoded_lines(outcome: Outcome, lines: Iterable[bytes]) -> Iterator[Line]:
         row = _oversize(chunk) if chunk.oversize else decode(raw)
         if isinstance(row, Row):
             yield Line(outcome, number, raw, row)
-        else:
+        elif row.code != BLANK:
             outcome.reject(number, raw, row)
 
 

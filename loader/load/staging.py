@@ -24,10 +24,14 @@ from loader.load.triggers import triggers
 _ATTEMPTS: Final = 20
 """Times that rows are compared again because other loaders commit some of them in between."""
 
+_SHOWN_CHARACTERS: Final = 300
+"""Of a stored row that is in a row's way: its ids and the beginning of its payload. It may have megabytes,
+and be in the way of a whole chunk."""
+
 
 @dataclass(frozen=True)
 class Collision:
-    """A row whose key belongs to a row with another payload, which is `existing`."""
+    """A row whose key belongs to a row with another payload, which begins with `existing`."""
 
     position: int
     existing: str
@@ -87,6 +91,7 @@ class Staging:
             "staging_name": sql.Literal(f"pg_temp.staging_{table.name}"),
             "key": sql.Identifier(table.key),
             "all": sql.SQL(", ").join(map(sql.Identifier, table.columns)),
+            "shown": sql.Literal(_SHOWN_CHARACTERS),
             "differ": _differ(table),
         }
 
@@ -166,7 +171,7 @@ class Staging:
         """
         equal, unequal, stored = self.run(
             "WITH compared AS MATERIALIZED (SELECT staged.position, "
-            "CASE WHEN {differ} THEN stored::text END AS other "
+            "CASE WHEN {differ} THEN pg_catalog.left(stored::text, {shown}) END AS other "
             "FROM {staging} staged CROSS JOIN LATERAL "
             "(SELECT * FROM {table} found WHERE found.{key} = staged.{key} OFFSET 0) AS stored "
             "WHERE %s::int[] IS NULL OR position = ANY(%s::int[])) "

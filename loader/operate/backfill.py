@@ -1,40 +1,41 @@
-"""Files loaded by hand: from anywhere, compressed or not, and never changed."""
+"""Files loaded by hand: from anywhere, whatever their name and compression, and never changed."""
 
 from __future__ import annotations
 
-import gzip
-import io
 import os
+import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Final, cast
-
-import zstandard
+from typing import BinaryIO, Final
 
 from loader.errors import UsageError
 from loader.files import nofollow, rejects
-from loader.files.chunk import chunks
+from loader.files.chunk import Chunk, Reading, chunks
+from loader.files.content import UNREADABLE, DamagedError, lines_of
+from loader.files.lock import LOCK
 from loader.load.batch import check
 from loader.load.counts import Loaded
-from loader.service.run import UNREADABLE
 from spool.segment import OPEN
 
 STDIN: Final = "-"
-_SUFFIXES: Final = (".ndjson", ".ndjson.gz", ".ndjson.zst")
 
 Wrap = Callable[[BinaryIO], BinaryIO]
 """Put around the bytes of a file as they are read, for a progress bar."""
 
 
 class GivenFile:
-    """A file someone named, or standard input; one that was `found` in a directory may be no link."""
+    """A file someone named, or standard input; one that was `found` in a directory may be no link.
 
-    def __init__(self, path: str, *, found: bool = False) -> None:
+    `again` loads what the ledger knows, too.
+    """
+
+    def __init__(self, path: str, *, found: bool = False, again: bool = False) -> None:
         self._path = None if path == STDIN else Path(path)
         self._found = found
+        self._again = again
         # A path may hold any bytes.
         self.name = path.encode("utf-8", "backslashreplace").decode() if self._path else "stdin"
         self.wrap: Wrap = lambda stream: stream
@@ -43,14 +44,11 @@ class GivenFile:
         """Return its bytes as they are on disk; 0 for standard input. Raises OSError."""
         return os.stat(self._path, follow_symlinks=not self._found).st_size if self._path else 0
 
-    def open(self) -> BinaryIO:
-        stream = self.wrap(self._open())
-        if self.name.endswith(".gz"):
-            return cast(BinaryIO, gzip.open(stream))
-        if self.name.endswith(".zst"):
-            reader = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
-            return io.BufferedReader(cast(io.RawIOBase, reader))
-        return stream
+    def chunks(self, progressed: Callable[[], None] = lambda: None) -> Iterator[Chunk]:
+        """Yield its lines. Raises UNREADABLE, after the complete lines before."""
+        with self.wrap(self._open()) as stream:
+            lines = lines_of(stream, self.name)
+            yield from chunks(lines, self.name, reading=Reading(again=self._again, progressed=progressed))
 
     def _open(self) -> BinaryIO:
         if self._path is None:
@@ -59,6 +57,17 @@ class GivenFile:
 
     def retire(self, *, oversize: bool) -> None:
         """Leave the file as it is."""
+
+    def postpone(self) -> None:
+        """Leave it to whoever reads the report."""
+
+
+@dataclass
+class Found:
+    """The files to load, and what was left out in directories, with the reason."""
+
+    files: list[GivenFile] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -70,38 +79,66 @@ class DryRun:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def find(names: Iterable[str]) -> list[GivenFile]:
+def find(names: Iterable[str], *, again: bool = False) -> Found:
     """Return the files that are named, and those in directories, each directory's oldest first.
 
     Raises UsageError for what is not there and for what can't be loaded.
     """
-    return [file for given in names for file in _expand(given)]
+    found = Found()
+    for given in names:
+        path = Path(given)
+        if given != STDIN and path.is_dir():
+            _add_directory(given, found, again=again)
+        elif given != STDIN and not path.exists():
+            raise UsageError(f"{given} does not exist")
+        elif path.suffix == OPEN:
+            raise UsageError(
+                f"{given} is an open segment: put it into a spool, where `loader run --once` seals it"
+            )
+        else:
+            found.files.append(GivenFile(given, again=again))
+    return found
 
 
-def _expand(given: str) -> Iterator[GivenFile]:
-    path = Path(given)
-    if given == STDIN:
-        yield GivenFile(given)
-    elif path.is_dir():
-        found = sorted(_files_in(path))
-        if not found:
-            raise UsageError(f"{given} has no file that ends in {', '.join(_SUFFIXES)}")
-        yield from (GivenFile(name, found=True) for name in found)
-    elif not path.exists():
-        raise UsageError(f"{given} does not exist")
-    elif path.suffix == OPEN:
-        raise UsageError(
-            f"{given} is an open segment: put it into a spool, where `loader run --once` seals it"
-        )
-    else:
-        yield GivenFile(given)
+def _add_directory(given: str, found: Found, *, again: bool) -> None:
+    """Add every file below a directory; note whatever else is there."""
+    files: list[str] = []
+    for parent, below, names in os.walk(given):
+        for name in list(below):
+            path = os.path.join(parent, name)
+            if os.path.islink(path):
+                found.skipped[path] = "it is a link"
+            elif name == rejects.DIRECTORY:
+                found.skipped[path] = "it holds rejects: see `loader rejects retry`"
+                below.remove(name)
+        for name in names:
+            path = os.path.join(parent, name)
+            if (reason := _why_skipped(path, name)) is None:
+                files.append(path)
+            elif reason:
+                found.skipped[path] = reason
+    if not files and not found.skipped:
+        raise UsageError(f"{given} has no file")
+    found.files += [GivenFile(path, found=True, again=again) for path in sorted(files)]
 
 
-def _files_in(directory: Path) -> Iterator[str]:
-    """Every file to load below a directory, except a spool's rejects."""
-    for parent, below, names in os.walk(directory):
-        below[:] = [name for name in below if name != rejects.DIRECTORY]
-        yield from (os.path.join(parent, name) for name in names if name.endswith(_SUFFIXES))
+def _why_skipped(path: str, name: str) -> str | None:
+    """Return why what is in a directory is not read, without words if it is the loader's own; else None."""
+    if name == LOCK:
+        return ""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError as error:
+        return str(error.strerror)
+    if stat.S_ISLNK(mode):
+        return "it is a link"
+    if not stat.S_ISREG(mode):
+        return "it is not a regular file"
+    if name.endswith(OPEN):
+        return "it is an open segment: in a spool, `loader run` seals it"
+    if name.endswith(".part"):
+        return "it is an unfinished copy"
+    return None
 
 
 def dry_run(files: Iterable[GivenFile]) -> DryRun:
@@ -109,11 +146,12 @@ def dry_run(files: Iterable[GivenFile]) -> DryRun:
     result = DryRun()
     for file in files:
         try:
-            with file.open() as stream:
-                for chunk in chunks(stream, file.name):
-                    outcome = check(chunk)
-                    result.loaded += outcome.loaded()
-                    result.codes.update(reject.code for reject in outcome.rejects)
+            for chunk in file.chunks():
+                outcome = check(chunk)
+                result.loaded += outcome.loaded()
+                result.codes.update(reject.code for reject in outcome.rejects)
+        except DamagedError as error:
+            result.failures[file.name] = f"could not be read to its end: {error}"
         except UNREADABLE as error:
             result.failures[file.name] = f"could not be read: {error}"
     return result

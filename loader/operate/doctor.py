@@ -5,10 +5,11 @@ The database is seen with the settings of its role, not with those that a load f
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from grp import getgrgid
@@ -21,8 +22,8 @@ import watchfiles
 from loader import settings
 from loader.errors import LoaderError, OutOfReachError
 from loader.files import nofollow, rejects
-from loader.files.lock import holder
-from loader.files.scan import backlog, segment_names
+from loader.files.lock import LOCK, holder, is_foreign, lock_holders
+from loader.files.scan import STALE_SECONDS, Adopter, backlog, is_stale, segment_names
 from loader.load import deviations, schema
 from loader.load.database import Connection
 from loader.load.deviations import Severity
@@ -166,7 +167,7 @@ def _permissions(spool: Path) -> Iterator[Finding]:
 
 
 def _segments(spool: Path) -> Iterator[Finding]:
-    names = segment_names(spool)
+    names = list(segment_names(spool))
     unreadable = [name for name in names if not os.access(spool / name, os.R_OK, follow_symlinks=False)]
     future = [name for name in names if _modified(spool / name) > time.time() + _CLOCK_SECONDS]
     # A busy loader retires segments between the listing and the checks: only what still exists counts.
@@ -176,7 +177,9 @@ def _segments(spool: Path) -> Iterator[Finding]:
         yield _failed("segments", f"{len(unreadable)} can't be read, as {unreadable[0]}", remedy)
     if future:
         yield _warning("segments", f"{future[0]} is from the future", "timedatectl set-ntp true")
-    if not unreadable and not future:
+    held = list(_held(spool, names))
+    yield from held
+    if not unreadable and not future and not held:
         yield _ok("segments", f"{len(names)} can be read")
 
 
@@ -188,9 +191,39 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
+def _held(spool: Path, names: Sequence[str]) -> Iterator[Finding]:
+    """Open segments that no loader here will seal, or that should have been sealed by now."""
+    adopter = Adopter(spool)
+    for name in (name for name in names if name.endswith(OPEN)):
+        with contextlib.suppress(FileNotFoundError):  # sealed in the meantime
+            if reason := adopter.why_not(name):
+                yield _warning("segments", f"{name} is not sealed here: {reason}", "")
+            elif is_stale(spool / name):
+                who = _holders(spool / name)
+                like = f"{name} has lines and has not changed for {STALE_SECONDS:.0f} s"
+                if who:
+                    yield _warning(
+                        "segments", f"{like}; process {who} has it locked", f"fuser -v {spool / name}"
+                    )
+                else:
+                    yield _warning(
+                        "segments", f"{like}", "`loader run --once` seals it if its writer is dead"
+                    )
+
+
+def _holders(path: Path) -> str:
+    try:
+        with nofollow.open_file(path) as stream:
+            return ", ".join(map(str, lock_holders(stream.fileno())))
+    except PermissionError:
+        return ""
+
+
 def _lock(spool: Path) -> Iterator[Finding]:
     who = holder(spool)
-    if who is None:
+    if who is not None and is_foreign(who):
+        yield _warning("loader", who, f"fuser -v {spool / LOCK}")
+    elif who is None:
         yield _warning("loader", "none runs here", "systemctl start analytics-loader, or `loader run`")
     else:
         yield _ok("loader", who)

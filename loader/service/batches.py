@@ -79,6 +79,12 @@ class Batches:
                 self._end()
             self._put_down()
 
+    def set_aside(self, batch: Batch, error: OSError) -> None:
+        """Note that the rejects of a batch could not be written; see `LoadRun.set_aside`."""
+        with self._changed:
+            self._run.set_aside(batch, error)
+            self._put_down()
+
     def give_up(self) -> None:
         """Leave the remaining batches."""
         with self._changed:

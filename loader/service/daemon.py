@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +18,9 @@ import watchfiles
 
 from loader.errors import one_line
 from loader.files.lock import exclusive
-from loader.files.retire import SpoolFile
-from loader.files.scan import Backlog, Scan, backlog, scan
+from loader.files.retire import SpoolFiles
+from loader.files.scan import Backlog, Scan, backlog
+from loader.files.writing import GRACE_SECONDS
 from loader.service.health import Health
 from loader.service.notify import Notifier
 from loader.service.parents import ParentRetries
@@ -35,6 +36,8 @@ UNWATCHABLE: Final = (OSError, RuntimeError)
 """What watchfiles raises where the directory went away, or the kernel has no inotify watch left."""
 _DEBOUNCE_MS: Final = 50
 """Milliseconds that seals are gathered for; watchfiles' own 1,600 would be most of the lag."""
+_SETTLE_SECONDS: Final = 0.1
+"""Seconds between two looks at files that may still be written."""
 _IDLE_MS: Final = 500
 """Milliseconds after which a watch that has nothing to tell is asked what else there is to do."""
 
@@ -49,7 +52,7 @@ class Daemon:
         self.health = Health(notifier.alive)
         self._spool = spool
         self._signals = signals
-        self._archive = archive
+        self._files = SpoolFiles(spool, archive)
         self._notifier = notifier
         self._workers = Workers(dsn, spool, count, signals, None, self.health, self._report_status)
         self._parents = ParentRetries(dsn, spool, signals, self.health)
@@ -68,25 +71,33 @@ class Daemon:
         ):
             log.info("watching %s", self._spool)
             self._parents.start()
-            self._scan_and_load()
+            self._load_all()
             for _ in self._hints():
-                if not self._signals.stop.is_set():
-                    self._scan_and_load()
+                self._load_all()
             self._notifier.stopping()
         log.info("stopped")
 
-    def _scan_and_load(self) -> None:
+    def _load_all(self) -> None:
+        """Scan and load until a scan has found all there is: it is bounded."""
+        while not self._signals.stop.is_set() and self._scan_and_load():
+            pass
+
+    def _scan_and_load(self) -> bool:
+        """Load the oldest files. Return whether there are more."""
         self._reload()
         self.health.progressed()
+        more = False
         try:
-            found = scan(self._spool)
+            found, files = self._files.scan()
             self._workers.connect()
-            report = self._workers.load(SpoolFile(path, self._archive) for path in found.sealed)
+            report = self._workers.load(files)
         except OSError as error:
             self._report_problems({str(self._spool): f"could not be scanned: {error}"})
         else:
             self._report_pass(found, report)
+            more = found.more
         self._report_status()
+        return more
 
     def _reload(self) -> None:
         """Reconnect, with the settings as they are now."""
@@ -99,7 +110,7 @@ class Daemon:
     def _report_pass(self, found: Scan, report: Report) -> None:
         """Log what a pass did."""
         untouched = {name: f"is skipped: {why}" for name, why in found.skipped.items()}
-        self._report_problems({**untouched, **report.failures})
+        self._report_problems({**untouched, **found.failures, **report.failures})
         for path in found.adopted:
             log.info("sealed %s, whose writer is gone", path.name)
         if found.torn_bytes:
@@ -169,10 +180,34 @@ class Daemon:
                         return
 
 
-def once(spool: Path, workers: Workers, archive: Path | None) -> tuple[Scan, Report]:
-    """Load what is sealed now, the segments of dead writers too. Raises LoaderError, OSError."""
-    found = scan(spool)
-    return found, workers.load(SpoolFile(path, archive) for path in found.sealed)
+def once(
+    spool: Path, workers: Workers, archive: Path | None, adopt: Sequence[str] = ()
+) -> tuple[Scan, Report]:
+    """Load what is sealed now, the segments of dead writers too. Raises LoaderError, OSError.
+
+    A file that may still be written is waited for, at most GRACE_SECONDS without a change; one that some
+    process has open for longer is loaded up to its last line and left.
+    """
+    files, all_found, total = SpoolFiles(spool, archive, adopt), Scan(), Report()
+    until = time.monotonic() + GRACE_SECONDS + 1
+    while True:
+        found, batch = files.scan()
+        report = workers.load(batch)
+        all_found.adopted += found.adopted
+        all_found.torn_bytes += found.torn_bytes
+        all_found.skipped = found.skipped
+        total.loaded += report.loaded
+        total.files += report.files
+        total.failures |= report.failures | found.failures
+        if workers.stopping:
+            break
+        if not found.more:
+            if not (files.unsettled() or found.unsettled) or time.monotonic() > until:
+                break
+            time.sleep(_SETTLE_SECONDS)
+    for name in files.unsettled():
+        total.failures[name] = "is still being written: its lines so far are loaded, the rest the next time"
+    return all_found, total
 
 
 def describe(waiting: Backlog, health: Health) -> str:

@@ -18,6 +18,7 @@ import psycopg
 import tenacity
 
 from loader.errors import LoaderError, OutOfReachError
+from loader.files.rejects import CannotWriteError
 from loader.load.sqlstate import explain, is_temporary
 from loader.service.health import Health
 from loader.service.signals import Signals
@@ -90,6 +91,8 @@ class RetryPolicy:
             log.info("loading goes on")
 
     def _is_worth_waiting(self, error: BaseException) -> bool:
+        if isinstance(error, CannotWriteError):
+            return False  # the batch is set aside, so that the others go on
         if self._forever:
             return isinstance(error, Failure)
         if isinstance(error, psycopg.Error):

@@ -8,20 +8,17 @@ that chunks come in the order of the files; retiring, which may compress and syn
 from __future__ import annotations
 
 import threading
-import zlib
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO, Final, Protocol
+from typing import Final, Protocol
 
-import zstandard
-
-from loader.files.chunk import CHUNK_BYTES, CHUNK_LINES, Chunk, chunks
+from loader.files.chunk import CHUNK_BYTES, CHUNK_LINES, Chunk
+from loader.files.content import UNREADABLE, DamagedError
 from loader.load.counts import Loaded
 
 BATCH_CHUNKS: Final = 256
 """Most small files that share a transaction."""
-UNREADABLE: Final = (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError)
-"""What reading a truncated or damaged file raises, also from a decompressor."""
 
 
 class Source(Protocol):
@@ -29,14 +26,20 @@ class Source(Protocol):
 
     name: str
 
-    def open(self) -> BinaryIO:
-        """Return the bytes of its lines. Raises OSError."""
+    def chunks(self, progressed: Callable[[], None]) -> Iterator[Chunk]:
+        """Yield its lines. Raises UNREADABLE, after the complete lines before.
+
+        `progressed` is called while a chunk takes long to read.
+        """
 
     def retire(self, *, oversize: bool) -> None:
         """Handle that all of it is committed; `oversize` means a line was too long to be kept as a reject.
 
         Raises OSError.
         """
+
+    def postpone(self) -> None:
+        """Handle that some of it cannot be loaded at the moment."""
 
 
 @dataclass
@@ -64,27 +67,45 @@ Batch = list[tuple[Chunk, FileProgress]]
 class LoadRun:
     """The batches that are left of some files, and the report so far. Safe to use from any thread."""
 
-    def __init__(self, sources: Iterable[Source]) -> None:
+    def __init__(self, sources: Iterable[Source], progressed: Callable[[], None] = lambda: None) -> None:
         self.report = Report()
         self._lock = threading.Lock()
+        self._progressed = progressed
         self._batches = self._read(sources)
+        self._divided: deque[Batch] = deque()
+        """Parts of batches that could not be loaded as a whole."""
         self._finished: list[FileProgress] = []
 
     def take(self) -> Batch | None:
         """Return the next batch, None after the last."""
         with self._lock:
-            return next(self._batches, None)
+            return self._divided.popleft() if self._divided else next(self._batches, None)
 
     def give_up(self) -> None:
         """Leave the remaining batches unread."""
         with self._lock:
+            self._divided.clear()
             self._batches = iter(())
 
     def postpone(self, batch: Batch, reason: str) -> None:
         """Leave the files of a batch to the next run."""
         with self._lock:
             for _, file in batch:
-                self._fail(file.source, reason)
+                self._postpone(file.source, reason)
+
+    def set_aside(self, batch: Batch, error: OSError) -> None:
+        """Note that the rejects of a batch cannot be written, as on a full disk.
+
+        That must not hold up the others: loading them is what frees space. So the batch is halved until the
+        chunks that have rejects are alone; their files stay, to be loaded the next time.
+        """
+        with self._lock:
+            if len(batch) > 1:
+                half = len(batch) // 2
+                self._divided += [batch[:half], batch[half:]]
+                return
+            ((_, file),) = batch
+            self._postpone(file.source, f"waits: its rejects could not be written: {error}")
 
     def commit(self, batch: Batch, loaded: Loaded) -> None:
         """Note that a batch is committed."""
@@ -121,13 +142,15 @@ class LoadRun:
         for source in sources:
             file = FileProgress(source)
             try:
-                with source.open() as stream:
-                    for chunk in chunks(stream, source.name):
-                        file.pending += 1
-                        file.oversize |= chunk.oversize
-                        yield chunk, file
+                for chunk in source.chunks(self._progressed):
+                    file.pending += 1
+                    file.oversize |= chunk.oversize
+                    yield chunk, file
+            except DamagedError as error:
+                self._postpone(source, f"could not be read to its end: {error}")
+                continue
             except UNREADABLE as error:
-                self._fail(source, f"could not be read: {error}")
+                self._postpone(source, f"could not be read: {error}")
                 continue
             file.read = True
             self._finish(file)
@@ -136,6 +159,10 @@ class LoadRun:
         if file.read and not file.pending:
             self.report.files += 1
             self._finished.append(file)
+
+    def _postpone(self, source: Source, reason: str) -> None:
+        self._fail(source, reason)
+        source.postpone()
 
     def _fail(self, source: Source, reason: str) -> None:
         self.report.failures[source.name] = reason

@@ -1,15 +1,16 @@
-"""What a person or systemd asks of a running command: to stop, or to look at its settings again."""
+"""What a person or a service manager asks of a running command: to stop, or to look at its settings again."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 
 
 class Signals:
-    """`stop` is set by SIGTERM and the first Ctrl-C; `reloads` counts SIGHUPs."""
+    """`stop` is set by SIGTERM, the first Ctrl-C and a closed terminal; `reloads` counts SIGHUPs."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
@@ -18,7 +19,11 @@ class Signals:
 
 @contextlib.contextmanager
 def until_signal() -> Iterator[Signals]:
-    """Note the signals that come; the second Ctrl-C ends the process at once."""
+    """Note the signals that come; the second Ctrl-C ends the process at once.
+
+    SIGHUP means reload only under a service manager, which says so with NOTIFY_SOCKET (sd_notify(3)).
+    Elsewhere the terminal was closed: stop. Under nohup(1), which ignores it, it stays ignored.
+    """
     signals = Signals()
 
     def stop(number: int, _: object) -> None:
@@ -31,11 +36,32 @@ def until_signal() -> Iterator[Signals]:
     handlers: dict[signal.Signals, Callable[[int, object], None]] = {
         signal.SIGTERM: stop,
         signal.SIGINT: stop,
-        signal.SIGHUP: reload,
     }
+    if os.environ.get("NOTIFY_SOCKET"):
+        handlers[signal.SIGHUP] = reload
+    elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        handlers[signal.SIGHUP] = stop
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield signals
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@contextlib.contextmanager
+def interrupted_by_hangup() -> Iterator[None]:
+    """Raise KeyboardInterrupt in the block for SIGTERM and a closed terminal, so that it is cleaned up."""
+
+    def interrupt(_: int, __: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)

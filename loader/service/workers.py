@@ -23,6 +23,7 @@ import psycopg
 
 from loader.errors import LoaderError
 from loader.files.chunk import Chunk
+from loader.files.rejects import CannotWriteError
 from loader.load.counts import Loaded
 from loader.load.database import Connection, connect
 from loader.load.schema import SCHEMA_VERSION, schema_version
@@ -76,7 +77,7 @@ class Workers:
 
         Raises LoaderError if waiting did not help; what was committed by then stays.
         """
-        run = LoadRun(sources)
+        run = LoadRun(sources, self._health.progressed)
         batches = Batches(run)
         self._run_in_threads([self._worker(batches, connection) for connection in self._connections])
         run.retire_finished()  # files without a line
@@ -84,6 +85,11 @@ class Workers:
             self._retry.refused(batches.refusal)
             run.report.failures.clear()  # one reason for all of them, which was reported
         return run.report
+
+    @property
+    def stopping(self) -> bool:
+        """Whether they were asked to stop."""
+        return self._signals.stop.is_set()
 
     def close(self) -> None:
         """Close the connections. Safe to repeat."""
@@ -115,6 +121,8 @@ class Workers:
                 batches.give_back(batch)
                 raise
             batches.postpone(batch, error, str(explain(error)))
+        except CannotWriteError as error:
+            batches.set_aside(batch, error)
         except BaseException:
             batches.give_back(batch)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def test_lines_are_rows_and_the_ledger_counts_them(connection: Connection, tmp_p
     assert rows(connection, ledger) == [("s.ndjson", 0, 5, 2, 1, 1, 1)]
     assert rejected(tmp_path) == [("s.ndjson", 5, "invalid_json")]
     (file,) = (tmp_path / "rejected").iterdir()
-    assert file.name == "s-0.ndjson"
+    assert re.fullmatch(r"s-0-[0-9a-f]{12}\.ndjson", file.name)
 
 
 BROKEN = {

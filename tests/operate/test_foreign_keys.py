@@ -85,7 +85,7 @@ def test_tables_of_a_version_that_remembered_nothing_keep_the_keys_that_they_hav
 
 IMPOSSIBLE = {
     "a view": (f"{USERS}; CREATE VIEW family_units AS SELECT id FROM auth.users", "not a table"),
-    "bigint ids": (f"{USERS}; CREATE TABLE family_units (id BIGINT PRIMARY KEY)", 'has the type bigint, not uuid'),
+    "bigint ids": (f"{USERS}; CREATE TABLE family_units (id BIGINT PRIMARY KEY)", "has the type bigint, not uuid"),
     "no id": (f"{USERS}; CREATE TABLE family_units (uuid UUID PRIMARY KEY)", "has the type none, not uuid"),
     "no unique id": (f"{USERS}; CREATE TABLE family_units (id UUID)", "no unique constraint"),
 }  # fmt: skip
@@ -127,11 +127,13 @@ def test_a_missing_privilege_on_a_parent_is_a_warning(one_server: str, applicati
     application.execute("CREATE ROLE weak_owner LOGIN")
     application.execute("CREATE SCHEMA mine AUTHORIZATION weak_owner")
     application.commit()
-    with psycopg.connect(
-        application.info.dsn, user="weak_owner", options="-c search_path=mine,public"
-    ) as weak:
-        with pytest.raises(psycopg.errors.InsufficientPrivilege):
-            schema.apply_schema(weak)
+    with (
+        psycopg.connect(
+            application.info.dsn, user="weak_owner", options="-c search_path=mine,public"
+        ) as weak,
+        pytest.raises(psycopg.errors.InsufficientPrivilege),
+    ):
+        schema.apply_schema(weak)
     with psycopg.connect(application.info.dsn, user="weak_owner", options="-c search_path=mine") as weak:
         applied = schema.apply_schema(weak)
     assert any("permission denied" in warning for warning in applied.warnings), applied

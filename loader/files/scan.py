@@ -20,7 +20,7 @@ from typing import Final
 
 from loader.files import nofollow
 from loader.files.filesystem import network_type
-from loader.files.writing import is_complete
+from loader.files.writing import Writing, is_complete, leased
 from spool.segment import OPEN, SEALED, STEM, Writer, recover
 
 SCAN_FILES: Final = 10_000
@@ -133,9 +133,16 @@ class Adopter:
         """Whether it is not a copy that is still being made. A copy that is cut short would lose lines."""
         try:
             with nofollow.open_file(path) as stream:
-                return is_complete(stream.fileno())
+                return is_complete(stream.fileno()) or _has_all_lines(stream.fileno())
         except PermissionError:
             return True  # why it cannot be read is reported by who seals it
+
+
+def _has_all_lines(fd: int) -> bool:
+    """Whether zeros follow the last line, as in a reserved segment, and nobody is known to write it."""
+    size = os.fstat(fd).st_size
+    with leased(fd) as writing:
+        return writing is not Writing.SOMEBODY and size > 0 and os.pread(fd, 1, size - 1) == b"\0"
 
 
 def host_and_boot(name: str) -> tuple[str, str]:

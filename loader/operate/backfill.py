@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -103,7 +102,7 @@ def find(names: Iterable[str], *, again: bool = False) -> Found:
 def _add_directory(given: str, found: Found, *, again: bool) -> None:
     """Add every file below a directory; note whatever else is there."""
     files: list[str] = []
-    for parent, below, names in os.walk(given):
+    for parent, below, names in os.walk(given):  # a link to a file is refused when it is opened
         for name in list(below):
             path = os.path.join(parent, name)
             if os.path.islink(path):
@@ -126,14 +125,6 @@ def _why_skipped(path: str, name: str) -> str | None:
     """Return why what is in a directory is not read, without words if it is the loader's own; else None."""
     if name == LOCK:
         return ""
-    try:
-        mode = os.lstat(path).st_mode
-    except OSError as error:
-        return str(error.strerror)
-    if stat.S_ISLNK(mode):
-        return "it is a link"
-    if not stat.S_ISREG(mode):
-        return "it is not a regular file"
     if name.endswith(OPEN):
         return "it is an open segment: in a spool, `loader run` seals it"
     if name.endswith(".part"):

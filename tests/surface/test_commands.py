@@ -109,7 +109,8 @@ def test_commands_options_and_reject_files_complete_in_a_shell(cli: Cli) -> None
     assert completed(cli, "loader", "") == set(main.COMMANDS)
     assert completed(cli, "loader", "rejects", "re") == {"retry"}
     assert completed(cli, "loader", "backfill", "--d") == {"--dsn", "--dry-run"}
-    assert completed(cli, "loader", "rejects", "show", "2026") == {f"{path.stem}-0.ndjson"}
+    (name,) = completed(cli, "loader", "rejects", "show", "2026")
+    assert name.startswith(f"{path.stem}-0-")
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

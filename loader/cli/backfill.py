@@ -28,7 +28,8 @@ def command(
 ) -> None:  # fmt: skip
     """Load files, directories, or - for standard input.
 
-    They may be compressed with gzip or zstd. The files are never changed. Rejected lines go to the spool's rejected/.
+    They may be compressed with gzip or zstd. The files are never changed. Rejected lines go to the spool's
+    rejected/.
 
     \b
     Examples:

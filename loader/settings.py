@@ -30,7 +30,8 @@ host that does not answer is given up (https://www.postgresql.org/docs/current/l
 
 _SSL_MODES: Final = {
     "": "require", "1": "require", "t": "require", "true": "require", "on": "require", "yes": "require",
-    "no-verify": "require", "0": "disable", "f": "disable", "false": "disable", "off": "disable", "no": "disable",
+    "no-verify": "require", "0": "disable", "f": "disable", "false": "disable", "off": "disable",
+    "no": "disable",
 }  # fmt: skip
 """Values of `ssl` (asyncpg, node-postgres, JDBC) and `sslmode` that are not libpq's, as libpq's sslmode."""
 _SCHEMA_PARAMETERS: Final = ("schema", "currentSchema", "search_path")
@@ -42,7 +43,8 @@ _POOL_PARAMETERS: Final = frozenset(
      "reaping_frequency", "checkout_timeout", "idle_timeout", "max_client_conn", "encoding", "async_fallback",
      "single_sentence", "supa", "workaround"}
 )  # fmt: skip
-"""Of drivers and their pools (Prisma, SQLAlchemy, asyncpg, Django, Rails, Supabase): no matter of a connection."""
+"""Of drivers and their pools (Prisma, SQLAlchemy, asyncpg, Django, Rails, Supabase): no matter of a
+connection."""
 
 _NO_DSN: Final = (
     "the DSN can't be read (it may hold a password and is not shown): write postgresql://user@host/database "
@@ -118,8 +120,8 @@ def _conninfo(dsn: str, source: str) -> str:
 def _libpq_url(dsn: str, source: str) -> str:
     """Return a URL with the parameters of drivers as libpq's, or without; anything else as it is.
 
-    Raises UsageError for a parameter that nobody knows, and for a URL with more than one @: what comes after the first
-    would be taken for a host, and be shown.
+    Raises UsageError for a parameter that nobody knows, and for a URL with more than one @: what comes after
+    the first would be taken for a host, and be shown.
     """
     if not re.match(r"postgres(ql)?://", dsn):
         return dsn
@@ -152,7 +154,7 @@ def _libpq_parameter(name: str, value: str, source: str, options: str) -> dict[s
         raise UsageError(_NO_DSN)
     if name not in _libpq_names():
         raise UsageError(
-            f'{source} has the parameter "{name}", which PostgreSQL\'s libpq does not know: remove it, or set '
+            f'{source} has the parameter "{name}", which libpq does not know: remove it, or set '
             "LOADER_DSN to a URL without it"
         )
     return {name: value}

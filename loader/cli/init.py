@@ -12,9 +12,9 @@ from loader.cli import options, terminal
 @options.dsn
 @click.option(
     "--foreign-keys/--no-foreign-keys", default=None,
-    help="Whether events refer to auth.users and family_units; the choice is remembered, and at first they do. "
-    "Keys slow the load, turn an event of a deleted user into a reject, and keep a user with events from being "
-    "deleted. --no-foreign-keys drops them.",
+    help="Whether events refer to auth.users and family_units; remembered, at first they do. Keys slow the "
+    "load, turn an event of a deleted user into a reject, and keep a user with events from being deleted. "
+    "--no-foreign-keys drops them.",
 )  # fmt: skip
 @click.option(
     "--role", metavar="NAME",

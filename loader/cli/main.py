@@ -77,9 +77,10 @@ class Commands(click.Group):
 
 def _name_the_variable(error: click.UsageError) -> None:
     """Have a wrong value that comes from the environment reported with the variable, not with the option."""
-    if isinstance(error, click.BadParameter) and error.ctx and error.param and error.param.name:
-        if error.ctx.get_parameter_source(error.param.name) is ParameterSource.ENVIRONMENT:
-            error.param_hint = f"{error.param.envvar}"
+    if not (isinstance(error, click.BadParameter) and error.ctx and error.param and error.param.name):
+        return
+    if error.ctx.get_parameter_source(error.param.name) is ParameterSource.ENVIRONMENT:
+        error.param_hint = f"{error.param.envvar}"
 
 
 def _fail_for_database(error: Exception) -> None:

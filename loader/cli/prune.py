@@ -28,8 +28,8 @@ def command(
 ) -> None:  # fmt: skip
     """Remove old rows, ledger rows, and rejected and archived files.
 
-    Rows are deleted by their timestamp and the server's clock, in small batches that do not block loading. Run it as the owner of
-    the tables, or as a role that may delete.
+    Rows are deleted by their timestamp and the server's clock, in small batches that do not block loading.
+    Run it as the owner of the tables, or as a role that may delete.
 
     \b
     Examples:

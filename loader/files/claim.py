@@ -1,7 +1,7 @@
 """A reject file is retried by one process at a time: an flock on the file itself (flock(2)).
 
-The kernel frees it with the process. Whoever retries a file replaces or removes it, so a lock counts only if the path
-still names the locked file.
+The kernel frees it with the process. Whoever retries a file replaces or removes it, so a lock counts only if
+the path still names the locked file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from loader.files import nofollow
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Yield whether the file is ours for the block; False for one that another process retries, or that is gone.
+    """Yield whether the file is ours for the block; False for one that another process retries, or that is
+    gone.
 
     Raises OSError.
     """

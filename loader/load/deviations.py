@@ -1,8 +1,8 @@
 """How existing tables differ from schema.sql, and the statement that corrects each difference.
 
-An ORM may have created the tables earlier, and people change them. What matters is what a load relies on: the types
-of the columns (another type rounds values or cannot be compared), one unique index on the key (a duplicate is
-otherwise an error or a second row), and that nothing else refuses, changes or loses rows.
+An ORM may have created the tables earlier, and people change them. What matters is what a load relies on: the
+types of the columns (another type rounds values or cannot be compared), one unique index on the key (a
+duplicate is otherwise an error or a second row), and that nothing else refuses, changes or loses rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Severity(IntEnum):
     BLOCKED = 2
     """Rows are refused until it is corrected; none is lost or wrong."""
     REFUSED = 3
-    """Rows would be wrong or stored twice, or nothing can be loaded at all: `loader init` refuses the tables."""
+    """Rows would be wrong or stored twice, or none can be loaded: `loader init` refuses the tables."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ _TEXTUAL: Final = re.compile(
 
 # All names are those of pg_catalog: nobody else can have put an operator or a function there.
 _RELATIONS_SQL: Final = """
-    SELECT c.oid::bigint AS oid, c.relname AS name, c.oid::pg_catalog.regclass::text AS shown, c.relkind AS kind,
+    SELECT c.oid::bigint AS oid, c.relname AS name, c.oid::pg_catalog.regclass::text AS shown,
+        c.relkind AS kind,
         c.relpersistence AS persistence, c.relrowsecurity AS has_row_security,
         pg_catalog.row_security_active(c.oid) AS has_active_row_security,
         pg_catalog.pg_has_role(c.relowner, 'USAGE') AS is_owned,
@@ -88,7 +89,8 @@ _COLUMNS_SQL: Final = """
     WITH RECURSIVE typed AS (
         SELECT a.attrelid, a.attnum, a.attname, a.atttypid AS type, a.atttypmod AS modifier,
             a.attnotnull, a.attnotnull AS required,
-            a.attgenerated AS generated, a.atthasdef OR a.attidentity OPERATOR(pg_catalog.<>) '' AS has_default,
+            a.attgenerated AS generated,
+            a.atthasdef OR a.attidentity OPERATOR(pg_catalog.<>) '' AS has_default,
             pg_catalog.format_type(a.atttypid, a.atttypmod) AS declared
         FROM pg_catalog.pg_attribute a
         WHERE a.attrelid OPERATOR(pg_catalog.=) ANY (%s::oid[]) AND a.attnum OPERATOR(pg_catalog.>) 0
@@ -99,11 +101,12 @@ _COLUMNS_SQL: Final = """
         FROM typed JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) typed.type
         WHERE t.typtype OPERATOR(pg_catalog.=) 'd'
     )
-    SELECT attrelid::bigint AS relation, attname AS name, pg_catalog.format_type(type, modifier) AS base, declared,
-        attnotnull AS is_required_itself, required, generated, has_default,
+    SELECT attrelid::bigint AS relation, attname AS name, pg_catalog.format_type(type, modifier) AS base,
+        declared, attnotnull AS is_required_itself, required, generated, has_default,
         ARRAY(SELECT DISTINCT r.ev_class::pg_catalog.regclass::text
             FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_rewrite r ON r.oid OPERATOR(pg_catalog.=) d.objid
-            WHERE d.refobjid OPERATOR(pg_catalog.=) attrelid AND d.refobjsubid OPERATOR(pg_catalog.=) attnum::int
+            WHERE d.refobjid OPERATOR(pg_catalog.=) attrelid
+                AND d.refobjsubid OPERATOR(pg_catalog.=) attnum::int
                 AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_rewrite'::pg_catalog.regclass::oid
                 AND r.ev_class OPERATOR(pg_catalog.<>) attrelid) AS views
     FROM typed JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) typed.type
@@ -111,8 +114,8 @@ _COLUMNS_SQL: Final = """
     ORDER BY attrelid, attnum
 """
 _INDEXES_SQL: Final = """
-    SELECT i.indrelid::bigint AS relation, i.indexrelid::pg_catalog.regclass::text AS name, i.indisvalid AS is_valid,
-        i.indimmediate AS is_immediate, i.indisprimary AS is_primary,
+    SELECT i.indrelid::bigint AS relation, i.indexrelid::pg_catalog.regclass::text AS name,
+        i.indisvalid AS is_valid, i.indimmediate AS is_immediate, i.indisprimary AS is_primary,
         i.indpred IS NULL AND i.indexprs IS NULL AS is_plain,
         ARRAY(SELECT pg_catalog.pg_get_indexdef(i.indexrelid, place, false)
             FROM pg_catalog.generate_series(1, i.indnkeyatts::int) AS place) AS columns,
@@ -125,7 +128,8 @@ _HOOKS_SQL: Final = """
     SELECT tgrelid::bigint AS relation, 'trigger' AS kind, tgname AS name, false AS blocks
     FROM pg_catalog.pg_trigger
     WHERE tgrelid OPERATOR(pg_catalog.=) ANY (%s::oid[]) AND NOT tgisinternal
-        AND tgenabled OPERATOR(pg_catalog.<>) 'D' AND (tgtype::int OPERATOR(pg_catalog.&) 4) OPERATOR(pg_catalog.<>) 0
+        AND tgenabled OPERATOR(pg_catalog.<>) 'D'
+        AND (tgtype::int OPERATOR(pg_catalog.&) 4) OPERATOR(pg_catalog.<>) 0
     UNION ALL
     SELECT ev_class::bigint, 'rule', rulename, true
     FROM pg_catalog.pg_rewrite
@@ -238,18 +242,20 @@ def _loaded_column(relation: Any, column: Any, kind: str) -> Iterator[Deviation]
     elif column.declared != column.base:
         yield Deviation(
             relation.name, Severity.RISK,
-            f'has the column "{column.name}" of the domain {column.declared}, whose constraints may reject lines',
+            f'has the column "{column.name}" of the domain {column.declared}, which may reject lines',
             f"{_drop_views(column)}{alter} ALTER COLUMN {column.name} TYPE {kind};",
         )  # fmt: skip
     if column.name in _OPTIONAL and column.required:
         yield Deviation(
-            relation.name, Severity.RISK, f'requires the column "{column.name}", so lines without it are rejected',
+            relation.name, Severity.RISK,
+            f'requires the column "{column.name}", so lines without it are rejected',
             f"{alter} ALTER COLUMN {column.name} DROP NOT NULL;",
         )  # fmt: skip
 
 
 def _drop_views(column: Any) -> str:
-    """Return the statement without which a column cannot change its type; `loader init` creates our views again."""
+    """Return the statement without which a column cannot change its type; `loader init` creates our views
+    again."""
     return f"DROP VIEW {', '.join(column.views)}; " if column.views else ""
 
 

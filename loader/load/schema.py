@@ -28,7 +28,7 @@ SCHEMA_VERSION: Final = 3
 PATIENCE: Final = 60.0
 """Seconds after which a lock is given up that other sessions do not release."""
 _PAUSE_SECONDS: Final = 1.0
-"""Between two attempts to get a lock, on average: as long as an attempt, so that others get half of the time."""
+"""Between two attempts to get a lock, on average: as long as an attempt, so that others have half the time."""
 _STATEMENT: Final = re.compile(r"^DO \$(\w+)\$.*?^\$\1\$;$", re.MULTILINE | re.DOTALL)
 _NO_LOCK: Final = ("55P03", "40P01")
 """lock_not_available, deadlock_detected."""
@@ -78,9 +78,9 @@ def apply_schema(
 ) -> Applied:  # fmt: skip
     """Apply schema.sql, and role.sql for a role. Idempotent.
 
-    `foreign_keys` is the choice to remember; None keeps what was chosen before, or adds them to new tables. The
-    connection must not be in a transaction: each statement of schema.sql has its own. Raises psycopg.Error, and
-    LoaderError for tables that cannot be loaded; then nothing was changed.
+    `foreign_keys` is the choice to remember; None keeps what was chosen before, or adds them to new tables.
+    The connection must not be in a transaction: each statement of schema.sql has its own. Raises
+    psycopg.Error, and LoaderError for tables that cannot be loaded; then nothing was changed.
     """
     tables, keys, validation = (match[0] for match in _STATEMENT.finditer(_script("schema.sql")))
     applied = Applied()
@@ -144,7 +144,8 @@ def _set_up(connection: Connection) -> None:
     key may take long to be validated.
     """
     connection.execute(
-        "SET LOCAL search_path TO DEFAULT; SET LOCAL client_min_messages = notice; SET LOCAL statement_timeout = 0"
+        "SET LOCAL search_path TO DEFAULT; SET LOCAL client_min_messages = notice; "
+        "SET LOCAL statement_timeout = 0"
     )
 
 

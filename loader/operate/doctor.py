@@ -46,11 +46,14 @@ _TABLE_PRIVILEGES: Final = (
     "FROM pg_catalog.unnest(%s::text[]) AS name, "
     "pg_catalog.unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE']) AS privilege"
 )
-_SETTINGS: Final = "SELECT name, setting, source FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) ANY (%s::text[])"
+_SETTINGS: Final = (
+    "SELECT name, setting, source FROM pg_catalog.pg_settings "
+    "WHERE name OPERATOR(pg_catalog.=) ANY (%s::text[])"
+)
 _UNSAFE_SETTINGS: Final = {
     "fsync": "a crash of the server may lose or damage rows that were loaded, and their files are gone",
     "full_page_writes": "a crash of the server may damage tables",
-    "synchronous_commit": "a crash of the server may lose rows that were loaded; only a load itself waits for the disk",
+    "synchronous_commit": "a crash of the server may lose rows; the loader sets it to on for itself",
     "autovacuum": "tables grow, and statistics for the planner become old",
 }
 """Settings that must not be off, and what happens otherwise."""
@@ -420,7 +423,7 @@ def _limits(connection: Connection, found: dict[str, tuple[str, str]], workers: 
 
 
 def _reset(connection: Connection, name: str, source: str, value: str) -> str:
-    """Return the statement that removes a setting where it was made, or overrides it for the loader's role."""
+    """Return the statement that removes a setting where it was made, or overrides it for the role."""
     role, database = f'"{connection.info.user}"', f'"{connection.info.dbname}"'
     return {
         "user": f"ALTER ROLE {role} RESET {name};",

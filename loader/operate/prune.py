@@ -1,10 +1,10 @@
 """Removes what is older than it has to be kept: rows, ledger rows, rejected and archived files.
 
-Rows are removed by their own `timestamp` and by the server's clock, in batches of a transaction each that lock
-nothing but these rows, found through the index that begins with their kind. A batch that meets a deadlock or a lock
-is repeated. Ledger rows are removed by when they were loaded, and a writer's together, once its last one is old: the
-view of missing segments counts from 1. A file whose ledger rows were removed is loaded again when it is read again,
-as from an archive. Files are removed by when they were written.
+Rows are removed by their own `timestamp` and by the server's clock, in batches of a transaction each that
+lock nothing but these rows, found through the index that begins with their kind. A batch that meets a
+deadlock or a lock is repeated. Ledger rows are removed by when they were loaded, and a writer's together,
+once its last one is old: the view of missing segments counts from 1. A file whose ledger rows were removed is
+loaded again when it is read again, as from an archive. Files are removed by when they were written.
 
 Operators are qualified because those on `varchar` are not exactly those of pg_catalog (see schema.sql).
 """
@@ -39,7 +39,8 @@ _DAY: Final = re.compile(r"[0-9]{8}")
 
 _KINDS: Final = (
     "WITH RECURSIVE kinds AS ((SELECT {kind} AS kind FROM {table} ORDER BY 1 LIMIT 1) UNION ALL "
-    "SELECT (SELECT {kind} FROM {table} WHERE {kind} OPERATOR(pg_catalog.>) kinds.kind ORDER BY 1 LIMIT 1) FROM kinds "
+    "SELECT (SELECT {kind} FROM {table} WHERE {kind} OPERATOR(pg_catalog.>) kinds.kind ORDER BY 1 LIMIT 1) "
+    "FROM kinds "
     "WHERE kind IS NOT NULL) SELECT kind FROM kinds WHERE kind IS NOT NULL"
 )
 """The kinds there are, by leaps through the index."""
@@ -75,8 +76,8 @@ _REPEATED: Final = ("40001", "40P01", "55P03", "57014")
 class Pruned:
     """How much is old, or was removed: rows by table, `loads` of the ledger, files.
 
-    `skipped` maps an entry of the archive that is not a day's directory to why it was left alone, and `failures` what
-    could not be removed.
+    `skipped` maps an entry of the archive that is not a day's directory to why it was left alone, and
+    `failures` what could not be removed.
     """
 
     events: int = 0
@@ -115,7 +116,7 @@ class Rows:
         return Pruned(events, metrics, self._number(_COUNT_LOADS, EVENTS, self._writers(), self._before))
 
     def delete(self, deleted: Callable[[int], None]) -> Pruned:
-        """Delete them until done or asked to stop; `deleted` gets the number of rows of each committed batch."""
+        """Delete them until done or asked to stop; `deleted` gets the rows of each committed batch."""
         events, metrics = (
             sum(self._delete(_DELETE, table, kind, deleted) for kind in self._kinds(table))
             for table in (EVENTS, METRICS)

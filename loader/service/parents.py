@@ -1,9 +1,10 @@
-"""Retries the rejects whose parent row did not exist yet, as an event that is loaded before its user is committed.
+"""Retries the rejects whose parent row did not exist yet: events that came before their user was committed.
 
-A file with such rejects is retried with growing waits for an hour after it was written, beside the load: in a thread
-with a connection of its own, which is open during a retry only. What is loaded leaves the file and gets a ledger row.
-Afterwards `loader rejects retry` is left to a person. Rejects are written before the COMMIT of their chunk; a line that
-is loaded from here before that is a duplicate if its chunk has to be loaded again.
+A file with such rejects is retried with growing waits for an hour after it was written, beside the load: in a
+thread with a connection of its own, which is open during a retry only. What is loaded leaves the file and
+gets a ledger row. Afterwards `loader rejects retry` is left to a person. Rejects are written before the
+COMMIT of their chunk; a line that is loaded from here before that is a duplicate if its chunk has to be
+loaded again.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class _Waiting:
 
 
 def waiting(spool: Path, seen: dict[str, tuple[int, int]]) -> Iterator[tuple[Path, float, int]]:
-    """Yield the files that are retried, when each was written, and its number of rejects that wait for a parent.
+    """Yield the files that are retried, when each was written, and its number of rejects that wait for a
+    parent.
 
     `seen` keeps what was read before, so that a file is read once for each of its versions. Raises OSError.
     """
@@ -91,7 +93,7 @@ class ParentRetries:
         self._thread.start()
 
     def close(self) -> None:
-        """Wait until the file in hand is done; what hangs is abandoned, and rolled back with its connection."""
+        """Wait until the file in hand is done; what hangs is abandoned, and rolled back by the server."""
         if self._thread.is_alive():
             self._thread.join(_STOP_SECONDS)
 

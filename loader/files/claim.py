@@ -17,10 +17,9 @@ from loader.files import nofollow
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Yield whether the file is ours for the block; False for one that another process retries, or that is
-    gone.
+    """Yield whether the file is ours for the block.
 
-    Raises OSError.
+    False for one that another process retries, or that is gone. Raises OSError.
     """
     try:
         stream = nofollow.open_file(path)

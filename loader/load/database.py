@@ -62,6 +62,7 @@ _SETTINGS: Final = b"""
     SET LOCAL jit = off;
     SET LOCAL exit_on_error = off;
 """
+_VERSION_17: Final = 17_00_00
 _SINCE_17: Final = b"SET LOCAL transaction_timeout = 0;"
 _DURABLE: Final = b"""
     SELECT pg_catalog.set_config('synchronous_commit', 'on', true)
@@ -142,7 +143,7 @@ def prepare(connection: Connection) -> None:
 
 def _script(connection: Connection) -> bytes:
     path = sql.SQL("SET LOCAL search_path = {};").format(sql.SQL(_search_path(connection)))
-    since_17 = _SINCE_17 if connection.info.server_version >= 170000 else b""
+    since_17 = _SINCE_17 if connection.info.server_version >= _VERSION_17 else b""
     return _SETTINGS + since_17 + _DURABLE + path.as_bytes(connection)
 
 

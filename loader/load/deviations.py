@@ -254,8 +254,10 @@ def _loaded_column(relation: Any, column: Any, kind: str) -> Iterator[Deviation]
 
 
 def _drop_views(column: Any) -> str:
-    """Return the statement without which a column cannot change its type; `loader init` creates our views
-    again."""
+    """Return the statement without which a column cannot change its type.
+
+    `loader init` creates our views again.
+    """
     return f"DROP VIEW {', '.join(column.views)}; " if column.views else ""
 
 

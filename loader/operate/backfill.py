@@ -112,7 +112,7 @@ def _add_directory(given: str, found: Found, *, again: bool) -> None:
                 below.remove(name)
         for name in names:
             path = os.path.join(parent, name)
-            if (reason := _why_skipped(path, name)) is None:
+            if (reason := _why_skipped(name)) is None:
                 files.append(path)
             elif reason:
                 found.skipped[path] = reason
@@ -121,7 +121,7 @@ def _add_directory(given: str, found: Found, *, again: bool) -> None:
     found.files += [GivenFile(path, found=True, again=again) for path in sorted(files)]
 
 
-def _why_skipped(path: str, name: str) -> str | None:
+def _why_skipped(name: str) -> str | None:
     """Return why what is in a directory is not read, without words if it is the loader's own; else None."""
     if name == LOCK:
         return ""

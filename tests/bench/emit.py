@@ -201,7 +201,7 @@ def start(work: Callable[[], Samples]) -> Callable[[], Samples]:
             status = 0
         except ImportError as error:
             print(f"left out: {error}", file=sys.stderr, flush=True)
-        except BaseException:  # noqa: BLE001 (the process ends with its status)
+        except BaseException:
             traceback.print_exc()
         finally:
             os._exit(status)

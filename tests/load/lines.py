@@ -68,6 +68,11 @@ def number(connection: Connection, statement: str) -> int:
     return int(value or 0)
 
 
+def is_number(connection: Connection, query: str, expected: int) -> bool:
+    """Whether the query's number is the expected one."""
+    return number(connection, query) == expected
+
+
 def waits_for_events(connection: Connection) -> bool:
     """Whether somebody waits for a lock on the events, asked from within a transaction, too."""
     waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'analytics_events'::regclass"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -12,10 +13,10 @@ from loader.load import database
 from loader.load.batch import load
 from loader.load.database import Connection
 from loader.load.sqlstate import Action, action, is_lost
-from tests.conftest import ROLE
-from tests.load.lines import chunk, event, metric, number, rejected, rows, segment
+from tests.load.lines import chunk, event, is_number, metric, number, rejected, rows, segment
 from tests.processes import Cli, eventually
 from tests.proxy import COMMIT, COPY_DONE, Proxy
+from tests.servers import ROLE
 
 EVENTS = "SELECT count(*) FROM analytics_events"
 SENT = len(b"Q\0\0\0\x0b" + COMMIT)
@@ -80,7 +81,7 @@ def test_a_daemon_whose_commits_are_cut_one_after_the_other_stores_each_line_onc
             ):
                 proxy.cut_at_commit(position)
                 segment(cli.spool, place + 1, *[event(place * 10 + n) for n in range(10)])
-                eventually(lambda seen=place + 1: number(one_connection, EVENTS) == 10 * seen, 60)
+                eventually(partial(is_number, one_connection, EVENTS, 10 * (place + 1)), 60)
                 eventually(lambda: not list(cli.spool.glob("*.ndjson")), 60)
     assert number(one_connection, "SELECT sum(events) FROM analytics_loads") == 70
     assert proxy.cuts >= 7

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loader.errors import LoaderError
 from loader.files import lock
 from loader.load.database import Connection
 from tests.load.lines import event, number, rejected, segment
@@ -22,7 +23,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A spool on a file system of its own of 1 MiB."""
     spool = tmp_path / "small"
     spool.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=60,mode=770", "tmpfs", spool]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=60,mode=770", "tmpfs", str(spool)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this user may not mount a file system")
     yield spool
@@ -88,7 +89,7 @@ def test_a_loader_starts_although_its_lock_file_cannot_be_written(small_disk: Pa
     with lock.exclusive(small_disk):
         if inodes:
             (small_disk / "1").unlink()  # now there is room for a lock file
-        with pytest.raises(lock.LoaderError, match="has a loader already"), lock.exclusive(small_disk):
+        with pytest.raises(LoaderError, match="has a loader already"), lock.exclusive(small_disk):
             pass
     with lock.exclusive(small_disk):
         pass

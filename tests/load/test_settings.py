@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -18,9 +19,9 @@ from loader.load.batch import load, retry
 from loader.load.counts import Counts
 from loader.load.database import Connection
 from loader.load.sqlstate import Action, action, explain
-from tests.conftest import ROLE, VERSIONS
-from tests.load.lines import as_owner, chunk, event, metric, number, rejected, rows, segment
+from tests.load.lines import as_owner, chunk, event, is_number, metric, number, rejected, rows, segment
 from tests.processes import Cli, eventually
+from tests.servers import ROLE, VERSIONS
 
 EVENTS = "SELECT count(*) FROM analytics_events"
 SETTINGS = {
@@ -232,7 +233,7 @@ def test_a_connection_that_was_closed_while_idle_is_opened_again_without_a_word(
     with cli.daemon() as process:
         for n in range(3):
             segment(cli.spool, n + 1, event(n))
-            eventually(lambda seen=n + 1: number(one_connection, EVENTS) == seen)
+            eventually(partial(is_number, one_connection, EVENTS, n + 1))
             eventually(lambda: not number(one_connection, LOADERS))
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from psycopg.conninfo import make_conninfo
 
 from loader.load.database import Connection
 from loader.load.schema import apply_schema
-from tests.load.lines import event, joined, number, rejected, rows, segment
+from tests.load.lines import event, is_number, joined, number, rejected, rows, segment
 from tests.load.test_refused import raising
 from tests.processes import LOADER, Cli, eventually
 
@@ -21,13 +21,13 @@ EVENTS = "SELECT count(*) FROM analytics_events"
 
 
 @pytest.fixture
-def role(cli: Cli, one_connection: Connection) -> Iterator[str]:
+def role(cli: Cli, one_connection: Connection) -> str:
     """The command line's role, which no other test has."""
     name = "role_" + one_connection.info.dbname[-12:]
     apply_schema(one_connection, role=name)
     one_connection.commit()
     cli.environment["LOADER_DSN"] = make_conninfo(cli.dsn, user=name)
-    yield name
+    return name
 
 
 def many_segments(spool: Path, count: int) -> None:
@@ -46,7 +46,7 @@ def test_a_daemon_with_fewer_connections_than_workers_loads_with_those_it_gets(
         for place in range(6):
             for n in range(300):
                 segment(cli.spool, place * 300 + n + 1, event(place * 300 + n))
-            eventually(lambda seen=300 * (place + 1): number(one_connection, EVENTS) == seen)
+            eventually(partial(is_number, one_connection, EVENTS, 300 * (place + 1)))
         while "loading with 1 of 3 connections" not in next(log).decode():
             segment(cli.spool, 5000, event(5000))
         one_connection.execute(f"ALTER ROLE {role} CONNECTION LIMIT -1".encode())
@@ -146,7 +146,7 @@ def test_loaders_of_the_same_chunks_at_once_load_each_once(
 ) -> None:
     path = tmp_path / "same.ndjson"
     path.write_bytes(joined(*map(event, range(60_000))))
-    command = [*LOADER, "backfill", path]
+    command = [*LOADER, "backfill", str(path)]
     processes = [subprocess.Popen(command, env=cli.environment, stderr=subprocess.PIPE) for _ in range(3)]
     for process in processes:
         _, log = process.communicate(timeout=120)

@@ -11,10 +11,10 @@ import pytest
 from loader.errors import LoaderError
 from loader.load import deviations, schema
 from loader.load.database import Connection
-from tests.conftest import ROLE
 from tests.load.lines import event, metric, number, segment
 from tests.operate.test_doctor import examined
 from tests.processes import Cli
+from tests.servers import ROLE
 
 EVENTS = """
     CREATE TABLE analytics_events (

@@ -16,9 +16,9 @@ import pytest
 
 from loader.load import schema
 from loader.load.database import Connection
-from tests.conftest import ROLE
 from tests.load.lines import event, metric, number, segment
 from tests.processes import Cli
+from tests.servers import ROLE
 
 TYPES = (
     "uuid", "text", "varchar", "name", "oid", "regclass", "regtype", "int2", "int4", "int8", "bytea", "numeric", "jsonb",

@@ -23,7 +23,7 @@ def on_a_terminal(command: Sequence[str], environment: dict[str, str]) -> tuple[
     """Start a command as a shell's foreground job; return its process and the other end of its terminal."""
     child, terminal = pty.fork()
     if child == 0:
-        os.execvpe(command[0], command, environment)
+        os.execvpe(command[0], list(command), environment)
     return child, terminal
 
 

@@ -27,6 +27,12 @@ _FIND: Final = sql.SQL(
     "ORDER BY 1"
 )
 
+_MAY_HAVE: Final = sql.SQL(
+    "SELECT relhastriggers OR relhasrules OR relrowsecurity OR relkind = 'p' FROM pg_catalog.pg_class "
+    "WHERE oid = {table}::pg_catalog.regclass::pg_catalog.oid"
+)
+"""Asked first, for each batch: it takes a tenth of the time of the other."""
+
 
 def triggers(connection: Connection, table: Table | str) -> list[str]:
     """Return what runs for each row that is inserted, by kind and name. Raises psycopg.Error.
@@ -34,6 +40,8 @@ def triggers(connection: Connection, table: Table | str) -> list[str]:
     To be called after a statement that inserts: its lock keeps triggers from being added until COMMIT.
     """
     name = table if isinstance(table, str) else table.name
+    if connection.execute(_MAY_HAVE.format(table=sql.Literal(name))).fetchone() != (True,):
+        return []
     found = connection.execute(_FIND.format(table=sql.Literal(name)), ())
     return [cause for (cause,) in found]
 

@@ -101,7 +101,9 @@ def read(path: Path) -> Iterator[Rejected]:
             try:
                 yield decode(line)
             except ValueError as error:
-                raise DamagedFileError(f"{path}, line {number}: not a reject line: {error}") from None
+                raise DamagedFileError(
+                    f"{path}, line {number}: not a reject line: {error}; move it away"
+                ) from None
 
 
 def files(spool: Path) -> list[Path]:

@@ -28,7 +28,7 @@ SCHEMA_VERSION: Final = 3
 PATIENCE: Final = 60.0
 """Seconds after which a lock is given up that other sessions do not release."""
 _PAUSE_SECONDS: Final = 1.0
-"""Between two attempts to get a lock, on average: as long as an attempt, so that others have half the time."""
+"""Between two attempts to get a lock, on average: as long as an attempt, so others have half the time."""
 _STATEMENT: Final = re.compile(r"^DO \$(\w+)\$.*?^\$\1\$;$", re.MULTILINE | re.DOTALL)
 _NO_LOCK: Final = ("55P03", "40P01")
 """lock_not_available, deadlock_detected."""

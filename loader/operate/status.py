@@ -13,9 +13,9 @@ from typing import Final
 from loader.files import rejects
 from loader.files.lock import holder
 from loader.files.scan import Backlog, backlog
+from loader.files.waiting import waiting
 from loader.load.counts import Counts
 from loader.load.database import Connection
-from loader.service import parents
 
 _RATE_MINUTES: Final = 5
 
@@ -60,7 +60,7 @@ def spool(directory: Path) -> Spool:
         loader=holder(directory),
         reject_files=len(counted),
         rejected=dict(sum((codes for _, codes in counted), Counter()).most_common()),
-        waiting_for_parents=sum(count for _, _, count in parents.waiting(directory, {})),
+        waiting_for_parents=sum(count for _, _, count in waiting(directory, {})),
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +21,8 @@ from typing import Final
 import psycopg
 
 from loader.errors import LoaderError
-from loader.files import rejects
 from loader.files.claim import claimed
+from loader.files.waiting import RETRIED_SECONDS, waiting
 from loader.load.batch import retry
 from loader.load.counts import Loaded
 from loader.load.database import Connection, connect
@@ -32,9 +32,6 @@ from loader.service.signals import Signals
 
 log = logging.getLogger("loader")
 
-CODE: Final = "postgres_23503"
-"""foreign_key_violation, as a reject's code."""
-RETRIED_SECONDS: Final = 3600.0
 _FIRST_WAIT: Final = 1.0
 _LONGEST_WAIT: Final = 300.0
 """Seconds between two attempts: some 20 in an hour."""
@@ -49,30 +46,6 @@ class _Waiting:
     until: float
     due: float
     wait: float = _FIRST_WAIT
-
-
-def waiting(spool: Path, seen: dict[str, tuple[int, int]]) -> Iterator[tuple[Path, float, int]]:
-    """Yield the files that are retried, when each was written, and how many of its rejects wait for a parent.
-
-    `seen` keeps what was read before, so that a file is read once for each of its versions. Raises OSError.
-    """
-    begun = time.time() - RETRIED_SECONDS
-    paths = rejects.files(spool)
-    for name in seen.keys() - {path.name for path in paths}:
-        del seen[name]
-    for path in paths:
-        try:
-            status = path.lstat()
-            if status.st_mtime < begun:
-                continue
-            version, count = seen.get(path.name, (0, 0))
-            if version != status.st_mtime_ns:
-                count = rejects.count([path])[CODE]
-                seen[path.name] = status.st_mtime_ns, count
-        except (FileNotFoundError, ValueError):  # retried in the meantime, or not a reject file
-            continue
-        if count:
-            yield path, status.st_mtime, count
 
 
 class ParentRetries:

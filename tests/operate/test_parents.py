@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from loader.files.claim import claimed
+from loader.files.waiting import RETRIED_SECONDS
 from loader.load.database import Connection
-from loader.service.parents import RETRIED_SECONDS
 from tests.load.lines import ID, event, number, rejected, rows, segment
 from tests.processes import LOADER, Cli, eventually
 

@@ -15,8 +15,7 @@ RETRIED_SECONDS: Final = 3600.0
 
 
 def waiting(spool: Path, seen: dict[str, tuple[int, int]]) -> Iterator[tuple[Path, float, int]]:
-    """Yield the files that are retried, when each was written, and its number of rejects that wait for a
-    parent.
+    """Yield the files that are retried, when each was written, and how many of its rejects wait for a parent.
 
     `seen` keeps what was read before, so that a file is read once for each of its versions. Raises OSError.
     """

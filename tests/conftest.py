@@ -24,6 +24,16 @@ def of_all_workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     return own.parent if hasattr(request.config, "workerinput") else own
 
 
+@pytest.fixture(autouse=True)
+def no_coverage_where_system_calls_fail(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keep coverage out of processes whose every system call is made to fail: its own would fail, too."""
+    if request.path.name == "test_faults.py":
+        for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
+            monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def servers(of_all_workers: Path) -> Iterator[Servers]:
     with shared_servers(of_all_workers) as started:

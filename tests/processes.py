@@ -37,7 +37,7 @@ HANGS_AFTER = 180.0
 
 def slowness() -> float:
     """How much longer something takes than on free processors: for what has to happen within a time."""
-    return max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def eventually(condition: Callable[[], T], seconds: float = HANGS_AFTER) -> T:

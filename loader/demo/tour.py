@@ -37,7 +37,7 @@ from spool.segment import OPEN, SEALED
 WORKERS: Final = 4
 REQUESTS: Final = 2000
 _AT_ONCE: Final = 32
-_START_SECONDS: Final = 60.0
+_START_SECONDS: Final = 180.0
 _CATCH_UP_SECONDS: Final = 40.0
 _LOADER: Final = (sys.executable, "-m", "loader", "run")
 

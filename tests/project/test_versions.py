@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -28,9 +29,10 @@ EMITTER = """
 import itertools, sys, time, uuid
 from spool import get_emitter
 emitter, user = get_emitter(), uuid.uuid4()
+acknowledged = open(sys.argv[1], "w", buffering=1)
 for number in itertools.count():
     made = emitter.emit_event(event_type="tick", user_id=user, family_unit_id=user, metadata={"n": number})
-    print(made, flush=True)
+    print(made, file=acknowledged)
     emitter.increment_counter(metric_name="ticks")
     if number % 100 == 0:
         emitter.seal()
@@ -54,16 +56,28 @@ def old_tables(old: Release, one_server: str, spool: Path) -> Iterator[Cli]:
         yield Cli(spool, make_conninfo(dsn, user=ROLE))
 
 
+@contextmanager
+def emitting(old: Release, cli: Cli) -> Iterator[Path]:
+    """Run an emitter of the old release, killed at the end; yield the file of the ids that it was given."""
+    acknowledged = cli.spool.parent / "acknowledged"
+    with subprocess.Popen(old.python("-c", EMITTER, acknowledged), env=cli.environment) as emitter:
+        try:
+            yield acknowledged
+        finally:
+            emitter.kill()
+
+
+def ids(acknowledged: Path) -> set[str]:
+    return set(acknowledged.read_text().split()) if acknowledged.exists() else set()
+
+
 def test_what_an_old_emitter_left_is_loaded_once(old: Release, cli: Cli, one_connection: Connection) -> None:
-    command = old.python("-c", EMITTER)
-    with subprocess.Popen(command, env=cli.environment, stdout=subprocess.PIPE, text=True) as emitter:
-        assert emitter.stdout is not None
-        acknowledged = [emitter.stdout.readline().strip() for _ in range(1000)]
-        emitter.kill()
+    with emitting(old, cli) as acknowledged:
+        eventually(lambda: len(ids(acknowledged)) >= 1000)
     assert list(cli.spool.glob("*.open"))  # which the new loader seals
     assert "duplicates 0, rejected 0" in cli("run", "--once")
     found = {str(id_) for (id_,) in rows(one_connection, "SELECT event_id FROM analytics_events")}
-    assert set(acknowledged) <= found
+    assert ids(acknowledged) <= found
     assert number(one_connection, MISSING) == number(one_connection, NO_WRITER) == 0
     ledger_agrees(one_connection, cli.spool)
 
@@ -96,27 +110,21 @@ def test_a_new_loader_loads_into_old_tables_and_names_the_remedy(old: Release, o
 
 
 def test_an_upgrade_under_load_loses_and_repeats_nothing(old: Release, old_tables: Cli) -> None:
-    command = old.python("-c", EMITTER)
-    with (
-        psycopg.connect(old_tables.owner().dsn, autocommit=True) as connection,
-        subprocess.Popen(command, env=old_tables.environment, stdout=subprocess.PIPE, text=True) as emitter,
-    ):
-        assert emitter.stdout is not None
+    with psycopg.connect(old_tables.owner().dsn, autocommit=True) as connection:
 
         def load_some_more() -> None:
             wanted = number(connection, EVENTS) + 300
             eventually(lambda: number(connection, EVENTS) >= wanted)
 
-        with old.daemon(old_tables):
-            load_some_more()
-            old_tables.owner()("init", "--role", ROLE)
-            load_some_more()
-        with old_tables.daemon():
-            load_some_more()
-            emitter.kill()
-            acknowledged = emitter.stdout.read().split()
-            eventually(lambda: not list(old_tables.spool.glob("2*")))
-        found = [str(id_) for (id_,) in rows(connection, "SELECT event_id FROM analytics_events")]
-        assert set(acknowledged) <= set(found)
+        with emitting(old, old_tables) as acknowledged:
+            with old.daemon(old_tables):
+                load_some_more()
+                old_tables.owner()("init", "--role", ROLE)
+                load_some_more()
+            with old_tables.daemon():
+                load_some_more()
+        old_tables("run", "--once")
+        found = {str(id_) for (id_,) in rows(connection, "SELECT event_id FROM analytics_events")}
+        assert ids(acknowledged) <= found
         assert number(connection, MISSING) == number(connection, NO_WRITER) == 0
         ledger_agrees(connection, old_tables.spool)

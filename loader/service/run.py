@@ -11,14 +11,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Protocol
 
-from loader.files.chunk import CHUNK_BYTES, CHUNK_LINES, Chunk
+from loader.files.chunk import Chunk
 from loader.files.content import UNREADABLE, DamagedError
 from loader.load.counts import Loaded
-
-BATCH_CHUNKS: Final = 256
-"""Most small files that share a transaction."""
+from loader.service.batches import Batch, FileProgress, batches
 
 
 class Source(Protocol):
@@ -51,19 +49,6 @@ class Report:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
-class FileProgress:
-    """A file that is being loaded: how many of its chunks are read but not committed."""
-
-    source: Source
-    pending: int = 0
-    read: bool = False
-    oversize: bool = False
-
-
-Batch = list[tuple[Chunk, FileProgress]]
-
-
 class LoadRun:
     """The batches that are left of some files, and the report so far. Safe to use from any thread."""
 
@@ -71,7 +56,7 @@ class LoadRun:
         self.report = Report()
         self._lock = threading.Lock()
         self._progressed = progressed
-        self._batches = self._read(sources)
+        self._batches = batches(self._chunks(sources))
         self._divided: deque[Batch] = deque()
         """Parts of batches that could not be loaded as a whole."""
         self._finished: list[FileProgress] = []
@@ -124,19 +109,6 @@ class LoadRun:
                 file.source.retire(oversize=file.oversize)
             except OSError as error:
                 self._fail(file.source, f"is loaded, but could not be removed: {error}")
-
-    def _read(self, sources: Iterable[Source]) -> Iterator[Batch]:
-        batch: Batch = []
-        room, lines = CHUNK_BYTES, CHUNK_LINES
-        for chunk, file in self._chunks(sources):
-            if batch and (chunk.size > room or chunk.line_count > lines or len(batch) == BATCH_CHUNKS):
-                yield batch
-                batch, room, lines = [], CHUNK_BYTES, CHUNK_LINES
-            batch.append((chunk, file))
-            room -= chunk.size
-            lines -= chunk.line_count
-        if batch:
-            yield batch
 
     def _chunks(self, sources: Iterable[Source]) -> Iterator[tuple[Chunk, FileProgress]]:
         for source in sources:

@@ -28,9 +28,9 @@ from loader.load.counts import Loaded
 from loader.load.database import Connection, connect
 from loader.load.schema import SCHEMA_VERSION, schema_version
 from loader.load.sqlstate import explain, is_temporary
-from loader.service.batches import Batches
 from loader.service.connection import WorkerConnection
 from loader.service.health import Health
+from loader.service.queue import BatchQueue
 from loader.service.retry import Failure, RetryPolicy
 from loader.service.run import LoadRun, Report, Source
 from loader.service.signals import Signals
@@ -78,7 +78,7 @@ class Workers:
         Raises LoaderError if waiting did not help; what was committed by then stays.
         """
         run = LoadRun(sources, self._health.progressed)
-        batches = Batches(run)
+        batches = BatchQueue(run)
         self._run_in_threads([self._worker(batches, connection) for connection in self._connections])
         run.retire_finished()  # files without a line
         if batches.refusal is not None and not self._signals.stop.is_set():
@@ -98,10 +98,10 @@ class Workers:
 
     # ---- a worker -----------------------------------------------------------------------------------
 
-    def _worker(self, batches: Batches, connection: WorkerConnection) -> Callable[[], None]:
+    def _worker(self, batches: BatchQueue, connection: WorkerConnection) -> Callable[[], None]:
         return lambda: self._work(batches, connection)
 
-    def _work(self, batches: Batches, connection: WorkerConnection) -> None:
+    def _work(self, batches: BatchQueue, connection: WorkerConnection) -> None:
         try:
             while not self._signals.stop.is_set() and not batches.done():
                 if batches.wait(_TICK_SECONDS):
@@ -110,7 +110,7 @@ class Workers:
             batches.give_up()
             raise
 
-    def _attempt(self, batches: Batches, connection: WorkerConnection) -> None:
+    def _attempt(self, batches: BatchQueue, connection: WorkerConnection) -> None:
         """Load a batch if there is one, and a connection. Raises what is worth waiting for."""
         if not self._has_connection(connection) or not (batch := batches.take()):
             return

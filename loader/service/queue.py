@@ -1,0 +1,112 @@
+"""The batches of a run, shared by its workers.
+
+A batch is in the hands of one worker at most. A worker that cannot load it at the moment gives it back, so
+that another one takes it; a worker without work waits for what the others may give back. A batch of which
+Postgres refuses every row is postponed to the next run, and the others go on. If that happens to all there
+are, or Postgres refuses to insert anything, then the configuration is at fault.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+import psycopg
+
+from loader.load.counts import Loaded
+from loader.load.isolate import AllRefusedError
+from loader.service.batches import Batch
+from loader.service.run import LoadRun
+
+
+class BatchQueue:
+    """Safe to use from any thread."""
+
+    def __init__(self, run: LoadRun) -> None:
+        self.refusal: psycopg.Error | None = None
+        """Set if the configuration is at fault."""
+        self._run = run
+        self._changed = threading.Condition()
+        self._waiting: deque[Batch] = deque()
+        """Batches that were given back, and one that was read ahead."""
+        self._in_hand = 0
+        self._committed = False
+        self._ended = False
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until a batch waits for a worker, at most so long. Return whether one does."""
+        with self._changed:
+            if not self._is_waiting() and not self._is_done():
+                self._changed.wait(seconds)
+            return self._is_waiting()
+
+    def done(self) -> bool:
+        """Whether all batches are loaded or postponed."""
+        with self._changed:
+            return not self._is_waiting() and self._is_done()
+
+    def take(self) -> Batch | None:
+        """Return a batch, None if none waits."""
+        with self._changed:
+            if not self._is_waiting():
+                return None
+            self._in_hand += 1
+            return self._waiting.popleft()
+
+    def give_back(self, batch: Batch) -> None:
+        """Let another worker take a batch that is not loaded."""
+        with self._changed:
+            self._waiting.appendleft(batch)
+            self._put_down()
+
+    def commit(self, batch: Batch, loaded: Loaded) -> None:
+        """Note that a batch is committed, and retire the files that this finished."""
+        with self._changed:
+            self._committed = True
+            if not self._ended:
+                self.refusal = None
+            self._run.commit(batch, loaded)
+            self._put_down()
+        self._run.retire_finished()
+
+    def postpone(self, batch: Batch, error: psycopg.Error, reason: str) -> None:
+        """Note that all rows of a batch were refused, or that nothing can be inserted at all."""
+        with self._changed:
+            self._run.postpone(batch, f"waits: {reason}")
+            every_batch = not isinstance(error.__cause__, AllRefusedError)
+            if every_batch or not self._committed:
+                self.refusal = error
+            if every_batch:
+                self._end()
+            self._put_down()
+
+    def set_aside(self, batch: Batch, error: OSError) -> None:
+        """Note that the rejects of a batch could not be written; see `LoadRun.set_aside`."""
+        with self._changed:
+            self._run.set_aside(batch, error)
+            self._put_down()
+
+    def give_up(self) -> None:
+        """Leave the remaining batches."""
+        with self._changed:
+            self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._waiting.clear()
+        self._run.give_up()
+        self._changed.notify_all()
+
+    def _put_down(self) -> None:
+        self._in_hand -= 1
+        if self._ended:
+            self._waiting.clear()
+        self._changed.notify_all()
+
+    def _is_waiting(self) -> bool:
+        if not self._waiting and not self._ended and (batch := self._run.take()):
+            self._waiting.append(batch)
+        return bool(self._waiting)
+
+    def _is_done(self) -> bool:
+        return not self._in_hand

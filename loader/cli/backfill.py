@@ -43,10 +43,10 @@ def command(
     """
     from loader.cli.loading import dsn_source, finish, patient_workers
     from loader.operate import backfill
-    from loader.service import logs
+    from loader.service import log_format
     from loader.service.signals import until_signal
 
-    logs.to_stderr()
+    log_format.to_stderr()
     found = backfill.find(paths, again=again)
     files = found.files
     for name, reason in found.skipped.items():

@@ -113,11 +113,11 @@ def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | Non
     from loader.files.claim import claimed
     from loader.load import database
     from loader.load.batch import retry
-    from loader.service import logs
+    from loader.service import log_format
     from loader.service.run import Report
     from loader.service.signals import until_signal
 
-    logs.to_stderr()
+    log_format.to_stderr()
     files = _reject_files(settings.spool_directory(spool_dir), names)
     report = Report()
     with (

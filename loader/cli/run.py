@@ -48,11 +48,11 @@ def command(
       loader run --once
     """
     from loader.cli.loading import dsn_source
-    from loader.service import daemon, logs
+    from loader.service import daemon, log_format
     from loader.service.notify import Notifier
     from loader.service.signals import until_signal
 
-    logs.to_stderr()
+    log_format.to_stderr()
     if adopt and not once:
         raise UsageError("--adopt goes with --once")
     if as_json and not once:

@@ -143,8 +143,11 @@ def prepare(connection: Connection) -> None:
 
 def _script(connection: Connection) -> bytes:
     path = sql.SQL("SET LOCAL search_path = {};").format(sql.SQL(_search_path(connection)))
-    since_17 = _SINCE_17 if connection.info.server_version >= _VERSION_17 else b""
-    return _SETTINGS + since_17 + _DURABLE + path.as_bytes(connection)
+    return _settings(connection) + _DURABLE + path.as_bytes(connection)
+
+
+def _settings(connection: Connection) -> bytes:
+    return _SETTINGS + (_SINCE_17 if connection.info.server_version >= _VERSION_17 else b"")
 
 
 def _search_path(connection: Connection) -> Any:
@@ -152,7 +155,7 @@ def _search_path(connection: Connection) -> Any:
 
     The tables are found wherever they are, so that a changed search path does not hide them.
     """
-    connection.execute(_SETTINGS)  # the isolation level cannot be set once a query has run
+    connection.execute(_settings(connection))  # the isolation level cannot be set once a query has run
     ((schemas,),) = connection.execute(_SESSION_SCHEMAS).fetchall()
     connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
     ((path,),) = connection.execute(_FIND_PATH, [schemas]).fetchall()

@@ -26,8 +26,8 @@ from tests.servers import ROLE, VERSIONS
 EVENTS = "SELECT count(*) FROM analytics_events"
 SETTINGS = {
     "synchronous_commit": ("off", "on"),
-    "statement_timeout": ("20ms", "0"),
-    "idle_in_transaction_session_timeout": ("20ms", "0"),
+    "statement_timeout": ("50ms", "0"),
+    "idle_in_transaction_session_timeout": ("100ms", "0"),
     "lock_timeout": ("1ms", "1min"),
     "default_transaction_isolation": ("serializable", "serializable"),
     "default_transaction_deferrable": ("on", "on"),
@@ -88,7 +88,7 @@ def test_a_load_with_every_setting_changed_does_what_it_does_without(
     as_owner(connection, "CREATE SCHEMA elsewhere")
     changed = {name: given for name, (given, _) in SETTINGS.items()}
     if connection.info.server_version >= 170000:
-        changed["transaction_timeout"] = "50ms"
+        changed["transaction_timeout"] = "200ms"
     load_everything(as_role(connection, changed), tmp_path, duplicates)
     assert number(connection, EVENTS) == 9000
 

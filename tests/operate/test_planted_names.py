@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import uuid
+from importlib.resources import files
 from pathlib import Path
 
 import psycopg
@@ -66,7 +67,7 @@ def called(text: str) -> set[str]:
     return set(re.findall(r"\b([a-z_]+)\(", text)) - {"exists", "in", "values", "any", "varchar"}
 
 
-NAMES = called((ROOT / "schema.sql").read_text() + (ROOT / "loader/role.sql").read_text()) | {
+NAMES = called((ROOT / "schema.sql").read_text() + files("loader").joinpath("role.sql").read_text()) | {
     "count", "max", "min", "sum", "avg", "unnest", "extract", "now", "clock_timestamp", "current_database",
 }  # fmt: skip
 

@@ -133,10 +133,10 @@ MISTAKES: dict[str, tuple[Prepare, str, int, str]] = {
         "/nowhere/x.ndjson does not exist",
     ),
     "a directory without a file to load": (
-        nothing,
-        "backfill /proc/self/fdinfo",
+        in_spool("empty"),
+        "backfill {home}/spool/empty",
         2,
-        "has no file that ends in",
+        "spool/empty has no file",
     ),
     "an open segment": (
         given(f"{STEM.format(1)}.open", b""),

@@ -25,11 +25,9 @@ def of_all_workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(autouse=True)
-def no_coverage_where_system_calls_fail(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Keep coverage out of processes whose every system call is made to fail: its own would fail, too."""
-    if request.path.name == "test_faults.py":
+def no_coverage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep coverage out of the processes of a test that is marked so."""
+    if request.node.get_closest_marker("no_coverage"):
         for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
             monkeypatch.delenv(name, raising=False)
 

@@ -15,6 +15,7 @@ import pytest
 from tests.emit.lines import ids, recover_all
 from tests.processes import eventually, needs_strace
 
+pytestmark = pytest.mark.no_coverage
 CALLS = (
     "openat", "flock", "fallocate", "ftruncate", "rename", "unlink", "mkdir", "newfstatat", "pread64",
     "madvise", "getdents64", "fsync", "close",

@@ -535,6 +535,7 @@ assert emitter.stats().dropped["recursion"] > 0
 """
 
 
+@pytest.mark.no_coverage
 def test_near_the_recursion_limit_a_call_drops_and_counts(tmp_path: Path) -> None:
     variables = {**os.environ, "SPOOL_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-W", "ignore", "-c", DEEP], env=variables, check=True, timeout=60)

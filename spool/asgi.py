@@ -37,6 +37,8 @@ class AnalyticsMiddleware(Middleware[Application]):
     """
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            self._emitter.prepare()  # again: this may be a worker that was forked in C
         if scope["type"] != "http" or self._excluded(scope["path"]):
             await self._app(scope, receive, send)
             return

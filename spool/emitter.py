@@ -376,9 +376,14 @@ class Emitter:
     def prepare(self) -> None:
         """Have a segment and the housekeeping thread ready before the first emit, so that no request pays.
 
-        For the start of a server or a worker; forked children prepare themselves then, too. Never raises.
+        For the start of a server or a worker, which the middlewares know; forked children prepare themselves
+        then, too. In uWSGI's master it prepares only them: see `fork.will_fork_without_hooks`. Never raises.
         """
         self._prepared = True
+        if fork.will_fork_without_hooks():
+            return
+        if not MARK[0]:
+            fork.notice()
         with suppress(Exception):
             self._appender.prepare()
             self._rehearse()

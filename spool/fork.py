@@ -124,13 +124,28 @@ _THREADS: Final = "set enable-threads"
 _warned: set[str] = set()
 
 
-def warn_about_server() -> None:
-    """Log, once, if uWSGI runs with options under which an emitter cannot keep all it promises."""
+def _uwsgi() -> tuple[set[str], int]:
+    """Return the names of uWSGI's options, none without uWSGI, and the number of this worker."""
     uwsgi = sys.modules.get("uwsgi")
     options: Mapping[object, object] = getattr(uwsgi, "opt", {})
     names = {name.decode() if isinstance(name, bytes) else str(name) for name in options}
-    worker = uwsgi.worker_id() if uwsgi is not None and hasattr(uwsgi, "worker_id") else 0
-    for problem in uwsgi_problems(names, worker):
+    return names, uwsgi.worker_id() if uwsgi is not None and hasattr(uwsgi, "worker_id") else 0
+
+
+def will_fork_without_hooks() -> bool:
+    """Whether this is uWSGI's master, which forks its workers in C: a thread here may make one hang."""
+    return forks_without_hooks(*_uwsgi())
+
+
+def forks_without_hooks(options: set[str], worker: int) -> bool:
+    forks = options & {"master", "M", "processes", "workers", "p", "cheaper"}
+    hooked = options & {"lazy-apps", "lazy", "py-call-uwsgi-fork-hooks"}
+    return worker == 0 and bool(forks) and not hooked
+
+
+def warn_about_server() -> None:
+    """Log, once, if uWSGI runs with options under which an emitter cannot keep all it promises."""
+    for problem in uwsgi_problems(*_uwsgi()):
         if problem not in _warned:
             _warned.add(problem)
             log.warning("%s", problem)
@@ -146,8 +161,7 @@ def uwsgi_problems(options: set[str], worker: int) -> list[str]:
     if not options or worker > 1:
         return []
     problems = []
-    forks_loaded = options & {"master", "M", "processes", "workers", "p", "cheaper"}
-    if worker == 0 and forks_loaded and not options & {"lazy-apps", "lazy", "py-call-uwsgi-fork-hooks"}:
+    if forks_without_hooks(options, worker):
         problems.append(
             f"uWSGI forks its workers without Python's fork hooks; a worker may hang at its start: {_HOOKS}"
         )

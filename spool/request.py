@@ -30,7 +30,10 @@ def request_id(given: str | None) -> str:
 
 
 class Middleware(Generic[Application]):
-    """What both have: the application inside, the emitter, and the paths that are left alone."""
+    """What both have: the application inside, the emitter, and the paths that are left alone.
+
+    The emitter is prepared here, at the start of the server, so that no request pays for it.
+    """
 
     def __init__(
         self, app: Application, *, emitter: Emitter | None = None, exclude: Iterable[str] = ()
@@ -38,6 +41,7 @@ class Middleware(Generic[Application]):
         self._app = app
         self._emitter = emitter or get_emitter()
         self._exclude = tuple(exclude)
+        self._emitter.prepare()
 
     def _excluded(self, path: str) -> bool:
         """Whether a path is one of the excluded ones, or below one."""

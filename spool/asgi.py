@@ -2,7 +2,7 @@
 
     app.add_middleware(AnalyticsMiddleware, exclude=("/health",))
 
-Each HTTP request is one `api_request_count`, one `api_request_duration_ms` and, where it failed, one
+Each HTTP request is one `api_request_count`, one `api_request_duration_ms` and, if it failed, one
 `api_request_error_count`, labelled endpoint, method and status. WebSockets and lifespan pass through. The
 request's id is bound to the context, so that every event of the request has it in its metadata, and is
 returned in the response.

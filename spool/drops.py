@@ -47,7 +47,7 @@ class Drops:
         self._unlogged: tuple[str, str] | None = None
         self._warnings = Warnings()
         self.too_deep = 0
-        """Lines dropped where the recursion limit left no room for a call, not even one of `add`."""
+        """Lines dropped when the recursion limit left no room for a call, not even one of `add`."""
         self._too_deep_logged = 0
 
     def add(self, cause: str, message: str, *, report: bool) -> None:

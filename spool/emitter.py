@@ -113,7 +113,7 @@ class Emitter:
         self._appender = Appender(self.settings, self._housekeeper.wake)
 
     def after_fork_in_child(self) -> None:
-        """Begin anew; see `fork.Forked`. What the constructor made belongs to the parent."""
+        """Begin as a new process; see `fork.Forked`. What the constructor made belongs to the parent."""
         parents = self._appender
         drops = Drops()
         housekeeper = Housekeeper(self._keep_house, threaded=self._housekeeper.is_surely_asleep())
@@ -132,7 +132,7 @@ class Emitter:
         self, *, event_type: str, user_id: Any = None, family_unit_id: Any = None, session_id: Any = None,
         metadata: dict[str, Any] | None = None, event_id: Any = None, timestamp: Any = None,
     ) -> str | None:  # fmt: skip
-        """Write one event and return its id, or None where it was dropped (see `stats`).
+        """Write one event and return its id, or None if it was dropped (see `stats`).
 
         `user_id`, `family_unit_id` and `session_id` are UUIDs or their text, else what is bound to the
         context. `event_id` is for callers with their own idempotency; `timestamp` is an aware datetime.
@@ -278,7 +278,7 @@ class Emitter:
     def record_metric(
         self, *, metric_name: str, metric_type: str, value: Any, labels: dict[str, Any] | None = None
     ) -> str | None:
-        """Write one metric and return its id, or None where it was dropped.
+        """Write one metric and return its id, or None if it was dropped.
 
         `metric_type` is counter (never below zero), gauge, timer (milliseconds) or histogram.
         """
@@ -437,7 +437,7 @@ class Emitter:
     # ---- for callers --------------------------------------------------------------------------------
 
     def seal(self) -> bool:
-        """Make what was emitted so far loadable. Returns False (and logs) where that failed."""
+        """Make what was emitted so far loadable. Returns False (and logs) if that failed."""
         return self._appender.seal()
 
     def stats(self) -> Stats:

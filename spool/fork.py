@@ -57,14 +57,14 @@ class Forked(Protocol):
     def before_fork(self) -> None: ...
     def after_fork_in_parent(self) -> None: ...
     def after_fork_in_child(self) -> None:
-        """Begin anew, unless `MARK[0]` says by the last step that a signal handler has done it all."""
+        """Begin as a new process, unless `MARK[0]` says by the last step that a signal handler has done it all."""
 
 
 _members: weakref.WeakSet[Forked] = weakref.WeakSet()
 _in_child: list[Callable[[], None]] = []
 _forking = threading.local()
 _pid = os.getpid()
-# A lock that another thread held at the fork is held for ever in the child, so each process has its own.
+# A lock that another thread held at the fork stays held in the child forever, so each process has its own.
 _noticing: dict[int, threading.RLock] = {}
 
 

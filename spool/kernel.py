@@ -33,7 +33,7 @@ BLOCK: Final = 1 << 20
 
 
 def check_platform() -> None:
-    """Raise OSError (ENOTSUP) where segments cannot be written."""
+    """Raise OSError (ENOTSUP) if segments cannot be written."""
     if sys.platform == "win32":
         raise OSError(errno.ENOTSUP, "this platform has no flock; emit on Linux or macOS")
 
@@ -151,7 +151,7 @@ def map_file(fd: int, size: int) -> mmap.mmap:
 
 
 def populate(memory: mmap.mmap) -> None:
-    """Fault the pages in ahead of need, where the kernel can (madvise(2)).
+    """Fault the pages in ahead of need, if the kernel can (madvise(2)).
 
     `mmap.madvise` would hold the GIL for the milliseconds it takes. No other thread may know the map yet.
     """

@@ -23,7 +23,7 @@ _VALID_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def request_id(given: str | None) -> str:
-    """Return the id that a proxy or client gave where it is sane, else a new UUIDv7."""
+    """Return the id that a proxy or client gave if it is sane, else a new UUIDv7."""
     if given is not None and _VALID_ID.fullmatch(given):
         return given
     return ids.uuid7(time.time_ns() // 1_000_000)

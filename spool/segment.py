@@ -137,7 +137,7 @@ class Writer(NamedTuple):
 
 
 class Sealed(NamedTuple):
-    """What sealing left: the file (None where there was no line), its lines and bytes, bytes cut off."""
+    """What sealing left: the file (None if there was no line), its lines and bytes, bytes cut off."""
 
     path: Path | None
     lines: int

@@ -2,7 +2,7 @@
 
     app.add_middleware(AnalyticsMiddleware, exclude=("/health",))
 
-Each HTTP request is one `api_request_count`, one `api_request_duration_ms` and, where it failed, one
+Each HTTP request is one `api_request_count`, one `api_request_duration_ms` and, if it failed, one
 `api_request_error_count`, labelled endpoint, method and status. WebSockets and lifespan pass through. The
 request's id is bound to the context, so that every event of the request has it in its metadata, and is
 returned in the response.
@@ -37,6 +37,8 @@ class AnalyticsMiddleware(Middleware[Application]):
     """
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            self._emitter.prepare()  # again: this may be a worker that was forked in C
         if scope["type"] != "http" or self._excluded(scope["path"]):
             await self._app(scope, receive, send)
             return

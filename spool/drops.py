@@ -47,7 +47,8 @@ class Drops:
         self._unlogged: tuple[str, str] | None = None
         self._warnings = Warnings()
         self.too_deep = 0
-        """Lines dropped where the recursion limit left no room for a call, not even one of `add`."""
+        """Lines dropped when the recursion limit left no room for a call, not even one of `add`."""
+        self._too_deep_logged = 0
 
     def add(self, cause: str, message: str, *, report: bool) -> None:
         """Count a dropped line; `report` those that an operator should see among the metrics, too."""
@@ -60,12 +61,17 @@ class Drops:
     def counts(self) -> Mapping[str, int]:
         """Return how many lines were dropped, by cause."""
         counts = dict(self._counts)
-        return counts | {"recursion": self.too_deep} if self.too_deep else counts
+        if self.too_deep:
+            counts["recursion"] = counts.get("recursion", 0) + self.too_deep
+        return counts
 
     def log(self) -> None:
         """Log the last one, if the last warning is long enough ago. Not for the thread that emits."""
+        if self._unlogged is None and self.too_deep > self._too_deep_logged:
+            self._unlogged = "recursion", "the recursion limit is too near to encode a line"
         if self._unlogged is not None and self._warnings.is_due():
             (cause, message), self._unlogged = self._unlogged, None
+            self._too_deep_logged = self.too_deep
             total = sum(self.counts().values())
             self._warnings.log("analytics line dropped (%s): %s; %d so far", cause, message, total)
 

@@ -42,7 +42,7 @@ from spool.appender import Appender
 from spool.context import scope as scope_in_force
 from spool.context import scope_to_redact
 from spool.drops import Drops
-from spool.fork import MARK
+from spool.fork import NOTICED
 from spool.housekeeper import Housekeeper
 from spool.interruption import is_foreign
 from spool.metric_names import DROPPED_METRIC
@@ -82,6 +82,14 @@ class Emitter:
     Raises ValueError for an invalid setting; see `Settings` for all of them.
     """
 
+    # Reading an attribute from a dictionary, which an object gets with the first `vars` or `copy` of it, makes
+    # an emit 8 % slower than from a slot.
+    __slots__ = (
+        "__weakref__", "_actor", "_appender", "_drops", "_harmless", "_harmless_beside_context",
+        "_housekeeper", "_prepared", "_redaction", "_reporter", "_scope_in_force", "_tick", "_was_running",
+        "settings",
+    )  # fmt: skip
+
     def __init__(self, directory: str | os.PathLike[str] | None = None, **settings: Any) -> None:
         self.settings = Settings.of(directory=directory, **settings)
         self._redaction = Redaction(self.settings.redact)
@@ -105,12 +113,12 @@ class Emitter:
         self._appender = Appender(self.settings, self._housekeeper.wake)
 
     def after_fork_in_child(self) -> None:
-        """Begin anew; see `fork.Forked`. What the constructor made belongs to the parent."""
+        """Begin as a new process; see `fork.Forked`. What the constructor made belongs to the parent."""
         parents = self._appender
         drops = Drops()
         housekeeper = Housekeeper(self._keep_house, threaded=self._housekeeper.is_surely_asleep())
         appender = Appender(self.settings, housekeeper.wake, parents)
-        if fork.MARK[0]:
+        if NOTICED:
             return  # a handler that emitted in between has done it
         self._tick, self._drops, self._housekeeper, self._appender = _NO_TICK, drops, housekeeper, appender
         parents.leave_to_parent()
@@ -124,14 +132,15 @@ class Emitter:
         self, *, event_type: str, user_id: Any = None, family_unit_id: Any = None, session_id: Any = None,
         metadata: dict[str, Any] | None = None, event_id: Any = None, timestamp: Any = None,
     ) -> str | None:  # fmt: skip
-        """Write one event and return its id, or None where it was dropped (see `stats`).
+        """Write one event and return its id, or None if it was dropped (see `stats`).
 
         `user_id`, `family_unit_id` and `session_id` are UUIDs or their text, else what is bound to the
         context. `event_id` is for callers with their own idempotency; `timestamp` is an aware datetime.
         """
         try:
-            encoded, harmless = None, self._harmless
-            if (scope := self._scope_in_force()) is not None:
+            if (scope := self._scope_in_force()) is None:
+                encoded, harmless = None, self._harmless
+            else:
                 bound = scope.context
                 encoded, harmless = bound.encoded, self._harmless_beside_context
                 if (
@@ -146,7 +155,7 @@ class Emitter:
                     session_id = bound.session_id if session_id is None else session_id
                     metadata = bound.merged(metadata)
                     encoded, harmless = None, self._harmless
-            if not MARK[0]:
+            if not NOTICED:
                 fork.notice()
             start, prefix, moment = self._tick
             past = time_ns() - start
@@ -215,7 +224,7 @@ class Emitter:
         self, metric_name: str, metric_type: str, value: Any, labels: dict[str, Any] | None
     ) -> str | None:
         try:
-            if not MARK[0]:
+            if not NOTICED:
                 fork.notice()
             start, prefix, moment = self._tick
             past = time_ns() - start
@@ -269,7 +278,7 @@ class Emitter:
     def record_metric(
         self, *, metric_name: str, metric_type: str, value: Any, labels: dict[str, Any] | None = None
     ) -> str | None:
-        """Write one metric and return its id, or None where it was dropped.
+        """Write one metric and return its id, or None if it was dropped.
 
         `metric_type` is counter (never below zero), gauge, timer (milliseconds) or histogram.
         """
@@ -376,9 +385,14 @@ class Emitter:
     def prepare(self) -> None:
         """Have a segment and the housekeeping thread ready before the first emit, so that no request pays.
 
-        For the start of a server or a worker; forked children prepare themselves then, too. Never raises.
+        For the start of a server or a worker, which the middlewares know; forked children prepare themselves
+        then, too. In uWSGI's master it prepares only them: see `fork.will_fork_without_hooks`. Never raises.
         """
         self._prepared = True
+        if fork.will_fork_without_hooks():
+            return
+        if not NOTICED:
+            fork.notice()
         with suppress(Exception):
             self._appender.prepare()
             self._rehearse()
@@ -423,7 +437,7 @@ class Emitter:
     # ---- for callers --------------------------------------------------------------------------------
 
     def seal(self) -> bool:
-        """Make what was emitted so far loadable. Returns False (and logs) where that failed."""
+        """Make what was emitted so far loadable. Returns False (and logs) if that failed."""
         return self._appender.seal()
 
     def stats(self) -> Stats:

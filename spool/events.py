@@ -64,7 +64,7 @@ class Event:
         self, *, user_id: Any = None, family_unit_id: Any = None, session_id: Any = None,
         event_id: Any = None, timestamp: Any = None, **metadata: Any,
     ) -> str | None:  # fmt: skip
-        """Emit one; what is not given comes from the context. Returns its id, None where it was dropped."""
+        """Emit one; what is not given comes from the context. Returns its id, None if it was dropped."""
         emitter = None
         try:
             emitter = get_emitter()

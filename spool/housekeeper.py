@@ -4,7 +4,7 @@ Nothing depends on it. If it cannot run (a forked child before its first emit, t
 thread left, greenlets that never yield) emits do without: it only prepares what they need and tidies up.
 
 It is started without `threading.Thread`, whose `start` waits for the new thread: 68-311 ms beside three busy
-threads, and for ever while Python 3.11 finalizes.
+threads, and forever while Python 3.11 finalizes.
 
 A fork in C copies the condition variable of the GIL with those who wait on it. If one of them was the
 parent's

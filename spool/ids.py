@@ -58,6 +58,6 @@ def prefix(milliseconds: int) -> str:
 
 def uuid7(milliseconds: int) -> str:
     """Return a new UUIDv7 as text, made at `milliseconds` since 1970."""
-    if not fork.MARK[0]:
+    if not fork.NOTICED:
         fork.notice()
     return prefix(milliseconds) + next(tails)

@@ -33,7 +33,7 @@ BLOCK: Final = 1 << 20
 
 
 def check_platform() -> None:
-    """Raise OSError (ENOTSUP) where segments cannot be written."""
+    """Raise OSError (ENOTSUP) if segments cannot be written."""
     if sys.platform == "win32":
         raise OSError(errno.ENOTSUP, "this platform has no flock; emit on Linux or macOS")
 
@@ -112,12 +112,20 @@ def _libc() -> Any:
     return library
 
 
+def _call(function: Any, *arguments: object) -> Any:
+    """Call a function of libc. Raises RecursionError, not ctypes' own error, near the recursion limit."""
+    try:
+        return function(*arguments)
+    except ctypes.ArgumentError as error:  # raised for any exception while the arguments are converted
+        raise RecursionError(str(error)) from None
+
+
 def overwrites_in_place(fd: int) -> bool:
     """Whether a file can be mapped without a risk to the process when the disk is full."""
     if sys.platform != "linux":
         return False
     buffer = ctypes.create_string_buffer(_STATFS_BYTES)
-    if _libc().fstatfs(fd, buffer) != 0:
+    if _call(_libc().fstatfs, fd, buffer) != 0:
         return False
     kind = ctypes.c_long.from_buffer(buffer).value
     return kind & 0xFFFFFFFF in _OVERWRITES_IN_PLACE
@@ -133,9 +141,8 @@ def map_file(fd: int, size: int) -> mmap.mmap:
     memory = mmap.mmap(-1, size)
     if sys.platform == "win32":
         return memory
-    mapped = _libc().mmap(
-        _address(memory), size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd, 0
-    )
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    mapped = _call(_libc().mmap, _address(memory), size, access, mmap.MAP_SHARED | _MAP_FIXED, fd, 0)
     if mapped == _MAP_FAILED:
         error = ctypes.get_errno()
         memory.close()
@@ -144,11 +151,11 @@ def map_file(fd: int, size: int) -> mmap.mmap:
 
 
 def populate(memory: mmap.mmap) -> None:
-    """Fault the pages in ahead of need, where the kernel can (madvise(2)).
+    """Fault the pages in ahead of need, if the kernel can (madvise(2)).
 
     `mmap.madvise` would hold the GIL for the milliseconds it takes. No other thread may know the map yet.
     """
-    _libc().madvise(_address(memory), len(memory), _MADV_POPULATE_WRITE)
+    _call(_libc().madvise, _address(memory), len(memory), _MADV_POPULATE_WRITE)
 
 
 def _address(memory: mmap.mmap) -> int:

@@ -31,7 +31,7 @@ async def log_feed_interaction(
 ) -> str | None:
     """Count an interaction with the feed (scroll, tap, like, ...) and emit an event that says whose it was.
 
-    Returns the event's id, or None where it was dropped.
+    Returns the event's id, or None if it was dropped.
     """
     emitter = None
     try:

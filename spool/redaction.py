@@ -67,7 +67,7 @@ class Redaction:
         return any(word in normal for word in self.words)
 
     def apply(self, value: Any) -> Any:
-        """Return decoded JSON with every sensitive value replaced; `value` itself where there is none."""
+        """Return decoded JSON with every sensitive value replaced; `value` itself if there is none."""
         if isinstance(value, dict):
             changed = {
                 key: REDACTED if self.sensitive(key) else self.apply(item) for key, item in value.items()

@@ -1,7 +1,7 @@
 """A lock that knows whether its holder interrupts itself, and that no exception leaves behind.
 
 A signal handler or a finalizer may run between any two steps of a function, in that function's own thread. An
-ordinary lock would block it for ever, a reentrant one would let it see half a change. And a handler may
+ordinary lock would block it forever, a reentrant one would let it see half a change. And a handler may
 raise: between `acquire` and the `try`, or before the release at the end of a `with` block, that would leave
 the lock taken for good. So a lock runs the work itself, inside the one `try` that also covers both calls,
 and asks the lock, not a variable, whether it has to be released.

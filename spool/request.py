@@ -23,14 +23,17 @@ _VALID_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def request_id(given: str | None) -> str:
-    """Return the id that a proxy or client gave where it is sane, else a new UUIDv7."""
+    """Return the id that a proxy or client gave if it is sane, else a new UUIDv7."""
     if given is not None and _VALID_ID.fullmatch(given):
         return given
     return ids.uuid7(time.time_ns() // 1_000_000)
 
 
 class Middleware(Generic[Application]):
-    """What both have: the application inside, the emitter, and the paths that are left alone."""
+    """What both have: the application inside, the emitter, and the paths that are left alone.
+
+    The emitter is prepared here, at the start of the server, so that no request pays for it.
+    """
 
     def __init__(
         self, app: Application, *, emitter: Emitter | None = None, exclude: Iterable[str] = ()
@@ -38,6 +41,7 @@ class Middleware(Generic[Application]):
         self._app = app
         self._emitter = emitter or get_emitter()
         self._exclude = tuple(exclude)
+        self._emitter.prepare()
 
     def _excluded(self, path: str) -> bool:
         """Whether a path is one of the excluded ones, or below one."""

@@ -69,8 +69,7 @@ DEFAULT_DIRECTORY: Final = Path("/var/spool/analytics")
 FILE_MODE: Final = 0o640
 """The loader reads the files as a member of their group."""
 DIRECTORY_MODE: Final = 0o770
-MODE: Final = FILE_MODE
-STEM: Final = re.compile(
+_STEM: Final = re.compile(
     r"(?P<moment>[0-9]{8}T[0-9]{6}\.[0-9]{6}Z)"
     r"-(?P<host>[A-Za-z0-9.-]{1,64})-(?P<boot>[0-9a-f]{8})-(?P<pid>[0-9]{1,10})-(?P<token>[0-9a-f]{8})"
     r"-(?P<number>[0-9]{6}|[1-9][0-9]{6,17})"
@@ -94,7 +93,7 @@ class SegmentName:
     @classmethod
     def parse(cls, stem: str) -> SegmentName | None:
         """Return the parts of a file name without its suffix, or None if it is not a segment's."""
-        found = STEM.fullmatch(stem)
+        found = _STEM.fullmatch(stem)
         if found is None or int(found["number"]) == 0:
             return None
         return cls(
@@ -138,7 +137,7 @@ class Writer(NamedTuple):
 
 
 class Sealed(NamedTuple):
-    """What sealing left: the file (None where there was no line), its lines and bytes, bytes cut off."""
+    """What sealing left: the file (None if there was no line), its lines and bytes, bytes cut off."""
 
     path: Path | None
     lines: int

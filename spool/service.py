@@ -10,7 +10,7 @@ from spool.timer import Timer
 
 
 class AnalyticsService:
-    """The calls of `Emitter`, awaitable. Each returns the id as text, or None where the line was dropped."""
+    """The calls of `Emitter`, awaitable. Each returns the id as text, or None if the line was dropped."""
 
     def __init__(self, emitter: Emitter) -> None:
         self.emitter = emitter

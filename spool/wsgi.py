@@ -4,7 +4,7 @@
     application = AnalyticsMiddleware(get_wsgi_application())         # Django
 
 The same metrics and labels as spool/asgi.py. The route's template is what Flask leaves in the environment, or
-what Django, where it is loaded, resolves the path to.
+what Django, if it is loaded, resolves the path to.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class _Exchange:
             raise
 
     def close(self) -> None:
-        """What the server calls in the end, also where the client went away before it."""
+        """What the server calls in the end, also if the client went away before it."""
         try:
             close = getattr(self._pieces, "close", None)
             if close is not None:

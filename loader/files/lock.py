@@ -20,7 +20,7 @@ import tenacity
 
 from loader.errors import LoaderError
 from loader.files import nofollow
-from spool.segment import MODE
+from spool.segment import FILE_MODE
 
 LOCK: Final = ".loader.lock"
 
@@ -131,7 +131,7 @@ def _command(pid: int) -> str:
 def _lock_file(spool: Path, flags: int) -> BinaryIO:
     """Open the lock, unless what is written to it would go elsewhere."""
     try:
-        fd = os.open(spool / LOCK, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, MODE)
+        fd = os.open(spool / LOCK, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, FILE_MODE)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise

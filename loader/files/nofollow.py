@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from spool.segment import MODE as FILE_MODE
+from spool.segment import FILE_MODE
 
 MODE: Final = 0o770
 """Whatever the umask: another user of the group may be the next to load. The set-group-id bit is inherited;

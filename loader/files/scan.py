@@ -21,7 +21,7 @@ from typing import Final
 from loader.files import nofollow
 from loader.files.filesystem import network_type
 from loader.files.writing import Writing, is_complete, leased
-from spool.segment import OPEN, SEALED, STEM, Writer, recover
+from spool.segment import OPEN, SEALED, SegmentName, Writer, recover
 
 SCAN_FILES: Final = 10_000
 _REPORTED_NAMES: Final = 100
@@ -68,7 +68,7 @@ def scan(
             name = entry.name
             if not name.endswith((OPEN, SEALED)) or name in known:
                 continue
-            if not STEM.fullmatch(os.path.splitext(name)[0]):
+            if SegmentName.parse(os.path.splitext(name)[0]) is None:
                 found.skip(name, "its name is not a segment's")
             elif not entry.is_file(follow_symlinks=False):
                 found.skip(name, "it is not a regular file")
@@ -117,17 +117,20 @@ class Adopter:
 
     def why_not(self, name: str) -> str | None:
         """Return why a segment is never adopted here, None if it may be once its writer is dead."""
-        host, boot = host_and_boot(name)
-        here = self._here
-        if self._network and boot != here.boot and host != here.host and host not in self._hosts:
+        writer = SegmentName.parse(os.path.splitext(name)[0])
+        if writer is not None and self._network and self._may_be_out_of_reach(writer):
             return (
-                f"host {host} may be writing it, and a lock on {self._network} may not reach this host; once "
-                f"its writers have ended, run there, or here: `loader run --once --adopt {host}`"
+                f"host {writer.host} may be writing it, and a lock on {self._network} may not reach this host; once "
+                f"its writers have ended, run there, or here: `loader run --once --adopt {writer.host}`"
             )
         status = os.lstat(self._directory / name)
         if status.st_size > max(_LARGEST_HOLE, 1024 * status.st_blocks):
             return "it is a sparse file, which no segment is: remove it, or cut it with `truncate`"
         return None
+
+    def _may_be_out_of_reach(self, writer: SegmentName) -> bool:
+        here = self._here
+        return writer.boot != here.boot and writer.host != here.host and writer.host not in self._hosts
 
     def _is_complete(self, path: Path) -> bool:
         """Whether it is not a copy that is still being made. A copy that is cut short would lose lines."""
@@ -145,17 +148,12 @@ def _has_all_lines(fd: int) -> bool:
         return writing is not Writing.SOMEBODY and size > 0 and os.pread(fd, 1, size - 1) == b"\0"
 
 
-def host_and_boot(name: str) -> tuple[str, str]:
-    """Return the parts of a segment's name that tell where it was written."""
-    host, boot, _ = name.split("-", 1)[1].rsplit("-", 4)[:3]
-    return host, boot
-
-
 def segment_names(directory: Path) -> Iterator[str]:
     """Yield the names of the segments, open and sealed. Raises OSError."""
     with os.scandir(directory) as entries:
         for entry in entries:
-            if entry.name.endswith((OPEN, SEALED)) and STEM.fullmatch(os.path.splitext(entry.name)[0]):
+            stem, suffix = os.path.splitext(entry.name)
+            if suffix in (OPEN, SEALED) and SegmentName.parse(stem) is not None:
                 yield entry.name
 
 

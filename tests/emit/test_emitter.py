@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from spool import AnalyticsService, Emitter
 from spool.context import bind
-from spool.segment import STEM, recover
+from spool.segment import SegmentName, recover
 from tests.emit.lines import FAMILY, USER, emit, lines
 from tests.processes import eventually
 
@@ -32,7 +32,7 @@ def test_an_emitted_event_is_one_line_with_the_keys_of_the_format(tmp_path: Path
     assert line["metadata"] == {"title": "Grüße", "count": 3}
     age = time.time() - datetime.fromisoformat(line["timestamp"]).timestamp()
     assert 0 <= age < 60
-    assert all(STEM.fullmatch(file.stem) for file in tmp_path.iterdir() if file.suffix == ".ndjson")
+    assert all(SegmentName.parse(file.stem) for file in tmp_path.iterdir() if file.suffix == ".ndjson")
     emitter.close()
 
 

@@ -202,6 +202,26 @@ def test_uwsgi_options_that_cannot_work_are_known(options: set[str], worker: int
     assert len(uwsgi_problems(options, worker)) == problems
 
 
+MASTER = """
+import sys, types
+sys.modules["uwsgi"] = types.SimpleNamespace(opt={"master": True, "enable-threads": True}, worker_id=lambda: 0)
+import threading
+emitter = Emitter(sys.argv[1])
+emitter.prepare()
+assert not list(Path(sys.argv[1]).iterdir())
+assert len(os.listdir("/proc/self/task")) == 1
+if fork_in_c() == 0:
+    sys.modules["uwsgi"].worker_id = lambda: 1
+    emitter.prepare()
+    os._exit(len(list(Path(sys.argv[1]).glob(f"*-{os.getpid()}-*.open"))) != 1)
+assert os.wait()[1] == 0
+"""
+
+
+def test_a_master_that_forks_in_c_has_no_thread_and_its_workers_prepare_themselves(tmp_path: Path) -> None:
+    run(MASTER, tmp_path)
+
+
 CLOSED = """
 emitter = Emitter(sys.argv[1], max_age=60, mapped=sys.argv[3] == "mapped", segment_bytes=4096)
 kept = [emit(emitter)]

@@ -16,7 +16,7 @@ from loader.files.retire import SpoolFile
 from loader.files.scan import scan
 from loader.load.database import Connection
 from spool import Emitter
-from spool.segment import MODE, recover
+from spool.segment import FILE_MODE, recover
 from tests.emit.lines import emit
 from tests.load.lines import STEM, event, joined, number, segment
 from tests.processes import NOBODY, Cli, as_another_user, as_root, reachable_by_others
@@ -180,7 +180,7 @@ def test_a_segment_is_readable_for_its_group_whatever_the_umask(tmp_path: Path, 
     finally:
         os.umask(before)
     (path,) = tmp_path.glob("*.ndjson")
-    assert stat.S_IMODE(path.stat().st_mode) == MODE
+    assert stat.S_IMODE(path.stat().st_mode) == FILE_MODE
 
 
 @as_root

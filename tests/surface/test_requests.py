@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from starlette.testclient import TestClient
 from spool import Emitter, asgi, context, wsgi
 from spool.context import bind, update
 from spool.testing import Recorder, record
+from tests.processes import eventually
 
 USER = uuid.uuid4()
 
@@ -175,6 +177,39 @@ def test_websockets_and_lifespan_are_left_alone(emitter: Emitter, recorded: Reco
     with TestClient(fastapi(emitter)) as client, client.websocket_connect("/socket") as socket:
         assert socket.receive_text() == "hello"
     assert not recorded.records
+
+
+def is_prepared(emitter: Emitter) -> bool:
+    """Whether a segment and the housekeeping thread are ready, and nothing was written yet."""
+    segments = list(emitter.settings.directory.glob("*.open"))
+    return len(segments) == 1 and emitter._housekeeper._running is not None and not emitter.stats().segments
+
+
+def test_no_request_pays_for_the_first_segment_under_asgi(emitter: Emitter) -> None:
+    with TestClient(fastapi(emitter)) as client:  # the lifespan has begun, no request has
+        assert is_prepared(emitter)
+        assert client.get("/api/families/7/feed").json() == 7
+    assert emitter.stats().emitted == 2
+    emitter.close()
+
+
+def test_no_request_of_a_worker_forked_after_the_start_pays_for_the_first_segment(tmp_path: Path) -> None:
+    async def app(*_: Any) -> None: ...
+
+    emitter = Emitter(tmp_path)
+    app = asgi.AnalyticsMiddleware(app, emitter=emitter)
+    if (child := os.fork()) == 0:
+        eventually(lambda: list(tmp_path.glob(f"*-{os.getpid()}-*.open")))
+        asyncio.run(app({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
+        os._exit(len(list(tmp_path.glob(f"*-{os.getpid()}-*.open"))) != 1)
+    assert os.waitpid(child, 0)[1] == 0
+    emitter.close()
+
+
+def test_no_request_pays_for_the_first_segment_under_wsgi(emitter: Emitter) -> None:
+    wsgi.AnalyticsMiddleware(lambda *_: [], emitter=emitter)
+    assert is_prepared(emitter)
+    emitter.close()
 
 
 def test_a_stream_is_timed_to_its_last_byte(emitter: Emitter, recorded: Recorder) -> None:

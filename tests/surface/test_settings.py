@@ -86,6 +86,13 @@ asyncio.run(get_analytics_service().record_gauge(metric_name="hits", value=1))
 scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
 asyncio.run(AnalyticsMiddleware(app)(scope, None, send))
 assert len(sent) == 2
+asyncio.run(AnalyticsMiddleware(app)({"type": "lifespan"}, None, send))
+assert len(sent) == 4
+get_emitter().prepare()
+if (child := os.fork()) == 0:
+    get_emitter().prepare()
+    os._exit(get_emitter().emit_event(event_type="feed_viewed") is not None)
+assert os.waitpid(child, 0)[1] == 0
 with get_emitter().timer("work_ms"):
     wsgi = Wsgi(lambda environ, start: start("200 OK", []) or [b"body"])
     assert list(wsgi({}, lambda *_: None)) == [b"body"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 from functools import partial
@@ -157,6 +158,18 @@ HIJACK = """
         $$ BEGIN RAISE 'hijacked'; END $$;
     CREATE TABLE public.staging_analytics_events (position varchar)
 """
+MORE_HIJACKS = """;
+    CREATE FUNCTION public.hijack_array(varchar, text) RETURNS boolean LANGUAGE plpgsql AS
+        $$ BEGIN RAISE 'hijacked'; END $$;
+    CREATE OPERATOR public.= (LEFTARG = varchar, RIGHTARG = text, FUNCTION = public.hijack_array);
+    CREATE OPERATOR public.< (LEFTARG = varchar, RIGHTARG = varchar, FUNCTION = public.hijack);
+    CREATE OPERATOR public.> (LEFTARG = varchar, RIGHTARG = varchar, FUNCTION = public.hijack);
+    CREATE OPERATOR public.<> (LEFTARG = varchar, RIGHTARG = varchar, FUNCTION = public.hijack);
+    CREATE FUNCTION public.now() RETURNS timestamptz LANGUAGE plpgsql AS
+        $$ BEGIN RAISE 'hijacked'; END $$;
+    CREATE FUNCTION public.count() RETURNS bigint LANGUAGE plpgsql AS
+        $$ BEGIN RAISE 'hijacked'; END $$
+"""
 
 
 @pytest.mark.parametrize("path", ["public, pg_catalog", "public", ""])
@@ -166,6 +179,32 @@ def test_functions_and_operators_of_other_people_are_not_used(
     as_owner(connection, HIJACK)
     wire = as_role(connection, {"search_path": path or "''"})
     load_everything(wire, tmp_path)
+
+
+@pytest.mark.parametrize("command", ["status", "doctor", "prune --older-than 90d", "rejects retry"])
+def test_no_command_uses_the_settings_or_the_functions_of_other_people(
+    cli: Cli, one_connection: Connection, command: str
+) -> None:
+    old = event(2, timestamp="2020-01-01T00:00:00Z")
+    segment(cli.spool, 1, event(1), old, b"{broken")
+    cli("run", "--once", code=3)
+    one_connection.execute((HIJACK + MORE_HIJACKS).encode())
+    one_connection.commit()
+    changed = {name: given for name, (given, _) in SETTINGS.items()} | {"search_path": "public, pg_catalog"}
+    as_role(one_connection, changed).close()
+    one_connection.execute("RESET ROLE")
+    one_connection.execute("GRANT DELETE ON ALL TABLES IN SCHEMA public TO analytics_loader")
+    one_connection.commit()
+    printed = cli(*command.split(), "--json", code=None)
+    assert "hijacked" not in printed and "Traceback" not in printed
+    if command == "status":
+        status = json.loads(printed)["database"]
+        assert status["events"] == 2 and status["last_loaded_at"].endswith("+00:00")
+    elif command == "prune --older-than 90d":
+        assert json.loads(printed)["events"] == 1
+    elif command == "doctor":
+        connected = {finding["check"]: finding["verdict"] for finding in json.loads(printed.splitlines()[0])}
+        assert (connected["connection"], connected["schema"], connected["tables"]) == ("ok", "ok", "ok")
 
 
 def test_the_tables_are_found_in_their_schema_whatever_the_search_path_is(

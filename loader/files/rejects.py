@@ -23,14 +23,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
-import msgspec
 import orjson
 
 from loader.errors import DamagedFileError
 from loader.files import nofollow
-from loader.files.chunk import CHUNK_BYTES, CHUNK_LINES, Chunk
+from loader.files.limits import CHUNK_BYTES, CHUNK_LINES
+
+if TYPE_CHECKING:
+    from loader.files.chunk import Chunk
 
 DIRECTORY: Final = "rejected"
 WHOLE: Final = ".whole"
@@ -69,23 +71,27 @@ class Rejected:
         return orjson.dumps(wrapped, option=orjson.OPT_APPEND_NEWLINE)
 
 
-class _Wrapped(msgspec.Struct):
-    file: str
-    line: int
-    code: str
-    reason: str
-    raw: str | None = None
-    raw_base64: str | None = None
-
-
-_decode = msgspec.json.Decoder(_Wrapped).decode
+_TYPES: Final = {"file": str, "line": int, "code": str, "reason": str}
+_RAW: Final = ("raw", "raw_base64")
 
 
 def decode(line: bytes) -> Rejected:
     """Return what `Rejected.encode` wrote. Raises ValueError for anything else."""
-    wrapped = _decode(line)
-    raw = (wrapped.raw or "").encode() if wrapped.raw_base64 is None else base64.b64decode(wrapped.raw_base64)
-    return Rejected(wrapped.file, wrapped.line, wrapped.code, wrapped.reason, raw)
+    wrapped = orjson.loads(line)  # msgspec would take as long to import as `loader status` to count
+    if not _is_wrapped(wrapped):
+        raise ValueError("it lacks a value, or has one of another type")
+    encoded = wrapped.get("raw_base64")
+    raw = wrapped["raw"].encode() if encoded is None else base64.b64decode(encoded)
+    return Rejected(**{name: wrapped[name] for name in _TYPES}, raw=raw)
+
+
+def _is_wrapped(wrapped: object) -> bool:
+    return (
+        isinstance(wrapped, dict)
+        and all(type(wrapped.get(name)) is kind for name, kind in _TYPES.items())
+        and any(isinstance(wrapped.get(name), str) for name in _RAW)
+        and all(isinstance(wrapped.get(name, ""), str | None) for name in _RAW)
+    )
 
 
 class CannotWriteError(OSError):

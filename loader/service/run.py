@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from loader.files.chunk import CHUNK_BYTES, CHUNK_LINES, Chunk
+from loader.files.chunk import Chunk
 from loader.files.content import UNREADABLE, DamagedError
+from loader.files.limits import CHUNK_BYTES, CHUNK_LINES
 from loader.load.counts import Loaded
 
 BATCH_CHUNKS: Final = 256

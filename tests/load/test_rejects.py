@@ -19,7 +19,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from loader.files import rejects
-from loader.files.chunk import CHUNK_BYTES
+from loader.files.limits import CHUNK_BYTES
 from loader.files.rejects import Rejected
 from loader.load import database
 from loader.load.batch import load, retry

@@ -153,7 +153,8 @@ def test_a_segment_of_another_user_is_removed_at_once_if_it_was_seen_open(tmp_pa
         assert ready.wait(60)
         emitter.seal()
         assert copied.wait(60)
-        begun.with_suffix(".ndjson").write_bytes(joined(event(1)))
+        begun.with_suffix(".new").write_bytes(joined(event(1)))
+        begun.with_suffix(".new").rename(begun.with_suffix(".ndjson"))
 
     writing = threading.Thread(target=write)
     writing.start()

@@ -1,7 +1,31 @@
-"""Product analytics and metrics that lose nothing and cost the request nothing: see README.md."""
+"""Product analytics and metrics that lose nothing and cost the request nothing: see README.md.
 
-from spool.emitter import Emitter, Stats, get_emitter
-from spool.service import AnalyticsService, get_analytics_service
-from spool.settings import Settings
+The names are imported at their first use: the loader uses modules of this package and none of these, which
+take longer to import than some of its commands take to run.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spool.emitter import Emitter, Stats, get_emitter
+    from spool.service import AnalyticsService, get_analytics_service
+    from spool.settings import Settings
+else:
+    _MODULES = {
+        "Emitter": "emitter", "Stats": "emitter", "get_emitter": "emitter",
+        "AnalyticsService": "service", "get_analytics_service": "service", "Settings": "settings",
+    }  # fmt: skip
+
+    def __getattr__(name):  # noqa: ANN001, ANN202  # hidden from type checkers: it would accept every name
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        globals()[name] = value = getattr(import_module(f"spool.{_MODULES[name]}"), name)
+        return value
+
+    def __dir__():  # noqa: ANN202
+        return sorted({*globals(), *_MODULES})
+
 
 __all__ = ["AnalyticsService", "Emitter", "Settings", "Stats", "get_analytics_service", "get_emitter"]

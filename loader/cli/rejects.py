@@ -130,11 +130,15 @@ def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | Non
                 break
             deadline = time.monotonic() + _CLAIM_SECONDS
             while not signals.stop.is_set() and path.exists():  # else the daemon has loaded all of it
-                with claimed(path) as is_ours:
-                    if is_ours:
-                        report.loaded += retry(connection, path)
-                        report.files += 1
-                        break
+                try:
+                    with claimed(path) as is_ours:
+                        if is_ours:
+                            report.loaded += retry(connection, path)
+                            report.files += 1
+                            break
+                except (LoaderError, OSError) as error:  # the other files can be retried all the same
+                    report.failures[path.name] = f"could not be retried: {error}"
+                    break
                 if time.monotonic() > deadline:
                     report.failures[path.name] = "is being retried by another process: try again later"
                     break

@@ -38,7 +38,7 @@ def command(dsn: str | None, spool_dir: Path | None, as_json: bool) -> None:
     failure: LoaderError | None = None
     ledger: Ledger | None = None
     try:
-        with database.connect(settings.database_dsn(dsn)) as connection:
+        with database.connect(settings.database_dsn(dsn)) as connection, database.transaction(connection):
             ledger = status.ledger(connection)
     except (psycopg.Error, LoaderError) as error:
         failure = explain(error)

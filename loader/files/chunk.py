@@ -17,12 +17,8 @@ from functools import cached_property
 from typing import BinaryIO, Final, Protocol, cast
 
 from loader.files.content import BOM, UNREADABLE, Reader, is_object
+from loader.files.limits import CHUNK_BYTES, CHUNK_LINES
 
-CHUNK_BYTES: Final = 4 << 20
-"""Some 10,000 events, a quarter of a second of a server's work: a transaction's fixed cost is nothing beside
-that. A worker needs a few times this in memory."""
-CHUNK_LINES: Final = 1 << 16
-"""Twice what a chunk of events has: each line of a chunk may become a reject, some 600 bytes of memory."""
 _FIRST_BYTES: Final = 64 << 10
 """What the first read of a file makes room for: most segments are small."""
 HEAD_BYTES: Final = 1024

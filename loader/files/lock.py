@@ -12,11 +12,10 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
-
-import tenacity
 
 from loader.errors import LoaderError
 from loader.files import nofollow
@@ -26,13 +25,8 @@ LOCK: Final = ".loader.lock"
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FOREIGN: Final = "which holds the lock of"
-_LOCKING: Final = tenacity.Retrying(
-    retry=tenacity.retry_if_exception_type(BlockingIOError),
-    wait=tenacity.wait_fixed(0.05),
-    stop=tenacity.stop_after_delay(0.5),
-    reraise=True,
-)
-"""`holder` takes the lock for an instant, too."""
+_PATIENCE: Final = 0.5
+"""Seconds: `holder` takes the lock for an instant, too."""
 
 
 @contextlib.contextmanager
@@ -75,10 +69,16 @@ def _write(file: BinaryIO) -> None:
 
 
 def _lock(file: BinaryIO | int, spool: Path) -> None:
-    try:
-        _LOCKING(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise LoaderError(f"{spool} has a loader already: {holder(spool) or 'unknown'}") from None
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise LoaderError(f"{spool} has a loader already: {holder(spool) or 'unknown'}") from None
+            time.sleep(0.05)
+        else:
+            return
 
 
 def holder(spool: Path) -> str | None:

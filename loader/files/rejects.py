@@ -23,14 +23,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
-import msgspec
 import orjson
 
 from loader.errors import DamagedFileError
 from loader.files import nofollow
-from loader.files.chunk import CHUNK_BYTES, Chunk
+from loader.files.limits import CHUNK_BYTES, CHUNK_LINES
+
+if TYPE_CHECKING:
+    from loader.files.chunk import Chunk
 
 DIRECTORY: Final = "rejected"
 WHOLE: Final = ".whole"
@@ -69,23 +71,27 @@ class Rejected:
         return orjson.dumps(wrapped, option=orjson.OPT_APPEND_NEWLINE)
 
 
-class _Wrapped(msgspec.Struct):
-    file: str
-    line: int
-    code: str
-    reason: str
-    raw: str | None = None
-    raw_base64: str | None = None
-
-
-_decode = msgspec.json.Decoder(_Wrapped).decode
+_TYPES: Final = {"file": str, "line": int, "code": str, "reason": str}
+_RAW: Final = ("raw", "raw_base64")
 
 
 def decode(line: bytes) -> Rejected:
     """Return what `Rejected.encode` wrote. Raises ValueError for anything else."""
-    wrapped = _decode(line)
-    raw = (wrapped.raw or "").encode() if wrapped.raw_base64 is None else base64.b64decode(wrapped.raw_base64)
-    return Rejected(wrapped.file, wrapped.line, wrapped.code, wrapped.reason, raw)
+    wrapped = orjson.loads(line)  # msgspec would take as long to import as `loader status` to count
+    if not _is_wrapped(wrapped):
+        raise ValueError("it lacks a value, or has one of another type")
+    encoded = wrapped.get("raw_base64")
+    raw = wrapped["raw"].encode() if encoded is None else base64.b64decode(encoded)
+    return Rejected(**{name: wrapped[name] for name in _TYPES}, raw=raw)
+
+
+def _is_wrapped(wrapped: object) -> bool:
+    return (
+        isinstance(wrapped, dict)
+        and all(type(wrapped.get(name)) is kind for name, kind in _TYPES.items())
+        and any(isinstance(wrapped.get(name), str) for name in _RAW)
+        and all(isinstance(wrapped.get(name, ""), str | None) for name in _RAW)
+    )
 
 
 class CannotWriteError(OSError):
@@ -134,28 +140,47 @@ def replace(path: Path, rejects: Sequence[Rejected]) -> None:
     """Make `path` hold these rejects, and not be where there is none; durable on return. Raises OSError."""
     if not rejects and not os.path.lexists(path):
         return
+    with replacing(path) as stream:
+        stream.writelines(rejected.encode() for rejected in rejects)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a stream for the lines that `path` has after the block, durably; without any, it is removed.
+
+    Under a temporary name of its own: two loaders may write the rejects of the same lines at the same time.
+    If the block raises, `path` stays as it is. Raises OSError.
+    """
+    temporary = f"{path.name.removesuffix('.ndjson')}.{secrets.token_hex(4)}.part"
     with nofollow.opened(path.parent, create=True) as fd:
-        if rejects:
-            _write_and_rename(path.name, rejects, fd)
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path.name, dir_fd=fd)
+        try:
+            with nofollow.create_file(temporary, fd) as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+                is_empty = not stream.tell()
+            os.rename(temporary, path.name, src_dir_fd=fd, dst_dir_fd=fd)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=fd)
+            raise
+        if is_empty:
+            os.unlink(path.name, dir_fd=fd)
         os.fsync(fd)
 
 
-def _write_and_rename(name: str, rejects: Sequence[Rejected], directory: int) -> None:
-    """Write a file whole. Two loaders may write the rejects of the same lines at the same time."""
-    temporary = f"{name.removesuffix('.ndjson')}.{secrets.token_hex(4)}.part"
-    try:
-        with nofollow.create_file(temporary, directory) as stream:
-            stream.writelines(rejected.encode() for rejected in rejects)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary, dir_fd=directory)
-        raise
+def pieces(path: Path) -> Iterator[list[Rejected]]:
+    """Yield the rejects of a file in lists, each of a chunk's size at most or of one reject. Raises as `read`."""
+    piece: list[Rejected] = []
+    size = 0
+    for rejected in read(path):
+        if piece and (size + len(rejected.raw) > CHUNK_BYTES or len(piece) == CHUNK_LINES):
+            yield piece
+            piece, size = [], 0
+        piece.append(rejected)
+        size += len(rejected.raw)
+    if piece:
+        yield piece
 
 
 def remove_leftovers(spool: Path) -> None:

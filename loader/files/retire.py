@@ -8,6 +8,11 @@ A segment that somebody copies into the spool has its name before it has all its
 delayed, removal is: until nobody has the file open for writing, or it has not changed for a while (see
 writing.py). If it has grown since, the new lines are loaded: it is read again with chunks that end where it
 ended before, so that the ledger knows the old ones.
+
+A segment whose writer held its lock while it was `.open`, and that has its sealed name now, is complete: only
+the writer, or a loader after its death, gives a file that name, and both cut it first. So the segments of
+other users, whose lease the kernel refuses, are removed at once if one scan or hint saw them open. Inodes are
+used again, so the stem has to be the same, too.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ import zstandard
 from loader.files import nofollow, rejects
 from loader.files.chunk import Chunk, Reading, chunks
 from loader.files.content import unpacked
-from loader.files.scan import SCAN_FILES, Scan, scan
+from loader.files.scan import SCAN_FILES, Inode, Scan, locked_inode, scan
 from loader.files.writing import is_complete, leased
 
 SUFFIX: Final = ".zst"
@@ -56,12 +61,14 @@ class SpoolFile:
     It lasts from one scan to the next while it waits to be removed, or to be loaded again.
     """
 
-    def __init__(self, path: Path, archive: Path | None = None) -> None:
+    def __init__(self, path: Path, archive: Path | None = None, open_inode: Inode | None = None) -> None:
         self.name = path.name
         self.loaded = False
         self.retired = False
         self._path = path
         self._archive = archive
+        self._open_inode = open_inode
+        """The file that its writer had locked under the same stem."""
         self._identity: FileIdentity | None = None
         self._since = time.monotonic()
         """When it was first seen as it was when it was last read."""
@@ -124,6 +131,9 @@ class SpoolFile:
         return not self.retired
 
     def _is_complete(self, fd: int, *, ends_in_line: bool) -> bool:
+        status = os.fstat(fd)
+        if ends_in_line and (status.st_dev, status.st_ino) == self._open_inode:
+            return True
         return is_complete(fd, time.monotonic() - self._since, ends_in_line=ends_in_line)
 
 
@@ -136,6 +146,14 @@ class SpoolFiles:
         self._adopt = adopt
         self._kept: dict[str, SpoolFile] = {}
         """Files that are there after they were read: loaded, or to be tried again."""
+        self._open: dict[str, Inode] = {}
+        """Segments that were open in the last scan, or since, by stem."""
+
+    def note_open(self, path: Path) -> None:
+        """Note a segment that was begun."""
+        with contextlib.suppress(FileNotFoundError):
+            if inode := locked_inode(path):
+                self._open[path.stem] = inode
 
     def scan(self) -> tuple[Scan, list[SpoolFile]]:
         """Scan the spool; return also the files to load, oldest first. Raises OSError for the directory."""
@@ -143,7 +161,9 @@ class SpoolFiles:
         again = [file for file in self._kept.values() if self._settle(file, failures)]
         self._kept = {name: file for name, file in self._kept.items() if not file.retired}
         found = scan(self._directory, max(1, SCAN_FILES - len(self._kept)), self._kept, self._adopt)
-        new = [SpoolFile(path, self._archive) for path in found.sealed]
+        seen_open = self._open | found.open_inodes
+        self._open = found.open_inodes
+        new = [SpoolFile(path, self._archive, seen_open.get(path.stem)) for path in found.sealed]
         self._kept |= {file.name: file for file in new}
         found.failures |= failures
         return found, sorted([*again, *new], key=lambda file: file.name)

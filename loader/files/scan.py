@@ -20,7 +20,7 @@ from typing import Final
 
 from loader.files import nofollow
 from loader.files.filesystem import network_type
-from loader.files.writing import Writing, is_complete, leased
+from loader.files.writing import Writing, is_complete, is_locked, leased
 from spool.segment import OPEN, SEALED, SegmentName, Writer, recover
 
 SCAN_FILES: Final = 10_000
@@ -29,6 +29,10 @@ _LARGEST_HOLE: Final = 1 << 30
 """Bytes; a segment is reserved, so it has no holes, except on file systems that cannot, where it grows."""
 STALE_SECONDS: Final = 300.0
 """Seconds after which a segment with lines should be sealed: many times SPOOL_MAX_AGE."""
+
+
+Inode = tuple[int, int]
+"""The device and the inode of a file."""
 
 
 @dataclass
@@ -42,6 +46,8 @@ class Scan:
     unsettled: int = 0
     """Open segments that are adopted later, unless they change: they may be copies in the making."""
     torn_bytes: int = 0
+    open_inodes: dict[str, Inode] = field(default_factory=dict)
+    """Device and inode of the open segments that a writer has locked, by stem."""
     skipped: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     """What could not be done about a file that was loaded before."""
@@ -98,6 +104,9 @@ class Adopter:
             if reason := self.why_not(name):
                 found.skip(name, reason)
                 return name
+            if inode := locked_inode(path):
+                found.open_inodes[path.stem] = inode
+                return name
             if not self._is_complete(path):
                 found.unsettled += 1
                 return name
@@ -146,6 +155,23 @@ def _has_all_lines(fd: int) -> bool:
     size = os.fstat(fd).st_size
     with leased(fd) as writing:
         return writing is not Writing.SOMEBODY and size > 0 and os.pread(fd, 1, size - 1) == b"\0"
+
+
+def locked_inode(path: Path) -> Inode | None:
+    """Return the device and inode of a segment that its writer has locked, None if it is not locked.
+
+    Raises FileNotFoundError.
+    """
+    try:
+        with nofollow.open_file(path) as stream:
+            if is_locked(stream.fileno()):
+                status = os.fstat(stream.fileno())
+                return status.st_dev, status.st_ino
+    except FileNotFoundError:
+        raise
+    except OSError:
+        pass  # why it cannot be opened is reported by who seals it
+    return None
 
 
 def segment_names(directory: Path) -> Iterator[str]:

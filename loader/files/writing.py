@@ -44,7 +44,7 @@ def leased(fd: int) -> Iterator[Writing]:
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
-        yield Writing.SOMEBODY if error.errno == errno.EAGAIN and not _is_locked(fd) else Writing.UNKNOWN
+        yield Writing.SOMEBODY if error.errno == errno.EAGAIN and not is_locked(fd) else Writing.UNKNOWN
         return
     try:
         yield Writing.NOBODY
@@ -71,7 +71,8 @@ def age(status: os.stat_result) -> float:
     return time.time() - max(status.st_mtime, status.st_ctime)
 
 
-def _is_locked(fd: int) -> bool:
+def is_locked(fd: int) -> bool:
+    """Whether somebody holds an exclusive flock on a file. Raises no error."""
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:

@@ -18,9 +18,11 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import psycopg
 
+from loader.errors import LoaderError
 from loader.files import rejects
 from loader.files.chunk import Chunk
 from loader.files.rejects import Rejected
@@ -56,24 +58,58 @@ def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates
 def retry(connection: Connection, path: Path) -> Loaded:
     """Load the lines of a reject file that have become loadable; the file keeps the others.
 
-    The ledger gets a row for what was loaded: the others were counted when they were rejected. Lines that are
-    retried have the same bytes each time, so the key of that row is random. Raises psycopg.Error, OSError and
-    ValueError (not a reject file).
+    In pieces of a chunk's size, each a transaction: a file may have any size. If one fails, what was loaded
+    before leaves the file all the same. Raises psycopg.Error, OSError and ValueError (not a reject file).
     """
-    before = list(rejects.read(path))
-    retried = [rejected for rejected in before if rejected.code != OVERSIZE]
-    left = [rejected for rejected in before if rejected.code == OVERSIZE]
+    rejects.count([path])  # so that a damaged file is refused before any of it is loaded
+    total = Loaded()
+    with rejects.replacing(path) as kept:
+        pieces = rejects.pieces(path)
+        failure: psycopg.Error | LoaderError | None = None
+        for piece in pieces:
+            try:
+                total += _retry_piece(connection, path, piece, kept)
+            except (psycopg.Error, LoaderError) as error:
+                failure = error
+                _keep(kept, piece)
+                break
+        for piece in pieces:
+            _keep(kept, piece)
+    if failure is not None:
+        raise failure
+    return total
+
+
+def _retry_piece(connection: Connection, path: Path, piece: Sequence[Rejected], kept: BinaryIO) -> Loaded:
+    """Load a piece of a reject file and write to `kept` what is still rejected, before the COMMIT.
+
+    The ledger gets a row for what was loaded: the others were counted when they were rejected. Lines that are
+    retried have the same bytes each time, so the key of that row is random.
+    """
+    retried = [rejected for rejected in piece if rejected.code != OVERSIZE]
+    left = [rejected for rejected in piece if rejected.code == OVERSIZE]
     name = f"{rejects.DIRECTORY}/{path.name}"
     outcome = Outcome(Chunk(name, 0, sum(len(each.raw) + 1 for each in retried), 1, len(retried), b""))
-    with transaction(connection):
-        insert_lines(connection, list(decoded_lines(outcome, (rejected.raw for rejected in retried))))
-        loaded = replace(outcome.counts, rejected=0)
-        if loaded.lines:
-            digest = secrets.token_bytes(32)
-            ledger.record(connection, [Entry(digest, name, 0, outcome.chunk.size, loaded)])
-    left += [_in_its_place(now, retried[now.line - 1]) for now in outcome.rejects]
-    rejects.replace(path, left)
+    begin = kept.tell()
+    try:
+        with transaction(connection):
+            insert_lines(connection, list(decoded_lines(outcome, (rejected.raw for rejected in retried))))
+            loaded = replace(outcome.counts, rejected=0)
+            if loaded.lines:
+                digest = secrets.token_bytes(32)
+                ledger.record(connection, [Entry(digest, name, 0, outcome.chunk.size, loaded)])
+            left += [_in_its_place(now, retried[now.line - 1]) for now in outcome.rejects]
+            _keep(kept, left)
+    except (psycopg.Error, LoaderError):
+        kept.seek(begin)
+        kept.truncate()
+        raise
     return Loaded(loaded + Counts(rejected=len(left)), bytes=outcome.chunk.size)
+
+
+def _keep(kept: BinaryIO, piece: Sequence[Rejected]) -> None:
+    kept.writelines(rejected.encode() for rejected in piece)
+    kept.flush()
 
 
 def check(chunk: Chunk) -> Outcome:

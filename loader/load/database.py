@@ -22,15 +22,16 @@ LOCAL: a pooler in transaction mode hands its connections to others, who must no
   standard_conforming_strings         on                  psycopg doubles backslashes of bytea otherwise, and
                                                           the ledger's digests would be other bytes
   DateStyle, TimeZone                 ISO, UTC            rows as text (collisions), timestamps that are read
+  extra_float_digits                  1                   rates and clocks that are read
+  quote_all_identifiers               off                 names of types that are compared
   jit                                 off                 compiling takes longer than looking up a batch
   exit_on_error                       off                 a duplicate must not end the session
   constraints                         immediate           at COMMIT, one row would fail all the others
 
 Left as they are: default_transaction_read_only (somebody protects a server, or its disk is full: the loader
 waits), session_replication_role and fsync (only a superuser may set them; `loader doctor` reports them),
-idle_session_timeout (an idle connection that was closed is opened again without a word), bytea_output,
-IntervalStyle and extra_float_digits (no value depends on them), tablespaces and planner settings (they cost
-time only).
+idle_session_timeout (an idle connection that was closed is opened again without a word), bytea_output and
+IntervalStyle (no value depends on them), tablespaces and planner settings (they cost time only).
 
 Statements name functions with their schema, and compare values of types that have an operator of their own:
 then no function or operator that somebody creates in another schema is a better match (CVE-2018-1058).
@@ -59,11 +60,13 @@ _SETTINGS: Final = b"""
     SET LOCAL standard_conforming_strings = on;
     SET LOCAL DateStyle = 'ISO, YMD';
     SET LOCAL TimeZone = 'UTC';
+    SET LOCAL extra_float_digits = 1;
+    SET LOCAL quote_all_identifiers = off;
     SET LOCAL jit = off;
     SET LOCAL exit_on_error = off;
 """
-_VERSION_17: Final = 17_00_00
-_SINCE_17: Final = b"SET LOCAL transaction_timeout = 0;"
+VERSION_17: Final = 17_00_00
+SINCE_17: Final = b"SET LOCAL transaction_timeout = 0;"
 _DURABLE: Final = b"""
     SELECT pg_catalog.set_config('synchronous_commit', 'on', true)
     WHERE pg_catalog.current_setting('synchronous_commit') IN ('off', 'local', 'remote_write');
@@ -147,7 +150,7 @@ def _script(connection: Connection) -> bytes:
 
 
 def _settings(connection: Connection) -> bytes:
-    return _SETTINGS + (_SINCE_17 if connection.info.server_version >= _VERSION_17 else b"")
+    return _SETTINGS + (SINCE_17 if connection.info.server_version >= VERSION_17 else b"")
 
 
 def _search_path(connection: Connection) -> Any:

@@ -21,7 +21,7 @@ from psycopg.errors import Diagnostic
 
 from loader.errors import OutOfReachError
 from loader.load import deviations
-from loader.load.database import Connection
+from loader.load.database import SINCE_17, VERSION_17, Connection
 
 SCHEMA_VERSION: Final = 3
 """The version that schema.sql creates. This loader can load into the tables of every earlier version."""
@@ -140,13 +140,18 @@ def _until_locked(
 def _set_up(connection: Connection) -> None:
     """Set what a step depends on.
 
-    Tables are looked up as whoever connects looks them up, messages are seen, and no statement is cut off: a
-    key may take long to be validated.
+    Tables are looked up as whoever connects looks them up, messages are seen, no statement is cut off (a key
+    may take long to be validated), and names and strings are read as they were written.
     """
     connection.execute(
-        "SET LOCAL search_path TO DEFAULT; SET LOCAL client_min_messages = notice; "
-        "SET LOCAL statement_timeout = 0"
+        "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL search_path TO DEFAULT; "
+        "SET LOCAL client_min_messages = notice; "
+        "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0; "
+        "SET LOCAL client_encoding = 'UTF8'; SET LOCAL standard_conforming_strings = on; "
+        "SET LOCAL quote_all_identifiers = off"
     )
+    if connection.info.server_version >= VERSION_17:
+        connection.execute(SINCE_17)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What is wrong, and what to type: checks each thing that a loader depends on, and changes nothing.
 
-The database is seen with the settings of its role, not with those that a load forces.
+It looks into the database with the settings of a load, and at those that the role has by itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from loader.files import nofollow, rejects
 from loader.files.lock import LOCK, holder, is_foreign, lock_holders
 from loader.files.scan import STALE_SECONDS, Adopter, backlog, is_stale, segment_names
 from loader.load import deviations, schema
-from loader.load.database import Connection
+from loader.load.database import Connection, connect, transaction
 from loader.load.deviations import Severity
 from loader.load.sqlstate import explain
 from loader.operate.status import reject_counts
@@ -46,6 +46,10 @@ _TABLE_PRIVILEGES: Final = (
     "FROM pg_catalog.unnest(%s::text[]) AS name, "
     "pg_catalog.unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE']) AS privilege"
 )
+_MAY_USE_PLPGSQL: Final = (
+    "SELECT coalesce(pg_catalog.bool_or(pg_catalog.has_language_privilege(oid, 'USAGE')), false) "
+    "FROM pg_catalog.pg_language WHERE lanname OPERATOR(pg_catalog.=) 'plpgsql'::name"
+)
 _SETTINGS: Final = (
     "SELECT name, setting, source FROM pg_catalog.pg_settings "
     "WHERE name OPERATOR(pg_catalog.=) ANY (%s::text[])"
@@ -57,6 +61,7 @@ _UNSAFE_SETTINGS: Final = {
     "autovacuum": "tables grow, and statistics for the planner become old",
 }
 """Settings that must not be off, and what happens otherwise."""
+_REPLICATION_ROLE: Final = "session_replication_role"
 _TIMEOUTS: Final = (
     "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "transaction_timeout",
     "idle_session_timeout",
@@ -124,16 +129,15 @@ def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: 
     if archive is not None:
         yield from _guarded(_archive, archive)
     try:
-        with psycopg.connect(
-            settings.database_dsn(dsn), prepare_threshold=None, autocommit=True
-        ) as connection:
+        with connect(settings.database_dsn(dsn)) as connection:
             yield _ok("connection", f"{connection.info.user}@{connection.info.host}/{connection.info.dbname}")
-            found = _settings(connection)
-            connection.execute("SET statement_timeout = 0")
-            for inspect in (_server, _clock, _schema, _tables, _privileges, _creators):
-                yield from inspect(connection)
-            yield from _durability(connection, found)
-            yield from _limits(connection, found, workers)
+            with connection.transaction():
+                found = _settings(connection)
+            with transaction(connection):
+                for inspect in (_server, _clock, _schema, _tables, _privileges, _creators):
+                    yield from inspect(connection)
+                yield from _durability(connection, found)
+                yield from _limits(connection, found, workers)
     except (psycopg.Error, LoaderError) as error:
         reason = explain(error)
         remedy = "is the server up, and are host, port, user and password right?"
@@ -356,13 +360,19 @@ def _privileges(connection: Connection) -> Iterator[Finding]:
     temporary = "SELECT pg_catalog.has_database_privilege(pg_catalog.current_database(), 'TEMPORARY')"
     if connection.execute(temporary).fetchone() != (True,):
         missing["TEMPORARY"] = ["the database"]
+    may_use_plpgsql = connection.execute(_MAY_USE_PLPGSQL).fetchone() == (True,)
+    if not may_use_plpgsql:
+        yield _failed(
+            "privileges", f"{user} may not use the language plpgsql, so lines that are refused are not found",
+            f'as a superuser: GRANT USAGE ON LANGUAGE plpgsql TO "{user}";',
+        )  # fmt: skip
     grant = f"as the owner of the tables: `loader init --role {user}`"
     if missing:
         yield _failed("privileges", f"{user} lacks {_listed(missing)}", grant)
     elif needless:
         other = "as the owner of the tables: `loader init --role analytics_loader`, and load as that role"
         yield _warning("privileges", f"{user} may do more than load: {_listed(needless)}", other)
-    else:
+    elif may_use_plpgsql:
         yield _ok("privileges", f"{user} may load, and nothing else")
 
 
@@ -385,7 +395,7 @@ def _creators(connection: Connection) -> Iterator[Finding]:
 
 def _settings(connection: Connection) -> dict[str, tuple[str, str]]:
     """Return the value and the source of each setting that is checked."""
-    names = [*_UNSAFE_SETTINGS, *_TIMEOUTS]
+    names = [*_UNSAFE_SETTINGS, *_TIMEOUTS, _REPLICATION_ROLE]
     return {name: (value, source) for name, value, source in connection.execute(_SETTINGS, [names])}
 
 
@@ -394,7 +404,13 @@ def _durability(connection: Connection, found: dict[str, tuple[str, str]]) -> It
     for name in unsafe:
         remedy = _reset(connection, name, found[name][1], "on")
         yield _warning("durability", f"{name} is off: {_UNSAFE_SETTINGS[name]}", remedy)
-    if not unsafe:
+    role, source = found.get(_REPLICATION_ROLE, ("origin", ""))
+    if role != "origin":
+        yield _failed(
+            "durability", f"{_REPLICATION_ROLE} is {role}, so foreign keys and triggers are not checked",
+            _reset(connection, _REPLICATION_ROLE, source, "origin"),
+        )  # fmt: skip
+    elif not unsafe:
         yield _ok("durability", "committed rows survive a crash of the server")
 
 

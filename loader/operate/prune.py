@@ -29,7 +29,7 @@ from psycopg import sql
 
 from loader.files import nofollow, rejects
 from loader.files.retire import SUFFIX
-from loader.load.database import Connection, prepare
+from loader.load.database import Connection, transaction
 from loader.load.tables import EVENTS, METRICS, Table
 from spool.segment import SEALED
 
@@ -152,8 +152,7 @@ class Rows:
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                with self._connection.transaction():
-                    prepare(self._connection)
+                with transaction(self._connection):
                     self._connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'".encode())
                     return self._connection.execute(text, values).fetchall()
             except psycopg.Error as error:
@@ -165,6 +164,9 @@ class Rows:
 def files(spool: Path, archive: Path | None, before: datetime, *, dry_run: bool) -> Pruned:
     """Remove the rejected and archived files that are older than `before`, or count them."""
     pruned = Pruned()
+    if not dry_run:
+        with _noting_failures(pruned, rejects.DIRECTORY):
+            rejects.remove_leftovers(spool)
     with _noting_failures(pruned, rejects.DIRECTORY), nofollow.opened(spool / rejects.DIRECTORY) as rejected:
         pruned.rejected_files = _remove(rejected, (SEALED, rejects.WHOLE), before, pruned, dry_run)
     if archive is not None:

@@ -17,6 +17,7 @@ from typing import Final
 import watchfiles
 
 from loader.errors import one_line
+from loader.files import rejects
 from loader.files.lock import exclusive
 from loader.files.retire import SpoolFiles
 from loader.files.scan import Backlog, Scan, backlog
@@ -27,7 +28,7 @@ from loader.service.parents import ParentRetries
 from loader.service.run import Report
 from loader.service.signals import Signals
 from loader.service.workers import Workers
-from spool.segment import SEALED
+from spool.segment import OPEN, SEALED
 
 log = logging.getLogger("loader")
 
@@ -70,12 +71,19 @@ class Daemon:
             contextlib.closing(self._parents),
         ):
             log.info("watching %s", self._spool)
+            self._remove_leftovers()
             self._parents.start()
             self._load_all()
             for _ in self._hints():
                 self._load_all()
             self._notifier.stopping()
         log.info("stopped")
+
+    def _remove_leftovers(self) -> None:
+        try:
+            rejects.remove_leftovers(self._spool)
+        except OSError as error:
+            self._report_problems({rejects.DIRECTORY: f"could not be cleaned: {error}"})
 
     def _load_all(self) -> None:
         """Scan and load until a scan has found all there is: it is bounded."""
@@ -169,11 +177,15 @@ class Daemon:
         with _pinned(self._spool) as watched:
             look_at = 0.0
             for changes in watchfiles.watch(
-                self._spool, watch_filter=_is_sealed, debounce=_DEBOUNCE_MS, step=_DEBOUNCE_MS // 2,
+                self._spool, watch_filter=_is_hint, debounce=_DEBOUNCE_MS, step=_DEBOUNCE_MS // 2,
                 stop_event=_Asked(self._signals), rust_timeout=_IDLE_MS, yield_on_timeout=True,
                 recursive=False,
             ):  # fmt: skip
-                if changes or time.monotonic() >= look_at:
+                for _, path in changes:
+                    if path.endswith(OPEN):
+                        self._files.note_open(Path(path))
+                sealed = any(path.endswith(SEALED) for _, path in changes)
+                if sealed or time.monotonic() >= look_at:
                     yield
                     look_at = time.monotonic() + self._rescan
                     if not os.path.samestat(os.stat(self._spool), watched):
@@ -247,5 +259,8 @@ class _Asked:
         return self._signals.stop.is_set() or self._signals.reloads != self._reloads
 
 
-def _is_sealed(change: watchfiles.Change, path: str) -> bool:
+def _is_hint(change: watchfiles.Change, path: str) -> bool:
+    """Whether a segment was sealed or begun."""
+    if path.endswith(OPEN):
+        return change is watchfiles.Change.added
     return change is not watchfiles.Change.deleted and path.endswith(SEALED)

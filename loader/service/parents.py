@@ -26,7 +26,7 @@ from loader.files.waiting import RETRIED_SECONDS, waiting
 from loader.load.batch import retry
 from loader.load.counts import Loaded
 from loader.load.database import Connection, connect
-from loader.load.sqlstate import explain
+from loader.load.sqlstate import explain, is_temporary
 from loader.service.health import Health
 from loader.service.signals import Signals
 
@@ -93,13 +93,26 @@ class ParentRetries:
         if not paths:
             return
         with closing(connect(self._dsn())) as connection:
-            for path in paths:
-                if self._stop.is_set():
-                    return
-                with claimed(path) as is_ours:
-                    if is_ours:
-                        self._retry_file(connection, path)
-        self._reported = ""
+            problems = [
+                problem
+                for path in paths
+                if not self._stop.is_set() and (problem := self._try_file(connection, path))
+            ]
+        self._report("; ".join(problems))
+
+    def _try_file(self, connection: Connection, path: Path) -> str | None:
+        """Retry a file; return why it could not be. Raises psycopg.Error for what concerns them all."""
+        try:
+            with claimed(path) as is_ours:
+                if is_ours:
+                    self._retry_file(connection, path)
+        except psycopg.Error as error:
+            if is_temporary(error):
+                raise
+            return f"{path.name}: {explain(error)}"
+        except (OSError, LoaderError, ValueError) as error:
+            return f"{path.name}: {error}"
+        return None
 
     def _retry_file(self, connection: Connection, path: Path) -> None:
         begun = time.monotonic()
@@ -113,4 +126,5 @@ class ParentRetries:
         """Log why rejects are not retried, once; the load itself logs an outage, too."""
         if problem != self._reported:
             self._reported = problem
-            log.warning("could not retry rejects: %s", problem)
+            if problem:
+                log.warning("could not retry rejects: %s", problem)

@@ -13,6 +13,7 @@ from collections import deque
 
 import psycopg
 
+from loader.errors import LoaderError
 from loader.load.counts import Loaded
 from loader.load.isolate import AllRefusedError
 from loader.service.batches import Batch
@@ -23,7 +24,7 @@ class BatchQueue:
     """Safe to use from any thread."""
 
     def __init__(self, run: LoadRun) -> None:
-        self.refusal: psycopg.Error | None = None
+        self.refusal: psycopg.Error | LoaderError | None = None
         """Set if the configuration is at fault."""
         self._run = run
         self._changed = threading.Condition()
@@ -69,11 +70,13 @@ class BatchQueue:
             self._put_down()
         self._run.retire_finished()
 
-    def postpone(self, batch: Batch, error: psycopg.Error, reason: str) -> None:
-        """Note that all rows of a batch were refused, or that nothing can be inserted at all."""
+    def postpone(self, batch: Batch, error: psycopg.Error | LoaderError, reason: str) -> None:
+        """Note that all rows of a batch or its ledger rows were refused, or that nothing can be inserted."""
         with self._changed:
             self._run.postpone(batch, f"waits: {reason}")
-            every_batch = not isinstance(error.__cause__, AllRefusedError)
+            every_batch = isinstance(error, psycopg.Error) and not isinstance(
+                error.__cause__, AllRefusedError
+            )
             if every_batch or not self._committed:
                 self.refusal = error
             if every_batch:

@@ -73,7 +73,7 @@ class RetryPolicy:
         """Return what `work` returns. Raises what its last attempt raised."""
         return self._retrying(work, *args, **kwargs)
 
-    def refused(self, error: psycopg.Error) -> None:
+    def refused(self, error: psycopg.Error | LoaderError) -> None:
         """Report that rows are refused whatever they are, and wait before all are tried again.
 
         Raises the error if it is not waited for.

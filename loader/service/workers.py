@@ -121,6 +121,8 @@ class Workers:
                 batches.give_back(batch)
                 raise
             batches.postpone(batch, error, str(explain(error)))
+        except LoaderError as error:  # the ledger does not keep its rows
+            batches.postpone(batch, error, str(error))
         except CannotWriteError as error:
             batches.set_aside(batch, error)
         except BaseException:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from loader.files.retire import SpoolFiles
 from loader.files.scan import scan
 from loader.files.writing import Writing, leased
 from loader.load.database import Connection
-from tests.load.lines import STEM, event, joined, number, rejected, segment
-from tests.processes import Cli, eventually
+from spool import Emitter
+from tests.load.lines import ID, STEM, event, joined, number, rejected, segment
+from tests.processes import NOBODY, Cli, as_another_user, as_root, eventually, reachable_by_others
 
 EVENTS = "SELECT count(*) FROM analytics_events"
 LEDGER = "SELECT sum(lines) FROM analytics_loads"
@@ -115,6 +118,66 @@ def test_a_file_that_cannot_be_leased_stays_until_it_has_not_changed_for_a_while
     assert path.exists() and files.scan()[1] == [] and files.unsettled() == [path.name]
     pretended = 11.0
     assert files.scan()[1] == [] and not path.exists()
+
+
+@as_root
+def test_a_segment_of_another_user_is_removed_at_once_if_it_was_seen_open(tmp_path: Path) -> None:
+    """Its lease is refused. A file that got its sealed name otherwise may be a copy that goes on."""
+    reachable_by_others(tmp_path)
+    os.chown(tmp_path, -1, NOBODY)
+    tmp_path.chmod(0o2777)
+    emitter = Emitter(tmp_path, max_age=600)
+
+    def load_all(files: SpoolFiles) -> None:
+        for source in files.scan()[1]:
+            assert list(source.chunks())
+            source.retire(oversize=False)
+
+    def check() -> None:
+        files = SpoolFiles(tmp_path)
+        load_all(files)  # sees the segment while it is open
+        ready.set()
+        eventually(lambda: any(tmp_path.glob("*.ndjson")))
+        load_all(files)
+        assert not list(tmp_path.glob("*.ndjson"))
+        copied.set()
+        eventually(lambda: any(tmp_path.glob("*.ndjson")))
+        load_all(files)
+        assert files.unsettled() and any(tmp_path.glob("*.ndjson"))
+
+    ready, copied = (multiprocessing.get_context("fork").Event() for _ in range(2))
+    emitter.emit_event(event_type="a", user_id=ID, family_unit_id=ID)
+    (begun,) = tmp_path.glob("*.open")
+
+    def write() -> None:
+        assert ready.wait(60)
+        emitter.seal()
+        assert copied.wait(60)
+        begun.with_suffix(".new").write_bytes(joined(event(1)))
+        begun.with_suffix(".new").rename(begun.with_suffix(".ndjson"))
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    assert as_another_user(check) == 0
+    writing.join()
+    emitter.close()
+
+
+def test_an_open_segment_that_nobody_has_locked_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a copy of one that is made under the same name, and then renamed by somebody."""
+    monkeypatch.setattr("loader.files.writing.fcntl.F_SETLEASE", 99999)
+    path = tmp_path / f"{STEM.format(1)}.open"
+    path.write_bytes(joined(event(1)))
+    files = SpoolFiles(tmp_path)
+    files.note_open(path)
+    files.scan()
+    path.rename(path.with_suffix(".ndjson"))
+    (source,) = files.scan()[1]
+    list(source.chunks())
+    source.retire(oversize=False)
+    assert files.unsettled()
 
 
 def test_an_old_file_is_removed_at_once_although_it_cannot_be_leased(

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from loader.files import rejects
-from loader.files.chunk import CHUNK_BYTES
+from loader.files.limits import CHUNK_BYTES
 from loader.load.database import Connection
 from loader.service.daemon import RESCAN_SECONDS
 from tests.load.lines import (

@@ -11,7 +11,8 @@ import pytest
 from loader.files import rejects
 from loader.load.batch import load
 from loader.load.database import Connection
-from tests.load.lines import EVENT, as_owner, chunk, event, metric, number, rejected, rows
+from tests.load.lines import EVENT, as_owner, chunk, event, metric, number, rejected, rows, segment
+from tests.processes import Cli, eventually, slowness
 
 EVENTS = "SELECT count(*) FROM analytics_events"
 STRANGER = "0190163d-8694-739b-aea5-00000000dead"
@@ -118,6 +119,36 @@ def test_a_ledger_that_does_not_keep_its_rows_is_reported(connection: Connection
     with pytest.raises(Exception, match="analytics_loads does not store its rows: remove its trigger picky"):
         load(connection, [chunk(event(1))], tmp_path)
     assert number(connection, EVENTS) == 0
+
+
+def test_a_ledger_that_keeps_some_of_its_rows_holds_up_nothing_else(
+    cli: Cli, one_connection: Connection
+) -> None:
+    some = "IF NEW.file LIKE '%-000001.ndjson' THEN RETURN NULL; END IF; RETURN NEW;"
+    one_connection.execute(trigger(some, table="analytics_loads").encode())
+    one_connection.commit()
+    first = segment(cli.spool, 1, *[event(n, metadata={"big": "x" * 1000}) for n in range(5000)])
+    with cli.daemon("--workers", "1"):
+        for n in range(2, 5):
+            segment(cli.spool, n, event(10_000 + n))
+        eventually(lambda: not list(cli.spool.glob("*-00000[2-4].ndjson")))
+        assert first.exists()
+        assert number(one_connection, EVENTS) == 3
+        one_connection.execute("DROP TRIGGER picky ON analytics_loads")
+        one_connection.commit()
+        eventually(lambda: not first.exists())
+    assert number(one_connection, EVENTS) == 5003
+
+
+def test_a_command_ends_with_the_reason_if_the_ledger_keeps_no_rows(
+    cli: Cli, one_connection: Connection
+) -> None:
+    one_connection.execute(trigger("RETURN NULL;", table="analytics_loads").encode())
+    one_connection.commit()
+    segment(cli.spool, 1, event(1))
+    begun = time.monotonic()
+    assert "remove its trigger picky" in cli("run", "--once", code=1)
+    assert time.monotonic() - begun < 30 * slowness()
 
 
 # ---- rows that are refused --------------------------------------------------------------------------

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
+import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from loader.files import rejects
-from loader.files.chunk import CHUNK_BYTES
+from loader.files.limits import CHUNK_BYTES
 from loader.files.rejects import Rejected
-from loader.load.batch import load
+from loader.load import database
+from loader.load.batch import load, retry
+from loader.load.counts import Counts
 from loader.load.database import Connection
-from tests.load.lines import ID, chunk, event, joined, number, rejected, segment
-from tests.processes import Cli
+from tests.load.lines import ID, as_owner, chunk, event, joined, number, rejected, rows, segment
+from tests.processes import LOADER, Cli, eventually
+from tests.servers import ROLE
 
 EVENTS = "SELECT count(*) FROM analytics_events"
 EXISTING = f"event_id {ID[:24]}"
@@ -151,3 +164,110 @@ def test_backfill_again_of_what_was_never_loaded_loads_it_once(
     cli("backfill", "--again", tmp_path / "a", tmp_path / "b")
     assert number(one_connection, EVENTS) == 20
     assert "known 20" in cli("backfill", tmp_path / "a")
+
+
+# ---- tried again -----------------------------------------------------------------------------------------
+
+BIG: Final = 1_000_000
+"""Bytes of a line of which four make a piece that is retried."""
+
+
+def big_rejects(spool: Path, count: int, big: int = BIG) -> Path:
+    """A reject file that has more than one piece, all of whose lines can be loaded now."""
+    path = spool / "rejected" / "a-0.ndjson"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        for n in range(count):
+            line = event(n, metadata={"big": "x" * big, "n": n})
+            file.write(Rejected("a.ndjson", n + 1, "postgres_23503", "no user", line).encode())
+    return path
+
+
+def test_a_retry_of_a_large_file_loads_it_in_pieces(connection: Connection, tmp_path: Path) -> None:
+    path = big_rejects(tmp_path, 10)
+    assert retry(connection, path).counts == Counts(10)
+    assert not path.exists() and not list(path.parent.iterdir())
+    assert rows(connection, "SELECT events FROM analytics_loads ORDER BY loaded_at, events DESC") == [
+        (4,), (4,), (2,),
+    ]  # fmt: skip
+
+
+def test_the_memory_of_a_retry_is_bounded(cli: Cli, one_connection: Connection) -> None:
+    big_rejects(cli.spool, 400)
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", code, *LOADER, "rejects", "retry"]
+    peak = int(subprocess.check_output(command, env=cli.environment).split()[-1])
+    print(f"{peak >> 10} MiB")
+    assert peak < 150 << 10
+    assert number(one_connection, EVENTS) == 400
+
+
+def test_a_piece_that_fails_stays_with_all_that_follow(connection: Connection, tmp_path: Path) -> None:
+    path = big_rejects(tmp_path, 10)
+    as_owner(
+        connection,
+        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "IF NEW.metadata->>'n' = '5' THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF; "
+        "RETURN NEW; END $$; ALTER FUNCTION fail() SECURITY DEFINER; "
+        "CREATE TRIGGER fail BEFORE INSERT ON analytics_events FOR EACH ROW EXECUTE FUNCTION fail()",
+    )
+    dsn = connection.info.dsn
+    with database.connect(make_conninfo(dsn, user=ROLE)) as wire, pytest.raises(psycopg.OperationalError):
+        retry(wire, path)
+    assert [line for _, line, _ in rejected(tmp_path)] == [5, 6, 7, 8, 9, 10]
+    assert number(connection, EVENTS) == 4 and [each.name for each in path.parent.iterdir()] == [path.name]
+    as_owner(connection, "DROP TRIGGER fail ON analytics_events")
+    assert retry(connection, path).counts == Counts(6)
+
+
+def test_what_is_retried_and_cannot_be_kept_is_not_loaded(connection: Connection, tmp_path: Path) -> None:
+    """As on a full disk: the lines that stay rejected have no room."""
+    load(connection, [chunk(event(1), b"{broken")], tmp_path)
+    (path,) = rejects.files(tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(OSError), limited_file_size(0):
+        retry(connection, path)
+    assert path.read_bytes() == before and [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+@contextmanager
+def limited_file_size(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_damaged_reject_file_does_not_keep_the_others_from_being_retried(
+    cli: Cli, one_connection: Connection
+) -> None:
+    path = big_rejects(cli.spool, 2, 10)
+    damaged = path.with_name("A-0.ndjson")
+    damaged.write_bytes(path.read_bytes() + b"half a li")
+    printed = cli("rejects", "retry", code=1)
+    assert "A-0.ndjson, line 3: not a reject line" in printed and "events 2" in printed
+    assert damaged.exists() and not path.exists() and number(one_connection, EVENTS) == 2
+
+
+@pytest.mark.parametrize("command", ["run", "prune"])
+def test_temporary_files_that_a_crash_left_are_removed(
+    cli: Cli, one_connection: Connection, command: str
+) -> None:
+    (cli.spool / "rejected").mkdir()
+    old, new = (cli.spool / "rejected" / f"{name}.part" for name in ("old", "new"))
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (1, 1))
+    if command == "run":
+        with cli.daemon():
+            eventually(lambda: not old.exists())
+    else:
+        cli.owner()("prune", "--older-than", "90d")
+    assert new.exists() and not old.exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loader.files import retire
-from loader.files.chunk import CHUNK_BYTES
+from loader.files.limits import CHUNK_BYTES
 from loader.files.retire import SpoolFile, SpoolFiles
 from loader.files.scan import backlog, scan
 from loader.load.database import Connection

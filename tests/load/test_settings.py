@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 from functools import partial
@@ -38,13 +39,13 @@ SETTINGS = {
     "intervalstyle": ("sql_standard", "sql_standard"),
     "timezone": ("Asia/Tokyo", "UTC"),
     "bytea_output": ("escape", "escape"),
-    "extra_float_digits": ("-15", "-15"),
+    "extra_float_digits": ("-15", "1"),
     "standard_conforming_strings": ("off", "on"),
     "jit": ("on", "off"),
     "jit_above_cost": ("0", "0"),
     "exit_on_error": ("on", "off"),
     "array_nulls": ("off", "off"),
-    "quote_all_identifiers": ("on", "on"),
+    "quote_all_identifiers": ("on", "off"),
     "default_tablespace": ("pg_default", "pg_default"),
     "temp_buffers": ("100", "800kB"),
     "check_function_bodies": ("off", "off"),
@@ -157,6 +158,18 @@ HIJACK = """
         $$ BEGIN RAISE 'hijacked'; END $$;
     CREATE TABLE public.staging_analytics_events (position varchar)
 """
+MORE_HIJACKS = """;
+    CREATE FUNCTION public.hijack_array(varchar, text) RETURNS boolean LANGUAGE plpgsql AS
+        $$ BEGIN RAISE 'hijacked'; END $$;
+    CREATE OPERATOR public.= (LEFTARG = varchar, RIGHTARG = text, FUNCTION = public.hijack_array);
+    CREATE OPERATOR public.< (LEFTARG = varchar, RIGHTARG = varchar, FUNCTION = public.hijack);
+    CREATE OPERATOR public.> (LEFTARG = varchar, RIGHTARG = varchar, FUNCTION = public.hijack);
+    CREATE OPERATOR public.<> (LEFTARG = varchar, RIGHTARG = varchar, FUNCTION = public.hijack);
+    CREATE FUNCTION public.now() RETURNS timestamptz LANGUAGE plpgsql AS
+        $$ BEGIN RAISE 'hijacked'; END $$;
+    CREATE FUNCTION public.count() RETURNS bigint LANGUAGE plpgsql AS
+        $$ BEGIN RAISE 'hijacked'; END $$
+"""
 
 
 @pytest.mark.parametrize("path", ["public, pg_catalog", "public", ""])
@@ -166,6 +179,52 @@ def test_functions_and_operators_of_other_people_are_not_used(
     as_owner(connection, HIJACK)
     wire = as_role(connection, {"search_path": path or "''"})
     load_everything(wire, tmp_path)
+
+
+@pytest.mark.parametrize("command", ["status", "doctor", "prune --older-than 90d", "rejects retry"])
+def test_no_command_uses_the_settings_or_the_functions_of_other_people(
+    cli: Cli, one_connection: Connection, command: str
+) -> None:
+    segment(cli.spool, 1, event(1), event(2), b"{broken")
+    cli("run", "--once", code=3)
+    one_connection.execute((HIJACK + MORE_HIJACKS).encode())
+    one_connection.commit()
+    changed = {name: given for name, (given, _) in SETTINGS.items()} | {"search_path": "public, pg_catalog"}
+    changed["idle_in_transaction_session_timeout"] = "500ms"  # which a slow machine needs for a BEGIN
+    as_role(one_connection, changed).close()
+    one_connection.execute("RESET ROLE")
+    one_connection.execute("GRANT DELETE ON ALL TABLES IN SCHEMA public TO analytics_loader")
+    one_connection.commit()
+    printed = cli(*command.split(), "--json", code=None)
+    assert "hijacked" not in printed and "Traceback" not in printed
+    if command == "status":
+        status = json.loads(printed)["database"]
+        assert status["events"] == 2 and status["last_loaded_at"].endswith("+00:00")
+    elif command == "prune --older-than 90d":
+        assert json.loads(printed)["events"] == 2
+    elif command == "doctor":
+        verdicts = {finding["check"]: finding["verdict"] for finding in json.loads(printed.splitlines()[0])}
+        assert {verdicts[name] for name in ("connection", "clock", "schema", "tables")} == {"ok"}
+
+
+def test_init_with_every_setting_changed_does_what_it_does_without(
+    cli: Cli, one_connection: Connection
+) -> None:
+    changed = {name: given for name, (given, _) in SETTINGS.items() if name != "search_path"}
+    changed["idle_in_transaction_session_timeout"] = "500ms"  # which a slow machine needs for a BEGIN
+    name = sql.Identifier(one_connection.info.dbname)
+    for setting, value in changed.items():
+        change = sql.SQL("ALTER DATABASE {} SET {} = {}")
+        one_connection.execute(change.format(name, sql.SQL(setting), sql.Literal(value)))
+    one_connection.commit()
+    cli.owner()("init", "--role", ROLE)
+    one_connection.execute("DROP TABLE analytics_events, analytics_metrics, analytics_loads CASCADE")
+    one_connection.commit()
+    cli.owner()("init", "--role", ROLE)
+    segment(cli.spool, 1, event(1), metric(1))
+    cli("run", "--once")
+    findings = json.loads(cli("doctor", "--json").splitlines()[0])
+    assert {each["finding"] for each in findings if each["check"] == "tables"} == {"as the loader needs them"}
 
 
 def test_the_tables_are_found_in_their_schema_whatever_the_search_path_is(

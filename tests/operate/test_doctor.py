@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 
 from loader.load.database import Connection
 from loader.operate import doctor
-from tests.load.lines import STEM, event, segment
+from tests.load.lines import STEM, event, joined, segment
 from tests.processes import (
     LOADER,
     Cli,
@@ -82,6 +85,39 @@ def no_spool(cli: Cli, _: Connection) -> None:
     cli.environment["SPOOL_DIR"] += "/nowhere"
 
 
+def not_durable(_: Cli, connection: Connection) -> None:
+    name = connection.info.dbname
+    connection.execute(f"ALTER DATABASE {name} SET synchronous_commit = off".encode())
+
+
+def without_checks(_: Cli, connection: Connection) -> None:
+    role = f"ROLE analytics_loader IN DATABASE {connection.info.dbname}"
+    connection.execute(f"ALTER {role} SET session_replication_role = replica".encode())
+
+
+def no_language(_: Cli, connection: Connection) -> None:
+    connection.execute("REVOKE USAGE ON LANGUAGE plpgsql FROM PUBLIC")
+
+
+def late_uniqueness(_: Cli, connection: Connection) -> None:
+    connection.execute(
+        "ALTER TABLE analytics_events DROP CONSTRAINT analytics_events_event_id_key, "
+        "ADD CONSTRAINT late UNIQUE (event_id) DEFERRABLE"
+    )
+
+
+def short_timeout(_: Cli, connection: Connection) -> None:
+    name = connection.info.dbname
+    connection.execute(
+        f"ALTER ROLE analytics_loader IN DATABASE {name} SET statement_timeout = '1s'".encode()
+    )
+
+
+def few_connections(cli: Cli, connection: Connection) -> None:
+    connection.execute(f"ALTER DATABASE {connection.info.dbname} CONNECTION LIMIT 3".encode())
+    cli.environment["LOADER_WORKERS"] = "4"
+
+
 def open_to_others(cli: Cli, _: Connection) -> None:
     cli.spool.chmod(0o777)
 
@@ -120,6 +156,12 @@ def planted_lock(cli: Cli, _: Connection) -> None:
         (no_privilege, "privileges", "failed", "`loader init --role analytics_loader`"),
         (too_many_privileges, "privileges", "warning", "DELETE on analytics_events"),
         (read_only, "server", "failed", "target_session_attrs"),
+        (not_durable, "durability", "warning", "RESET synchronous_commit"),
+        (without_checks, "durability", "failed", "RESET session_replication_role"),
+        (no_language, "privileges", "failed", "GRANT USAGE ON LANGUAGE plpgsql TO"),
+        (late_uniqueness, "tables", "failed", 'DROP CONSTRAINT "late", ADD UNIQUE (event_id);'),
+        (short_timeout, "limits", "warning", "RESET statement_timeout"),
+        (few_connections, "limits", "warning", "LOADER_WORKERS=3"),
         (no_database, "connection", "failed", "is the server up"),
         (no_dsn, "connection", "failed", "set LOADER_DSN"),
         (no_spool, "spool", "failed", "create it"),
@@ -176,3 +218,44 @@ def test_the_doctor_changes_nothing(cli: Cli) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in cli.spool.iterdir()}
     cli("doctor")
     assert {path.name: path.stat().st_mtime_ns for path in cli.spool.iterdir()} == before
+
+
+BUSY_SECONDS = 10.0
+"""Seconds that the commands are repeated beside a daemon; 600 s of it found nothing."""
+
+
+def test_nothing_is_wrong_beside_a_daemon_that_is_busy(cli: Cli, one_connection: Connection) -> None:
+    """Files are sealed, retired, rejected and retried at any time; no command takes that for a fault."""
+    cli.spool.chmod(0o2770)
+    stop = threading.Event()
+
+    def emit() -> None:
+        for n in itertools.count(1):
+            if stop.is_set():
+                return
+            if len(os.listdir(cli.spool)) > 500:
+                stop.wait(0.01)
+                continue
+            path = cli.spool / f"{STEM.format(n)}.ndjson"
+            path.with_suffix(".new").write_bytes(joined(event(n), *[b"{broken"] * (n % 3 == 0)))
+            path.with_suffix(".new").rename(path)
+            (cli.spool / f"{STEM.format(n + 1)}.open").touch()
+            for reject in (cli.spool / "rejected").glob("*.ndjson") if n % 50 == 0 else ():
+                reject.unlink(missing_ok=True)
+
+    emitting = threading.Thread(target=emit)
+    with cli.daemon():
+        eventually(lambda: "pid" in cli("status"))
+        emitting.start()
+        try:
+            until = time.monotonic() + BUSY_SECONDS
+            while time.monotonic() < until:
+                findings = examined(cli)
+                for check in ("durability", "rejects"):
+                    findings.pop(check)  # the servers of the tests do without fsync; there are rejects
+                assert {finding["verdict"] for finding in findings.values()} == {"ok"}, findings
+                for command in ("status", "rejects list", "rejects show"):
+                    cli(*command.split(), "--json")
+        finally:
+            stop.set()
+            emitting.join()

@@ -15,7 +15,7 @@ from pathlib import Path
 import psycopg
 
 from loader.demo import embedded
-from loader.files.chunk import CHUNK_BYTES
+from loader.files.limits import CHUNK_BYTES
 from loader.load.database import Connection
 from tests.load.lines import event, number, rejected, segment, waits_for_events
 from tests.processes import HANGS_AFTER, LOADER, Cli, as_root, eventually, slowness

@@ -133,7 +133,7 @@ def test_a_relative_directory_in_a_removed_one_is_an_invalid_setting(tmp_path: P
 
 
 def test_the_longest_line_that_may_be_set_is_one_that_the_loader_reads() -> None:
-    from loader.files.chunk import CHUNK_BYTES
+    from loader.files.limits import CHUNK_BYTES
     from spool.record import MAX_LINE_BYTES
 
     assert MAX_LINE_BYTES <= CHUNK_BYTES

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from loader.files.chunk import CHUNK_BYTES, CHUNK_LINES, Chunk
+from loader.files.chunk import Chunk
+from loader.files.limits import CHUNK_BYTES, CHUNK_LINES
 
 if TYPE_CHECKING:
     from loader.service.run import Source

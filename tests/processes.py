@@ -139,7 +139,11 @@ class Cli:
         self, *arguments: str, stdin: bytes = b"", variables: Mapping[str, str] = MappingProxyType({})
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a command whatever it ends with."""
-        return command_server.run(arguments, {**self.environment, **variables}, stdin)
+        environment = {**self.environment, **variables}
+        if any(name.startswith(("LD_", "PYTHON", "LC_", "LANG")) for name in variables):
+            # What the dynamic linker and the interpreter read when a process starts.
+            return subprocess.run([*LOADER, *arguments], input=stdin, env=environment, capture_output=True)
+        return command_server.run(arguments, environment, stdin)
 
     def owner(self) -> Cli:
         """The same as the one who owns the tables."""

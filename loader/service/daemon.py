@@ -218,7 +218,9 @@ def once(
                 break
             time.sleep(_SETTLE_SECONDS)
     for name in files.unsettled():
-        total.failures[name] = "is still being written: its lines so far are loaded, the rest the next time"
+        total.failures.setdefault(
+            name, "is still being written: its lines so far are loaded, the rest the next time"
+        )
     return all_found, total
 
 

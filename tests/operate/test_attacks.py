@@ -92,7 +92,7 @@ def test_rejects_do_not_go_through_a_link(cli: Cli, outside: Path) -> None:
     (cli.spool / "rejected").symlink_to(outside)
     segment(cli.spool, 1, b"{broken")
     printed = cli("run", "--once", code=1)
-    assert "rejected" in printed and "move it away" in printed and printed.count("\n") == 1
+    assert "rejects could not be written" in printed and "move it away" in printed
     assert "move it away" in cli("rejects", "list", code=1)
     assert state(outside) == before
     (cli.spool / "rejected").unlink()

@@ -169,7 +169,7 @@ def test_what_may_stop_rows_is_warned_of_by_init_and_doctor_with_the_statement_t
     assert words in printed and "Warning: " in printed
     finding = examined(cli, code=int(verdict == "failed"))["tables"]
     assert finding["verdict"] == verdict and words in finding["finding"] + finding["remedy"]
-    for correction in statements(printed.partition("; or ")[0]):
+    for correction in statements(printed.partition("; or ")[0] + ";"):
         one_connection.execute(correction.encode())
     one_connection.commit()
     assert "Warning: " not in cli.owner()("init")

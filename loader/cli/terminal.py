@@ -9,7 +9,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import click
 
@@ -31,12 +31,19 @@ _STYLES: Final[Mapping[str, Mapping[str, Any]]] = {
 
 def say(text: str, style: str = "") -> None:
     """Print one line."""
-    click.echo(click.style(one_line(text), **_STYLES[style]) if style else one_line(text))
+    line = _encodable(one_line(text), sys.stdout)
+    click.echo(click.style(line, **_STYLES[style]) if style else line)
 
 
 def warn(text: str) -> None:
     """Print one line to standard error."""
-    click.echo(one_line(text), err=True)
+    click.echo(_encodable(one_line(text), sys.stderr), err=True)
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """Escape what the stream's encoding does not have; click would write UTF-8 to a stream in ASCII."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def print_json(facts: Any) -> None:

@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "status": "Show what waits, what was loaded and what was rejected.",
     "doctor": "Check all that the loader needs and print what to do.",
     "rejects": "List, show and retry the lines that were not loaded.",
+    "ask": "Answer a question about what was loaded.",
     "prune": "Remove old rows, ledger rows, and rejected and archived files.",
     "demo": "Run the whole pipeline against a temporary Postgres.",
 }

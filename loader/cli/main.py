@@ -22,6 +22,7 @@ COMMANDS: Final = {
     "doctor": "Check all that the loader needs and print what to do.",
     "rejects": "List, show and retry the lines that were not loaded.",
     "ask": "Answer a question about what was loaded.",
+    "report": "Summarize what was loaded, in the terminal or as a page.",
     "prune": "Remove old rows, ledger rows, and rejected and archived files.",
     "demo": "Run the whole pipeline against a temporary Postgres.",
 }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Final
 
@@ -15,11 +16,12 @@ from rich.text import Text
 from loader.errors import one_line
 from loader.see import figures
 from loader.see.questions import Answer
+from loader.see.report import Report
 
 UNFINISHED: Final = "*"
 """Marks a bucket that the range holds only in part: one that has not ended, or a cut first one."""
 _BAR: Final = 18
-_SPARK: Final = 28
+_SPARK: Final = 36
 
 
 def trend(answer: Answer) -> Table:
@@ -212,3 +214,55 @@ def rows(answer: Answer) -> Sequence[dict[str, Any]]:
         {name: figures.plain(value, where) for name, value in zip(answer.columns, row, strict=True)}
         for row in answer.rows
     ]
+
+
+def summary(report: Report, width: int) -> Iterator[tuple[str, Table]]:
+    """The parts of the report with their titles."""
+    yield "Events by type", trend(report.trend)
+    yield "Active users", active(_tail(report.active, 7))
+    yield "Lifecycle by week", lifecycle(_tail(report.lifecycle, 6))
+    yield "Requests", _endpoints(report.requests)
+    yield "Retention by week", retention(report.retention, width)
+    yield "Funnel within a day", funnel(report.funnel, broken_down=False)
+    yield "Unusual hours", anomalies(report.anomalies)
+    yield "Pipeline", _pipeline(report)
+
+
+def _tail(answer: Answer, rows: int) -> Answer:
+    return replace(answer, rows=answer.rows[-rows:])
+
+
+def _endpoints(answer: Answer) -> Table:
+    return requests(answer, replace(answer, rows=()))
+
+
+def _pipeline(report: Report) -> Table:
+    facts = report.pipeline
+    causes = ", ".join(f"{cause} {figures.count(number)}" for cause, number in facts.drops)
+    lag = f"half {figures.duration(facts.lag_half)}, 99 % {figures.duration(facts.lag_most)}"
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in (
+        ("events", f"{figures.count(report.events)}, {figures.change(report.events, report.events_before)}"),
+        ("lag, last 24 hours", figures.NONE if facts.lag_half is None else lag),
+        ("lines loaded", figures.count(facts.lines)),
+        ("duplicates", figures.count(facts.duplicates)),
+        ("rejected", figures.count(facts.rejected)),
+        ("dropped by emitters", causes or "0"),
+        ("missing segments", figures.count(facts.missing_segments)),
+        ("hours to roll up", figures.count(facts.touched_hours)),
+    ):
+        _row(table, name, value)
+    return table
+
+
+def report_facts(report: Report) -> dict[str, Any]:
+    """The whole report for JSON."""
+    where = report.period.zone
+    parts = ("trend", "active", "lifecycle", "requests", "retention", "funnel", "anomalies")
+    facts = {name: figures.plain(value, where) for name, value in vars(report.pipeline).items()}
+    return {
+        "since": figures.plain(report.period.since, where), "until": figures.plain(report.period.until, where),
+        "tz": report.period.tz, "events": report.events, "events_before": report.events_before,
+        **{part: rows(getattr(report, part)) for part in parts},
+        "pipeline": facts | {"drops": dict(report.pipeline.drops)},
+    }  # fmt: skip

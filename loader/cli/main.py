@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "rejects": "List, show and retry the lines that were not loaded.",
     "ask": "Answer a question about what was loaded.",
     "report": "Summarize what was loaded, in the terminal or as a page.",
+    "export": "Write events or metrics to Parquet, CSV or NDJSON.",
     "prune": "Remove old rows, ledger rows, and rejected and archived files.",
     "demo": "Run the whole pipeline against a temporary Postgres.",
 }

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +15,7 @@ from loader.errors import LoaderError, UsageError
 from loader.see import questions, report, tables
 from loader.see.period import period
 from loader.see.report import FUNNEL, Report
+from loader.see.whole import whole_file
 
 _NEEDED: Final = ("jinja2", "vl_convert")
 _MOST_STEPS: Final = 12
@@ -55,7 +53,8 @@ def command(
     if html is not None:
         from loader.see import page  # imports the extra
 
-        write_whole(html, page.render(made))
+        with whole_file(html) as file:
+            file.write(page.render(made).encode())
     if as_json:
         terminal.print_json(tables.report_facts(made) | {"html": html and str(html)})
     else:
@@ -71,22 +70,6 @@ def _steps(text: str) -> Sequence[str]:
     if not all(steps) or len(steps) > _MOST_STEPS:
         raise UsageError(f'--funnel "{text}" is not a list of 1 to {_MOST_STEPS} event types: write a,b,c')
     return steps
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written. Raises OSError."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fchmod(file.fileno(), 0o640)  # figures of a business: for its owner and group
-            os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(file.name)
-            raise
 
 
 def _summarize(made: Report) -> None:

@@ -24,7 +24,7 @@ DAYS: Final = 60
 """Days of history: unusual hours are found by comparison with the 7 weeks before them."""
 REQUEST_DAYS: Final = 5
 """Days for which there are metrics of requests, which are twice as many lines as events."""
-FAMILIES: Final = 800
+FAMILIES: Final = 500
 OUTAGE: Final = timedelta(hours=3)
 _OUTAGE_BEGAN: Final = timedelta(days=3)
 _ZONES: Final = {

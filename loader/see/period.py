@@ -76,19 +76,19 @@ def _instant(text: str, where: tzinfo, now: datetime) -> datetime:
     if text == "now":
         return now
     if text in named:
-        return _midnight(named[text], where)
+        return midnight(named[text], where)
     if age := _AGE.fullmatch(text):
         span = timedelta(**{_UNITS[age[2]]: int(age[1])})
-        return _midnight(today - span, where) if age[2] in "wd" else now - span
+        return midnight(today - span, where) if age[2] in "wd" else now - span
     if _DATE.fullmatch(text):
-        return _midnight(date.fromisoformat(text), where)
+        return midnight(date.fromisoformat(text), where)
     if not _DATE.match(text):
         raise ValueError(text)  # fromisoformat also reads week dates and times without a dash
     moment = datetime.fromisoformat(text)
     return moment if moment.tzinfo else moment.replace(tzinfo=where)
 
 
-def _midnight(day: date, where: tzinfo) -> datetime:
+def midnight(day: date, where: tzinfo) -> datetime:
     """The first moment of a day. Where clocks skip midnight, that is 01:00; where it comes twice, the first."""
     return datetime.combine(day, time(), where)
 

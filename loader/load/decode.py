@@ -41,8 +41,8 @@ _ABSENT: Final = msgspec.Raw()
 class Row(msgspec.Struct, frozen=True, gc=False):
     """A line that can be copied: `copy` is its row in text format without the newline.
 
-    `hour` is that of its timestamp, `2026-11-25T03` in UTC, or the timestamp itself if it is not written as the
-    emitter writes it.
+    `hour` is that of its timestamp, `2026-11-25T03` in UTC, or the timestamp itself if it is not written as
+    the emitter writes it.
     """
 
     event_id: str

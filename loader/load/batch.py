@@ -4,7 +4,7 @@
     ------------------------------------  -------------------------------  ------------------------------
     does the ledger know the digest?      a transaction, rolled back       the next load of the file
     decode; COPY; staging; isolate        the same                         the same
-    ledger rows                           the same                         the same
+    marks of touched hours; ledger rows   the same                         the same
     reject files, whole and synced        reject files, no ledger row      written again under their name
     COMMIT                                all of it, or none, or unknown   the ledger knows the digest
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from loader.files import rejects
 from loader.files.chunk import Chunk
 from loader.files.rejects import Rejected
-from loader.load import ledger
+from loader.load import ledger, marks
 from loader.load.counts import Counts, Loaded
 from loader.load.database import Connection, prepare
 from loader.load.insert import insert, insert_isolating
@@ -42,6 +42,7 @@ def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates
         fresh, repeated = _divide(batch, known)
         prepare(connection)
         outcomes = insert(connection, fresh, duplicates) if fresh else []
+        marks.record(connection, outcomes)
         ledger.record(connection, [outcome.entry() for outcome in outcomes])
         for outcome in outcomes:
             rejects.write(spool, outcome.chunk, outcome.rejects)
@@ -66,6 +67,7 @@ def retry(connection: Connection, path: Path) -> Loaded:
     with connection.transaction():
         prepare(connection)
         insert_isolating(connection, list(decoded_lines(outcome, (rejected.raw for rejected in retried))))
+        marks.record(connection, [outcome])
         loaded = replace(outcome.counts, rejected=0)
         if loaded.lines:
             digest = secrets.token_bytes(32)

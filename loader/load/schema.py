@@ -1,4 +1,4 @@
-"""The tables: creates or upgrades them (schema.sql, role.sql) and reads their version."""
+"""The tables: creates or upgrades them (schema.sql, role.sql, reader.sql) and reads their version."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ SCHEMA_VERSION: Final = 3
 """The version that schema.sql creates. This loader can load into the tables of every earlier version."""
 
 
-def apply_schema(connection: Connection, *, foreign_keys: bool = True, role: str | None = None) -> None:
-    """Apply schema.sql in one transaction, and role.sql for a role. Idempotent. Raises psycopg.Error."""
+def apply_schema(
+    connection: Connection, *, foreign_keys: bool = True, role: str | None = None, reader: str | None = None
+) -> None:
+    """Apply schema.sql in one transaction, role.sql for a role, reader.sql for a reader. Idempotent.
+
+    Raises psycopg.Error.
+    """
     with connection.transaction():
         _set(connection, "analytics.foreign_keys", "on" if foreign_keys else "off")
         connection.execute(_script("schema.sql"))
         if role is not None:
             _set(connection, "analytics.role", role)
             connection.execute(_script("role.sql"))
+        if reader is not None:
+            _set(connection, "analytics.reader", reader)
+            connection.execute(_script("reader.sql"))
 
 
 def schema_version(connection: Connection) -> int:

@@ -216,10 +216,11 @@ def _checks(report: Report) -> Iterator[Check]:
     missing = pipeline.missing_segments
     note = f"of {pipeline.missing_writers} writers: lost, or not loaded yet" if missing else "every segment was loaded"
     yield Check("Missing segments", figures.count(missing), note, good=not missing)
-    if pipeline.touched_hours is not None:
-        oldest = pipeline.oldest_touched
-        note = f"the oldest: {oldest.astimezone(zone):%Y-%m-%d %H:%M}" if oldest else "the rollups are up to date"
-        yield Check("Hours to roll up", figures.count(pipeline.touched_hours), note, good=True)
+    oldest = pipeline.oldest_touched
+    note = f"the oldest: {oldest.astimezone(zone):%Y-%m-%d %H:%M}" if oldest else "the rollups are up to date"
+    if pipeline.without_rollups:
+        note = "nothing was rolled up yet: every answer reads rows"
+    yield Check("Hours to roll up", figures.count(pipeline.touched_hours), note, good=True)
 
 
 def _commands(report: Report) -> Mapping[str, str]:

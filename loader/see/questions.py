@@ -18,6 +18,13 @@ from loader.errors import LoaderError, UsageError
 from loader.load.database import Connection, connect
 from loader.see.period import Period
 
+_SESSIONS: Final[LiteralString] = (
+    "WITH s AS (SELECT analytics_bucket(%(bucket)s, starts, %(tz)s) AS key, user_id, events, ends - starts AS lasts FROM {}) "
+    "SELECT c.key::date, count(s.key), count(DISTINCT s.user_id), round(avg(s.events), 1), "
+    "percentile_cont(0.5) WITHIN GROUP (ORDER BY s.lasts), percentile_cont(0.9) WITHIN GROUP (ORDER BY s.lasts), c.complete "
+    "FROM analytics_calendar(%(bucket)s, %(since)s, %(until)s, %(tz)s) c LEFT JOIN s USING (key) "
+    "GROUP BY c.key, c.complete ORDER BY c.key"
+)
 STATEMENTS: Final[Mapping[str, LiteralString]] = {
     "trend": (
         "SELECT starts, event_type, events, complete FROM "
@@ -40,28 +47,17 @@ STATEMENTS: Final[Mapping[str, LiteralString]] = {
         "SELECT value, step, event_type, reached, of_first, of_previous, p50, p90 FROM analytics_funnel("
         "%(steps)s, %(since)s, %(until)s, %(within)s, %(strict)s, %(who)s, %(breakdown)s) ORDER BY 1, 2"
     ),
-    "sessions": (
-        "WITH s AS (SELECT analytics_bucket(%(bucket)s, starts, %(tz)s) AS starts, user_id, events, "
-        "ends - starts AS lasts FROM analytics_sessions(%(since)s, %(until)s)) "
-        "SELECT c, count(s.starts), count(DISTINCT s.user_id), round(avg(s.events), 1), "
-        "percentile_cont(0.5) WITHIN GROUP (ORDER BY s.lasts), percentile_cont(0.9) WITHIN GROUP (ORDER BY s.lasts), "
-        "((c + ('1 ' || %(bucket)s)::interval) AT TIME ZONE %(tz)s) <= least(%(until)s, now()) "
-        "FROM analytics_calendar(%(bucket)s, %(since)s, %(until)s, %(tz)s) c LEFT JOIN s ON s.starts = c "
-        "GROUP BY c ORDER BY c"
-    ),
-    "sessions_by_gap": (
-        "WITH s AS (SELECT analytics_bucket(%(bucket)s, starts, %(tz)s) AS starts, user_id, events, "
-        "ends - starts AS lasts FROM analytics_sessions_by_gap(%(since)s, %(until)s, %(gap)s)) "
-        "SELECT c, count(s.starts), count(DISTINCT s.user_id), round(avg(s.events), 1), "
-        "percentile_cont(0.5) WITHIN GROUP (ORDER BY s.lasts), percentile_cont(0.9) WITHIN GROUP (ORDER BY s.lasts), "
-        "((c + ('1 ' || %(bucket)s)::interval) AT TIME ZONE %(tz)s) <= least(%(until)s, now()) "
-        "FROM analytics_calendar(%(bucket)s, %(since)s, %(until)s, %(tz)s) c LEFT JOIN s ON s.starts = c "
-        "GROUP BY c ORDER BY c"
-    ),
-    # One bucket: percentiles of several cannot be combined. A range within a century is in one bucket.
+    "sessions": _SESSIONS.format("analytics_sessions(%(since)s, %(until)s)"),
+    "sessions_by_gap": _SESSIONS.format("analytics_sessions_by_gap(%(since)s, %(until)s, %(gap)s)"),
+    # Percentiles of several buckets cannot be combined: what analytics_requests does, with the range as one bucket.
     "requests": (
-        "SELECT endpoint, method, requests, errors, error_rate, p50, p95, p99 FROM "
-        "analytics_requests(%(since)s, %(until)s, 'century', %(tz)s) WHERE requests > 0 ORDER BY 3 DESC, 1, 2"
+        "WITH counts AS (SELECT labels->>'endpoint' AS endpoint, labels->>'method' AS method, sum(requests) AS requests, "
+        "coalesce(sum(requests) FILTER (WHERE labels->>'status' ~ '^[5-9][0-9][0-9]$'), 0) AS errors "
+        "FROM analytics_request_counts(%(since)s, %(until)s, 'century', %(tz)s) GROUP BY 1, 2) "
+        "SELECT c.endpoint, c.method, c.requests::bigint, c.errors::bigint, round(c.errors / nullif(c.requests, 0), 5), "
+        "d.p50, d.p95, d.p99 FROM counts c "
+        "LEFT JOIN analytics_request_durations(%(since)s, %(until)s, 'century', %(tz)s) d "
+        "ON (d.endpoint, d.method) IS NOT DISTINCT FROM (c.endpoint, c.method) ORDER BY 3 DESC, 1, 2"
     ),
     "requests_by": (
         "SELECT starts, endpoint, method, requests, errors, error_rate, p50, p95, p99, complete FROM "
@@ -162,10 +158,8 @@ def _explained() -> Iterator[None]:
         raise LoaderError(f"{error.diag.message_primary}: {hint}") from error
     except psycopg.errors.QueryCanceled as error:
         raise LoaderError(f"{error.diag.message_primary}: choose a later --since") from error
-    except (psycopg.errors.InvalidParameterValue, psycopg.errors.RaiseException) as error:
+    except (psycopg.DataError, psycopg.errors.RaiseException) as error:
         raise UsageError(f"{error.diag.message_primary}: see --help for what is possible") from error
-    except psycopg.errors.DatetimeFieldOverflow as error:
-        raise UsageError(f"{error.diag.message_primary}: choose a later --since") from error
 
 
 def ask(connection: Connection, question: str, period: Period, **parameters: Any) -> Answer:

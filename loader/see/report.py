@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any, Final
 
 from loader.load.database import Connection
-from loader.see.period import Period
+from loader.see.period import Period, midnight
 from loader.see.questions import Answer, ask
 
 FUNNEL: Final = ("feed_viewed", "memory_viewed", "reaction_created")
@@ -17,7 +17,7 @@ FUNNEL: Final = ("feed_viewed", "memory_viewed", "reaction_created")
 FUNNEL_WITHIN: Final = timedelta(days=1)
 SHOWN_TYPES: Final = 5
 """Event types with a colour of their own. More cannot be told apart; the others are one."""
-OTHERS: Final = "all others"
+OTHERS: Final = "(others)"
 RETENTION_WEEKS: Final = 8
 LIFECYCLE_WEEKS: Final = 12
 _LONGEST_BY_DAY: Final = timedelta(days=93)
@@ -43,7 +43,11 @@ _DROPS: Final = (
     "GROUP BY 1 ORDER BY 2 DESC, 1"
 )
 _MISSING: Final = "SELECT count(*), count(DISTINCT writer) FROM analytics_missing_segments"
-_TOUCHED: Final = "SELECT count(DISTINCT hour), min(hour) FROM analytics_touched"
+# -infinity: nothing was ever rolled up.
+_TOUCHED: Final = (
+    "SELECT count(DISTINCT hour), min(hour) FILTER (WHERE isfinite(hour)), coalesce(bool_or(NOT isfinite(hour)), false) "
+    "FROM analytics_touched"
+)
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,11 @@ class Pipeline:
     """Causes and counts of the lines that emitters dropped."""
     missing_segments: int
     missing_writers: int
-    touched_hours: int | None
-    """Hours that wait for the rollups; None if there are no rollups."""
+    touched_hours: int
+    """Hours whose rows came after their rollup; answers read their rows."""
     oldest_touched: datetime | None
+    without_rollups: bool
+    """Nothing was rolled up yet: every answer reads rows."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +137,10 @@ def gather(
         _count(connection, before),
         ask(connection, "trend", period, bucket=bucket, types=None, top=None),
         ask(connection, "active", period, **everyone),
-        ask(connection, "lifecycle", last(timedelta(weeks=LIFECYCLE_WEEKS - 1)), bucket="week", **everyone),
+        ask(connection, "lifecycle", _whole_weeks(period, LIFECYCLE_WEEKS), bucket="week", **everyone),
         ask(connection, "requests", last(timedelta(days=1))),
         ask(
-            connection, "retention", last(timedelta(weeks=RETENTION_WEEKS)), bucket="week", who="user",
+            connection, "retention", _whole_weeks(period, RETENTION_WEEKS + 1), bucket="week", who="user",
             periods=RETENTION_WEEKS, starting=None, coming=None, unbounded=False,
         ),
         ask(
@@ -146,6 +152,13 @@ def gather(
     )  # fmt: skip
 
 
+def _whole_weeks(period: Period, weeks: int) -> Period:
+    """So many weeks from a Monday on; the last one is that of the end of the range."""
+    last = (period.until - timedelta(microseconds=1)).astimezone(period.zone).date()
+    monday = last - timedelta(days=last.weekday(), weeks=weeks - 1)
+    return replace(period, since=midnight(monday, period.zone).astimezone(UTC))
+
+
 def pipeline(connection: Connection, period: Period) -> Pipeline:
     """Read how the rows came here. Raises psycopg.Error."""
     values = {"since": period.since, "until": period.until}
@@ -153,8 +166,7 @@ def pipeline(connection: Connection, period: Period) -> Pipeline:
     (ledger,) = connection.execute(_LEDGER, values).fetchall()
     drops = connection.execute(_DROPS, values).fetchall()
     (missing,) = connection.execute(_MISSING).fetchall()
-    ((has_rollups,),) = connection.execute("SELECT to_regclass('analytics_touched') IS NOT NULL").fetchall()
-    touched = connection.execute(_TOUCHED).fetchall()[0] if has_rollups else (None, None)
+    (touched,) = connection.execute(_TOUCHED).fetchall()
     return Pipeline(*(lag[0] or (None, None)), *ledger, drops, *missing, *touched)
 
 

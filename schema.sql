@@ -1001,7 +1001,7 @@ BEGIN
     );
     INSERT INTO analytics_user_days AS old (day, user_id, family_unit_id, quarters)
     SELECT (d AT TIME ZONE 'UTC')::date, e.user_id, e.family_unit_id,
-        bit_or(set_bit(0::bit(96), (floor(extract(epoch FROM e.timestamp - d)) / 900)::int, 1))
+        bit_or(set_bit(0::bit(96), floor(extract(epoch FROM e.timestamp - d) / 900)::int, 1))
     FROM unnest(days) d JOIN analytics_events e ON e.timestamp >= d AND e.timestamp < d + interval '24 hours'
     GROUP BY 1, 2, 3
     ON CONFLICT (day, user_id, family_unit_id) DO UPDATE SET quarters = old.quarters | excluded.quarters;
@@ -1135,7 +1135,7 @@ BEGIN
         ), users AS (
             INSERT INTO analytics_user_days AS old (day, user_id, family_unit_id, quarters)
             SELECT (pruned AT TIME ZONE 'UTC')::date, user_id, family_unit_id,
-                bit_or(set_bit(0::bit(96), (floor(extract(epoch FROM timestamp - the_day)) / 900)::int, 1))
+                bit_or(set_bit(0::bit(96), floor(extract(epoch FROM timestamp - the_day) / 900)::int, 1))
             FROM rows GROUP BY 1, 2, 3
             ON CONFLICT (day, user_id, family_unit_id) DO UPDATE SET quarters = old.quarters | excluded.quarters
         ), hourly AS (

@@ -165,18 +165,18 @@ def _first_times(
     history: list[Event], steps: list[str], since: datetime, until: datetime, window: timedelta, strict: bool
 ) -> list[float]:
     """Every entry is followed to its end; of those that reach a step first, the latest entry counts."""
-    best: list[tuple[datetime, datetime] | None] = [None] * len(steps)
+    best: list[tuple[int, int] | None] = [None] * len(steps)  # positions of the event and of its entry
     for start, entry in enumerate(history):
         if entry.event_type != steps[0] or not since <= entry.at < until:
             continue
         step = 0
-        for event in history[start:]:
+        for position, event in enumerate(history[start:], start):
             if event.at - entry.at > window:
                 break
             if event.event_type == steps[step]:
                 known = best[step]
-                if known is None or event.at < known[0] or (event.at == known[0] and entry.at > known[1]):
-                    best[step] = (event.at, entry.at)
+                if known is None or position < known[0] or (position == known[0] and start > known[1]):
+                    best[step] = (position, start)
                 step += 1
                 if step == len(steps):
                     break
@@ -186,7 +186,7 @@ def _first_times(
     for found in best:
         if found is None:
             break
-        times.append((found[0] - found[1]).total_seconds())
+        times.append((history[found[0]].at - history[found[1]].at).total_seconds())
     return times
 
 

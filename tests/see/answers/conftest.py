@@ -1,0 +1,125 @@
+"""A database with two months of synthetic use, an event type that is an attack, and rows that came through a spool."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from loader.demo import month
+from loader.load import schema
+from loader.load.database import Connection
+from spool import Emitter
+from tests.processes import LOADER, environment
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+"""An event type that nobody may execute; the column takes any text."""
+READER = "analytics_reader"
+
+
+@dataclass(frozen=True)
+class World:
+    """A database with history."""
+
+    dsn: str
+    connection: Connection
+    """The owner's, which commits by itself."""
+
+    def number(self, statement: str, *values: object) -> int:
+        ((found,),) = self.connection.execute(statement.encode(), values).fetchall()
+        return int(found)
+
+
+class Ended:
+    """What a command printed."""
+
+    def __init__(self, process: subprocess.CompletedProcess[str]) -> None:
+        self.code, self.out, self.err = process.returncode, process.stdout, process.stderr
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The command line as the role that may only read."""
+
+    world: World
+
+    def __call__(self, *arguments: str | Path, code: int = 0, **variables: str) -> Ended:
+        dsn = make_conninfo(self.world.dsn, user=READER)
+        ended = subprocess.run(
+            [*LOADER, *arguments], env=environment(LOADER_DSN=dsn, **variables), capture_output=True, text=True, timeout=60
+        )
+        assert ended.returncode == code, ended.stdout + ended.stderr
+        return Ended(ended)
+
+
+@pytest.fixture(scope="package")
+def world(one_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    name = f"world_{uuid.uuid4().hex}"
+    with psycopg.connect(one_server, autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name}".encode())
+    dsn = make_conninfo(one_server, dbname=name)
+    with psycopg.connect(dsn) as connection:
+        schema.apply_schema(connection, role="analytics_loader", reader=READER)
+        connection.commit()
+        connection.autocommit = True
+        home = tmp_path_factory.mktemp("world")
+        _load(dsn, home)
+        _refresh(connection)
+        connection.execute(
+            "INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id, metadata) "
+            "SELECT gen_random_uuid(), %s, now() - n * interval '9 hours', md5('x')::uuid, md5('x')::uuid, "
+            "jsonb_build_object('memory_id', %s::text) FROM generate_series(1, 60) AS n",
+            [HOSTILE, HOSTILE],
+        )
+        connection.execute(
+            "INSERT INTO analytics_touched SELECT DISTINCT date_trunc('hour', timestamp), 'events' FROM analytics_events "
+            "WHERE event_type = %s", [HOSTILE],
+        )  # fmt: skip
+        connection.execute("VACUUM ANALYZE")
+        yield World(dsn, connection)
+
+
+def _load(dsn: str, home: Path) -> None:
+    """The history by backfill, and some lines of now through a spool, of which two are dropped and one is rejected."""
+    history, spool = home / "history.ndjson", home / "spool"
+    with history.open("wb") as file:
+        file.writelines(month.lines(datetime.now(UTC), families=70, seed=7))
+    spool.mkdir()
+    emitter = Emitter(spool)
+    for _ in range(20):
+        emitter.emit_event(event_type="feed_viewed", user_id=uuid.uuid4(), family_unit_id=uuid.uuid4(), metadata={})
+    emitter.increment_counter(metric_name="spool_dropped_count", value=2, labels={"cause": "disk_full"})
+    emitter.close()
+    (spool / "wrong.ndjson").write_bytes(b"{broken\n")
+    variables = environment(LOADER_DSN=dsn, SPOOL_DIR=str(spool))
+    for command, code in (
+        (["backfill", history], 0), (["run", "--once"], 0), (["backfill", spool / "wrong.ndjson"], 3),
+    ):  # fmt: skip
+        ended = subprocess.run([*LOADER, *command], env=variables, capture_output=True, text=True)
+        assert ended.returncode == code, ended.stderr
+
+
+def _refresh(connection: Connection) -> None:
+    done = 1
+    while done:
+        with connection.transaction():
+            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            ((done,),) = connection.execute("SELECT analytics_refresh()").fetchall()
+
+
+@pytest.fixture
+def reader(world: World) -> Reader:
+    return Reader(world)
+
+
+def python_path() -> str:
+    return os.fspath(Path(sys.executable).parent)

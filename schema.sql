@@ -336,7 +336,7 @@ WITH RECURSIVE days AS (  -- those that have user days, by leaps through the ind
     SELECT (until AT TIME ZONE 'UTC')::date AS day WHERE until <> date_bin('15 minutes', until, timestamptz '2000-01-01 00:00+00')
 )
 SELECT d.day, ((d.day::timestamp + q * interval '15 minutes') AT TIME ZONE 'UTC' AT TIME ZONE tz)::date,
-    bit_or(set_bit(0::bit(96), q, 1)), f.day IS NOT NULL, t.day IS NOT NULL OR d.day = c.day
+    bit_or(set_bit(0::bit(96), q, 1)), f.day IS NOT NULL, t.day IS NOT NULL OR c.day IS NOT NULL
 FROM days d CROSS JOIN generate_series(0, 95) q LEFT JOIN touched t ON t.day = d.day LEFT JOIN frozen f ON f.day = d.day
     LEFT JOIN cut c ON c.day = d.day
 WHERE (d.day::timestamp + q * interval '15 minutes') AT TIME ZONE 'UTC' >= since

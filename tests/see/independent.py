@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, date, datetime, timedelta
@@ -43,6 +44,7 @@ def buckets(name: str, since: datetime, until: datetime, tz: str) -> list[date]:
     return found
 
 
+@functools.cache
 def midnight(day: date, tz: str) -> datetime:
     """The first instant of a local day, found by looking at every quarter hour around it."""
     at = datetime(day.year, day.month, day.day, tzinfo=UTC) - timedelta(hours=30)

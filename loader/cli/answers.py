@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from loader.cli import options, terminal
 from loader.errors import one_line
@@ -85,6 +86,14 @@ def print_table(table: Table) -> None:
         console.print(table)
     lines = captured.get().splitlines()
     sys.stdout.write("\n".join(line if console.is_terminal else line.rstrip() for line in lines) + "\n")
+
+
+def print_note(text: str) -> None:
+    """Print a remark below a table, wrapped between words on a terminal."""
+    if sys.stdout.isatty():
+        Console(highlight=False).print(Text(one_line(text), style="dim"))
+    else:
+        terminal.say(text)
 
 
 def width() -> int:

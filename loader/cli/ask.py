@@ -79,7 +79,7 @@ def _answer(
     else:
         answers.print_table(show(*found))
         for text in (*tables.notes(found[0]), *filter(None, [note])):
-            terminal.say(text, "dim")
+            answers.print_note(text)
     for sentence in unknown:
         terminal.warn(sentence)
 

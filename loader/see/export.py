@@ -81,7 +81,7 @@ _CASTS: Final = {
     "bool": "CASE {text} WHEN 'true' THEN true WHEN 'false' THEN false END",
 }
 """SQL by the type of a column."""
-_COLUMN: Final = re.compile(r"(metadata|labels)[.](.+?)(?::(\w+))?")
+_COLUMN: Final = re.compile(r"(metadata|labels)[.]([^:]+)(?::(\w+))?")
 
 
 @dataclass(frozen=True)

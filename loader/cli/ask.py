@@ -19,7 +19,8 @@ from loader.see.period import duration, period
 Function = TypeVar("Function", bound=Callable[..., None])
 _MOST_BUCKETS: Final = 5000
 _LENGTHS: Final = {
-    "hour": timedelta(hours=1), "day": timedelta(days=1), "week": timedelta(days=7), "month": timedelta(days=28),
+    "hour": timedelta(hours=1), "day": timedelta(days=1), "week": timedelta(days=7),
+    "month": timedelta(days=28),
 }  # fmt: skip
 _MOST_STEPS: Final = 12
 """The limit of analytics_funnel."""
@@ -87,7 +88,9 @@ def _answer(
 @command.command("trend")
 @_types
 @_bucket("hour", "day", "week", "month", default="day")
-@click.option("--top", type=click.IntRange(1, 1000), help="The most frequent types; the others are summed up.")
+@click.option(
+    "--top", type=click.IntRange(1, 1000), help="The most frequent types; the others are summed up."
+)
 @answers.question("28d")
 def trend(types: tuple[str, ...], bucket: str, top: int | None, **given: Any) -> None:
     """Count events by type over time.
@@ -125,7 +128,8 @@ def active(types: tuple[str, ...], who: str, **given: Any) -> None:
 def lifecycle(types: tuple[str, ...], bucket: str, who: str, **given: Any) -> None:
     """Count new, retained, resurrected and dormant users.
 
-    New: the first event ever. Retained: active in the bucket before, too. Resurrected: active before, but not in
+    New: the first event ever. Retained: active in the bucket before, too. Resurrected: active before, but
+    not in
     the bucket before. Dormant: active in the bucket before, not in this one.
 
     \b
@@ -133,14 +137,22 @@ def lifecycle(types: tuple[str, ...], bucket: str, who: str, **given: Any) -> No
       loader ask lifecycle
       loader ask lifecycle --bucket day --since 14d --who family
     """
-    _answer("lifecycle", given, tables.lifecycle, named=types, types=list(types) or None, bucket=bucket, who=who)
+    _answer(
+        "lifecycle", given, tables.lifecycle, named=types, types=list(types) or None, bucket=bucket, who=who
+    )
 
 
 @command.command("retention")
-@click.option("--starting", multiple=True, metavar="EVENT_TYPE", help="What makes a user new; else any event.")
-@click.option("--coming", multiple=True, metavar="EVENT_TYPE", help="What counts as coming back; else any event.")
+@click.option(
+    "--starting", multiple=True, metavar="EVENT_TYPE", help="What makes a user new; else any event."
+)
+@click.option(
+    "--coming", multiple=True, metavar="EVENT_TYPE", help="What counts as coming back; else any event."
+)
 @_bucket("day", "week", "month", default="week")
-@click.option("--periods", type=click.IntRange(1, 100), default=8, show_default=True, help="Buckets after the first.")
+@click.option(
+    "--periods", type=click.IntRange(1, 100), default=8, show_default=True, help="Buckets after the first."
+)
 @click.option("--unbounded", is_flag=True, help="In the n-th bucket or later, not only in it.")
 @_who
 @answers.question("8w")
@@ -156,7 +168,8 @@ def retention(
       loader ask retention --starting user_registered --coming memory_viewed --bucket day --periods 7
     """
     _answer(
-        "retention", given, lambda answer: tables.retention(answer, answers.width()), named=(*starting, *coming),
+        "retention", given, lambda answer: tables.retention(answer, answers.width()),
+        named=(*starting, *coming),
         starting=list(starting) or None, coming=list(coming) or None, bucket=bucket, periods=periods,
         unbounded=unbounded, who=who,
     )  # fmt: skip
@@ -164,9 +177,17 @@ def retention(
 
 @command.command("funnel")
 @click.argument("steps", nargs=-1, required=True, metavar="STEP...")
-@click.option("--within", default="7d", show_default=True, metavar="LENGTH", help="From the first step to the last.")
+@click.option(
+    "--within", default="7d", show_default=True, metavar="LENGTH", help="From the first step to the last."
+)
 @click.option("--strict", is_flag=True, help="No other event between two steps.")
-@click.option("--who", type=click.Choice(("user", "family", "session")), default="user", show_default=True, help="Whom to count.")
+@click.option(
+    "--who",
+    type=click.Choice(("user", "family", "session")),
+    default="user",
+    show_default=True,
+    help="Whom to count.",
+)
 @click.option("--breakdown", metavar="KEY", help="A key of the metadata of the first step.")
 @answers.question("28d")
 def funnel(
@@ -190,7 +211,9 @@ def funnel(
 
 
 @command.command("sessions")
-@click.option("--gap", metavar="LENGTH", help="A session ends after so long without an event; else by session_id.")
+@click.option(
+    "--gap", metavar="LENGTH", help="A session ends after so long without an event; else by session_id."
+)
 @_bucket("day", "week", "month", default="day")
 @answers.question("28d")
 def sessions(gap: str | None, bucket: str, **given: Any) -> None:
@@ -201,12 +224,16 @@ def sessions(gap: str | None, bucket: str, **given: Any) -> None:
       loader ask sessions
       loader ask sessions --gap 30m --bucket week
     """
-    name, more = ("sessions_by_gap", {"gap": duration(gap, "--gap")}) if gap else ("sessions", {})
-    _answer(name, given, tables.sessions, bucket=bucket, **more)
+    if gap is None:
+        _answer("sessions", given, tables.sessions, bucket=bucket)
+    else:
+        _answer("sessions_by_gap", given, tables.sessions, bucket=bucket, gap=duration(gap, "--gap"))
 
 
 @command.command("requests")
-@click.option("--bucket", type=click.Choice(("hour", "day", "week", "month")), help="A row per bucket, in JSON and CSV.")
+@click.option(
+    "--bucket", type=click.Choice(("hour", "day", "week", "month")), help="A row per bucket, in JSON and CSV."
+)
 @answers.question("24h")
 def requests(bucket: str | None, **given: Any) -> None:
     """Show requests, failures and durations by endpoint.
@@ -239,7 +266,13 @@ def anomalies(**given: Any) -> None:
 
 
 @command.command("interactions")
-@click.option("--half-life", default="30d", show_default=True, metavar="LENGTH", help="After this long, an interaction counts half.")
+@click.option(
+    "--half-life",
+    default="30d",
+    show_default=True,
+    metavar="LENGTH",
+    help="After this long, an interaction counts half.",
+)
 @_limit
 @answers.question("30d")
 def interactions(half_life: str, limit: int, **given: Any) -> None:
@@ -251,7 +284,9 @@ def interactions(half_life: str, limit: int, **given: Any) -> None:
     Examples:
       loader ask interactions --limit 10
     """
-    _answer("interactions", given, tables.interactions, half_life=duration(half_life, "--half-life"), limit=limit)
+    _answer(
+        "interactions", given, tables.interactions, half_life=duration(half_life, "--half-life"), limit=limit
+    )
 
 
 @command.command("user")

@@ -14,12 +14,20 @@ from loader.errors import LoaderError
 
 @click.command("demo")
 @click.option("--dsn", metavar="DSN", help="A database to use; else a temporary embedded one.")
-@click.option("--html", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Where the page goes; else a temporary file.")
-@click.option("--keep", is_flag=True, help="Keep the server, the application, the loader and the page until Ctrl-C.")
+@click.option(
+    "--html",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where the page goes; else a temporary file.",
+)
+@click.option(
+    "--keep", is_flag=True, help="Keep the server, the application, the loader and the page until Ctrl-C."
+)
 def command(dsn: str | None, html: Path | None, keep: bool) -> None:
     """Run the whole pipeline against a temporary Postgres.
 
-    An application serves traffic, one of its workers is killed, and the loader loads what it left. Then two months of
+    An application serves traffic, one of its workers is killed, and the loader loads what it left. Then two
+    months of
     synthetic history are loaded, unless the database was given, and a page shows the last of them.
 
     \b

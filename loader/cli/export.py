@@ -23,12 +23,19 @@ _NEEDED: Final = ("pyarrow", "adbc_driver_postgresql")
 
 @click.command("export")
 @click.argument("target", type=click.Path(allow_dash=True, path_type=Path), metavar="OUT")
-@click.option("--table", type=click.Choice(tuple(SOURCES)), default="events", show_default=True, help="What to export.")
-@click.option("--format", "form", type=click.Choice(FORMATS), help="Else by the suffix of OUT; Parquet for --by day.")
+@click.option(
+    "--table", type=click.Choice(tuple(SOURCES)), default="events", show_default=True, help="What to export."
+)
+@click.option(
+    "--format", "form", type=click.Choice(FORMATS), help="Else by the suffix of OUT; Parquet for --by day."
+)
 @click.option("--by", type=click.Choice(("day",)), help="A file per day: OUT/day=2026-11-24/part.parquet.")
 @click.option(
-    "--column", "columns", multiple=True, metavar="NAME:TYPE",
-    help="A column for a value of metadata or labels, such as metadata.duration_ms:float; text, int, float or bool.",
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="NAME:TYPE",
+    help="A value of metadata or labels as a column, such as metadata.duration_ms:float. Types: text, int, float, bool.",
 )
 @click.option("--since", metavar="WHEN", help="From a date, a time, or an age such as 28d; else all.")
 @click.option("--until", metavar="WHEN", help="Up to this moment, exclusively; else all.")
@@ -36,12 +43,14 @@ _NEEDED: Final = ("pyarrow", "adbc_driver_postgresql")
 @options.dsn
 @options.as_json
 def command(
-    target: Path, table: str, form: Format | None, by: str | None, columns: tuple[str, ...], since: str | None,
+    target: Path, table: str, form: Format | None, by: str | None, columns: tuple[str, ...],
+    since: str | None,
     until: str | None, tz: str, dsn: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Write events or metrics to Parquet, CSV or NDJSON.
 
-    OUT is a file, - for standard output, or a directory with --by day. NDJSON can be loaded with `loader backfill`. Ids are
+    OUT is a file, - for standard output, or a directory with --by day. NDJSON can be loaded with `loader
+    backfill`. Ids are
     text and times are UTC.
 
     \b
@@ -76,13 +85,16 @@ def _format(target: Path, by: str | None) -> Format:
     for form in FORMATS:
         if target.suffix == f".{form}":
             return form
-    raise UsageError(f'the format of "{target}" is not known: name it .parquet, .csv or .ndjson, or give --format')
+    raise UsageError(
+        f'the format of "{target}" is not known: name it .parquet, .csv or .ndjson, or give --format'
+    )
 
 
 def _range(since: str | None, until: str | None, tz: str) -> Range:
     where, now = zone(tz), datetime.now(UTC)
     rows = Range(
-        instant(since, where, now, "--since") if since else None, instant(until, where, now, "--until") if until else None
+        instant(since, where, now, "--since") if since else None,
+        instant(until, where, now, "--until") if until else None,
     )
     if rows.since and rows.until and rows.since >= rows.until:
         raise UsageError(f'--since "{since}" is not before --until "{until}": choose an earlier --since')
@@ -98,7 +110,9 @@ def _check(target: Path, by: str | None, form: Format, *, as_json: bool) -> None
     if not by and target.is_dir():
         raise UsageError(f'"{target}" is a directory: name a file, or give --by day')
     if target != STDOUT and not by and not os.access(target.absolute().parent, os.W_OK):
-        raise UsageError(f'"{target.absolute().parent}" is not a directory that can be written to: choose another')
+        raise UsageError(
+            f'"{target.absolute().parent}" is not a directory that can be written to: choose another'
+        )
     if form == "parquet":
         for module in _NEEDED:
             if find_spec(module) is None:

@@ -23,8 +23,20 @@ _MOST_STEPS: Final = 12
 
 
 @click.command("report")
-@click.option("--html", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Write one self-contained page.")
-@click.option("--funnel", "steps", default=",".join(FUNNEL), show_default=True, metavar="A,B,C", help="The steps of the funnel.")
+@click.option(
+    "--html",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write one self-contained page.",
+)
+@click.option(
+    "--funnel",
+    "steps",
+    default=",".join(FUNNEL),
+    show_default=True,
+    metavar="A,B,C",
+    help="The steps of the funnel.",
+)
 @answers.since("28d")
 @answers.until
 @answers.tz

@@ -166,7 +166,9 @@ def _metadata(chance: random.Random, kind: str, family: int) -> dict[str, Any]:
     return {}
 
 
-def _request(chance: random.Random, kind: str, moment: datetime, *, is_down: bool) -> Iterator[dict[str, Any]]:
+def _request(
+    chance: random.Random, kind: str, moment: datetime, *, is_down: bool
+) -> Iterator[dict[str, Any]]:
     method, endpoint, size = _ENDPOINTS[kind]
     fails = is_down or chance.random() < 0.003
     status = "503" if is_down else "500" if fails else "201" if method == "POST" else "200"

@@ -155,7 +155,8 @@ def _answers(address: str) -> bool:
 def run(dsn: str | None, console: Console, page: Path | None = None, *, keep: bool = False) -> bool:
     """Show it all on `dsn`, or on a throw-away server; return whether every sum holds. Raises LoaderError.
 
-    At the end the report is written to `page`, else to a temporary file. With `keep` the server, the application
+    At the end the report is written to `page`, else to a temporary file. With `keep` the server, the
+    application
     and the loader go on until SIGINT or SIGTERM.
     """
     with contextlib.ExitStack() as stack:

@@ -1,7 +1,9 @@
 """Charts as inline SVG, drawn by Vega-Lite (vl-convert) without a browser and without a request.
 
-A drawing has no colour of its own: each colour in it is a placeholder that becomes a CSS variable, so that one drawing
-serves a light page, a dark one and paper. Each chart is drawn wide and narrow, and CSS shows the one that fits, so that
+A drawing has no colour of its own: each colour in it is a placeholder that becomes a CSS variable, so that
+one drawing
+serves a light page, a dark one and paper. Each chart is drawn wide and narrow,
+and CSS shows the one that fits, so that
 text keeps its size on a phone.
 """
 
@@ -33,7 +35,8 @@ _CONFIG: Final = {
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
     "axis": {
-        "labelColor": _MUTED, "gridColor": _GRID, "domainColor": _GRID, "tickColor": _GRID, "labelFontSize": 12,
+        "labelColor": _MUTED, "gridColor": _GRID, "domainColor": _GRID, "tickColor": _GRID,
+        "labelFontSize": 12,
         "title": None, "labelPadding": 6, "ticks": False, "domain": False,
     },
     "legend": {"disable": True},
@@ -72,7 +75,8 @@ def spark(values: Sequence[float]) -> Markup:
     low, high = min(values), max(values)
     span = (high - low) or 1
     points = [
-        f"{at * 100 / (len(values) - 1):.1f},{28 - (value - low) * 26 / span:.1f}" for at, value in enumerate(values)
+        f"{at * 100 / (len(values) - 1):.1f},{28 - (value - low) * 26 / span:.1f}"
+        for at, value in enumerate(values)
     ]
     return Markup(
         '<svg class="spark" viewBox="0 0 100 30" preserveAspectRatio="none" aria-hidden="true">'
@@ -81,7 +85,11 @@ def spark(values: Sequence[float]) -> Markup:
 
 
 def _amount() -> dict[str, Any]:
-    return {"field": "value", "type": "quantitative", "axis": {"tickCount": 4, "format": "~s", "labelExpr": _NUMBER}}
+    return {
+        "field": "value",
+        "type": "quantitative",
+        "axis": {"tickCount": 4, "format": "~s", "labelExpr": _NUMBER},
+    }
 
 
 def _colour(series: Sequence[str]) -> dict[str, Any]:
@@ -95,7 +103,12 @@ def _both(
     days = sorted({row["day"] for row in rows})
     # A series is known by its number: no text from an event gets into a drawing.
     values = [
-        {**row, "day": _iso(row["day"]), "name": _name(series.index(row["name"])), "order": series.index(row["name"])}
+        {
+            **row,
+            "day": _iso(row["day"]),
+            "name": _name(series.index(row["name"])),
+            "order": series.index(row["name"]),
+        }
         for row in rows
     ]
     drawn = Markup("")

@@ -1,6 +1,7 @@
 """Exports rows as Parquet, CSV, or lines that `loader backfill` loads again.
 
-Rows stream from COPY to the file, in one snapshot; memory does not grow with them. A file appears when it is whole. Ids are
+Rows stream from COPY to the file, in one snapshot; memory does not grow with them. A file appears when it is
+whole. Ids are
 text: pandas and DuckDB understand Arrow's UUID, polars does not.
 """
 
@@ -160,7 +161,9 @@ class Export:
             if form == "ndjson":
                 raise UsageError("--column is for Parquet and CSV: NDJSON has the lines as they were loaded")
             if each.document != source.document:
-                raise UsageError(f"{source.table} has no {each.document}: its columns are {source.document}.KEY")
+                raise UsageError(
+                    f"{source.table} has no {each.document}: its columns are {source.document}.KEY"
+                )
             if names.count(each.name) > 1:
                 raise UsageError(f'two columns would have the name "{each.name}": leave one out')
         self._source, self._form, self._columns = source, form, columns
@@ -232,7 +235,7 @@ class Export:
             self._count_misfits(connection, rows, each)
 
     def _copy(self, connection: Connection, query: sql.Composed, form: str, file: IO[bytes]) -> None:
-        statement = sql.SQL("COPY ({}) TO STDOUT ({})").format(query, sql.SQL(form))  # type: ignore[arg-type]
+        statement = sql.SQL("COPY ({}) TO STDOUT ({})").format(query, sql.SQL(form))
         with connection.cursor() as cursor:
             with cursor.copy(statement) as copied:
                 for block in copied:
@@ -295,7 +298,9 @@ def _arrow(connection: Connection, snapshot: str, query: str) -> Iterator[Any]:
     from adbc_driver_postgresql import dbapi
 
     begin = sql.SQL("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET TRANSACTION SNAPSHOT {}")
-    dsn = connection.info.dsn + (f" password={_quoted(connection.info.password)}" if connection.info.password else "")
+    dsn = connection.info.dsn + (
+        f" password={_quoted(connection.info.password)}" if connection.info.password else ""
+    )
     try:
         with dbapi.connect(dsn) as other, other.cursor() as cursor:
             for statement in begin.format(sql.Literal(snapshot)).as_string(connection).split("; "):

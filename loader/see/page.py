@@ -59,10 +59,13 @@ class Check:
 
 def render(report: Report) -> str:
     """Return the page."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
     environment.filters |= {
         "count": figures.count, "share": figures.share, "duration": figures.duration,
-        "milliseconds": figures.milliseconds, "day": _day, "percent": lambda value: round(float(value or 0) * 100, 1),
+        "milliseconds": figures.milliseconds, "day": _day,
+        "percent": lambda value: round(float(value or 0) * 100, 1),
     }  # fmt: skip
     environment.globals["spark"] = charts.spark
     folder = files("loader.see")
@@ -119,7 +122,9 @@ def _tiles(report: Report) -> Iterator[Tile]:
         note = f"for half of the events; {figures.duration(lag.lag_most)} for 99 %"
         yield Tile("Loaded after", figures.duration(lag.lag_half), note)
     lost = lag.rejected + sum(number for _, number in lag.drops)
-    note = f"{figures.count(lag.rejected)} rejected, {figures.count(lost - lag.rejected)} dropped by an emitter"
+    note = (
+        f"{figures.count(lag.rejected)} rejected, {figures.count(lost - lag.rejected)} dropped by an emitter"
+    )
     yield Tile("Lines not kept", figures.count(lost), note)
 
 
@@ -173,7 +178,8 @@ def _requests(report: Report) -> Iterator[dict[str, Any]]:
     slowest = max((row[7] or 0 for row in report.requests.rows), default=0) or 1
     for endpoint, method, requests, errors, rate, *times in report.requests.rows:
         yield {
-            "endpoint": endpoint or figures.NONE, "method": method or "", "requests": requests, "errors": errors,
+            "endpoint": endpoint or figures.NONE, "method": method or "", "requests": requests,
+            "errors": errors,
             "rate": figures.share(rate, 2), "bad": (rate or 0) >= 0.01, "times": times,
             "marks": [round((time or 0) / slowest * 100, 1) for time in times],
         }  # fmt: skip
@@ -191,7 +197,8 @@ def _anomalies(report: Report) -> Iterator[dict[str, Any]]:
     for starts, ends, kind, events, expected, z in report.anomalies.rows:
         first, last = starts.astimezone(zone), ends.astimezone(zone)
         yield {
-            "type": kind, "when": f"{first:%a} {_day(first)}, {first:%H:%M} to {last:%H:%M}", "events": events,
+            "type": kind, "when": f"{first:%a} {_day(first)}, {first:%H:%M} to {last:%H:%M}",
+            "events": events,
             "expected": expected, "z": f"{z:+.1f}",
         }  # fmt: skip
 
@@ -201,20 +208,29 @@ def _checks(report: Report) -> Iterator[Check]:
     if pipeline.lag_half is None:
         yield Check("Lag", figures.NONE, "no segment was loaded in the last 24 hours", good=True)
     else:
-        note = f"from the call to the table, half of the last 24 hours' events; 99 %: {figures.duration(pipeline.lag_most)}"
+        most = figures.duration(pipeline.lag_most)
+        note = f"from the call to the table, half of the last 24 hours' events; 99 %: {most}"
         yield Check("Lag", figures.duration(pipeline.lag_half), note, good=pipeline.lag_half <= _SLOW_LAG)
     last = pipeline.last_loaded_at
     when = f"the last at {last.astimezone(zone):%Y-%m-%d %H:%M}" if last else "none in this range"
     counts = f"{figures.count(pipeline.events)} events, {figures.count(pipeline.metrics)} metrics"
     yield Check("Lines loaded", figures.count(pipeline.lines), f"{counts}; {when}", good=True)
-    yield Check("Duplicates", figures.count(pipeline.duplicates), "lines whose row existed; harmless", good=True)
+    yield Check(
+        "Duplicates", figures.count(pipeline.duplicates), "lines whose row existed; harmless", good=True
+    )
     note = "set aside with a reason: loader rejects list" if pipeline.rejected else "every line was accepted"
     yield Check("Rejected", figures.count(pipeline.rejected), note, good=not pipeline.rejected)
     dropped = sum(number for _, number in pipeline.drops)
     causes = ", ".join(f"{cause} {figures.count(number)}" for cause, number in pipeline.drops)
-    yield Check("Dropped by emitters", figures.count(dropped), causes or "nothing was dropped", good=not dropped)
+    yield Check(
+        "Dropped by emitters", figures.count(dropped), causes or "nothing was dropped", good=not dropped
+    )
     missing = pipeline.missing_segments
-    note = f"of {pipeline.missing_writers} writers: lost, or not loaded yet" if missing else "every segment was loaded"
+    note = (
+        f"of {pipeline.missing_writers} writers: lost, or not loaded yet"
+        if missing
+        else "every segment was loaded"
+    )
     yield Check("Missing segments", figures.count(missing), note, good=not missing)
     oldest = pipeline.oldest_touched
     note = f"the oldest: {oldest.astimezone(zone):%Y-%m-%d %H:%M}" if oldest else "the rollups are up to date"
@@ -227,7 +243,8 @@ def _commands(report: Report) -> Mapping[str, str]:
     """The command behind each part, to ask again."""
     zone = report.period.zone
     since, until = (
-        quote(moment.astimezone(zone).isoformat(timespec="seconds")) for moment in (report.period.since, report.period.until)
+        quote(moment.astimezone(zone).isoformat(timespec="seconds"))
+        for moment in (report.period.since, report.period.until)
     )
     tz = "" if report.period.tz == "UTC" else f" --tz {quote(report.period.tz)}"
     steps = " ".join(quote(str(row[2])) for row in report.funnel.rows)

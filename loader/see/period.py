@@ -89,7 +89,7 @@ def _instant(text: str, where: tzinfo, now: datetime) -> datetime:
 
 
 def midnight(day: date, where: tzinfo) -> datetime:
-    """The first moment of a day. Where clocks skip midnight, that is 01:00; where it comes twice, the first."""
+    """The first moment of a day: 01:00 if clocks skip midnight, the first midnight if there are two."""
     return datetime.combine(day, time(), where)
 
 

@@ -19,9 +19,11 @@ from loader.load.database import Connection, connect
 from loader.see.period import Period
 
 _SESSIONS: Final[LiteralString] = (
-    "WITH s AS (SELECT analytics_bucket(%(bucket)s, starts, %(tz)s) AS key, user_id, events, ends - starts AS lasts FROM {}) "
+    "WITH s AS (SELECT analytics_bucket(%(bucket)s, starts, %(tz)s) AS key, user_id, events, ends - starts "
+    "AS lasts FROM {}) "
     "SELECT c.key::date, count(s.key), count(DISTINCT s.user_id), round(avg(s.events), 1), "
-    "percentile_cont(0.5) WITHIN GROUP (ORDER BY s.lasts), percentile_cont(0.9) WITHIN GROUP (ORDER BY s.lasts), c.complete "
+    "percentile_cont(0.5) WITHIN GROUP (ORDER BY s.lasts), percentile_cont(0.9) WITHIN GROUP (ORDER BY "
+    "s.lasts), c.complete "
     "FROM analytics_calendar(%(bucket)s, %(since)s, %(until)s, %(tz)s) c LEFT JOIN s USING (key) "
     "GROUP BY c.key, c.complete ORDER BY c.key"
 )
@@ -40,7 +42,8 @@ STATEMENTS: Final[Mapping[str, LiteralString]] = {
     ),
     "retention": (
         "SELECT cohort, size, period, users, rate, complete FROM analytics_retention("
-        "%(since)s, %(until)s, %(bucket)s, %(tz)s, %(periods)s, %(starting)s, %(coming)s, %(unbounded)s, %(who)s"
+        "%(since)s, %(until)s, %(bucket)s, %(tz)s, %(periods)s, %(starting)s, %(coming)s, %(unbounded)s, "
+        "%(who)s"
         ") ORDER BY 1, 3"
     ),
     "funnel": (
@@ -49,12 +52,15 @@ STATEMENTS: Final[Mapping[str, LiteralString]] = {
     ),
     "sessions": _SESSIONS.format("analytics_sessions(%(since)s, %(until)s)"),
     "sessions_by_gap": _SESSIONS.format("analytics_sessions_by_gap(%(since)s, %(until)s, %(gap)s)"),
-    # Percentiles of several buckets cannot be combined: what analytics_requests does, with the range as one bucket.
+    # Percentiles of several buckets cannot be combined: what analytics_requests does, with the range as one
+    # bucket.
     "requests": (
-        "WITH counts AS (SELECT labels->>'endpoint' AS endpoint, labels->>'method' AS method, sum(requests) AS requests, "
+        "WITH counts AS (SELECT labels->>'endpoint' AS endpoint, labels->>'method' AS method, sum(requests) "
+        "AS requests, "
         "coalesce(sum(requests) FILTER (WHERE labels->>'status' ~ '^[5-9][0-9][0-9]$'), 0) AS errors "
         "FROM analytics_request_counts(%(since)s, %(until)s, 'century', %(tz)s) GROUP BY 1, 2) "
-        "SELECT c.endpoint, c.method, c.requests::bigint, c.errors::bigint, round(c.errors / nullif(c.requests, 0), 5), "
+        "SELECT c.endpoint, c.method, c.requests::bigint, c.errors::bigint, round(c.errors / "
+        "nullif(c.requests, 0), 5), "
         "d.p50, d.p95, d.p99 FROM counts c "
         "LEFT JOIN analytics_request_durations(%(since)s, %(until)s, 'century', %(tz)s) d "
         "ON (d.endpoint, d.method) IS NOT DISTINCT FROM (c.endpoint, c.method) ORDER BY 3 DESC, 1, 2"
@@ -65,11 +71,14 @@ STATEMENTS: Final[Mapping[str, LiteralString]] = {
     ),
     # Adjacent hours of a type are one episode. An alarm is the second of two unusual hours.
     "anomalies": (
-        "WITH hours AS (SELECT *, alarm OR coalesce(lead(alarm) OVER (PARTITION BY event_type ORDER BY hour), false) "
+        "WITH hours AS (SELECT *, alarm OR coalesce(lead(alarm) OVER (PARTITION BY event_type ORDER BY "
+        "hour), false) "
         "AS unusual FROM analytics_anomalies(%(since)s, %(until)s, %(tz)s)), "
-        "islands AS (SELECT *, hour - row_number() OVER (PARTITION BY event_type ORDER BY hour) * interval '1 hour' "
+        "islands AS (SELECT *, hour - row_number() OVER (PARTITION BY event_type ORDER BY hour) * interval "
+        "'1 hour' "
         "AS island FROM hours WHERE unusual) "
-        "SELECT min(hour), max(hour) + interval '1 hour', event_type, sum(events)::bigint, round(sum(expected)::numeric), "
+        "SELECT min(hour), max(hour) + interval '1 hour', event_type, sum(events)::bigint, "
+        "round(sum(expected)::numeric), "
         "round((array_agg(z ORDER BY abs(z) DESC))[1]::numeric, 1) "
         "FROM islands GROUP BY event_type, island ORDER BY 1 DESC, 3"
     ),
@@ -110,11 +119,12 @@ WHAT_ANOMALIES_MISS: Final = (
     "Unusual: two hours in a row far from the same hours of the four weeks before. Half of all halvings, and "
     "most of what happens below 10 events an hour, is not found; weeks with holidays raise false alarms."
 )
-"""Measured on three data sets that were not used for tuning: outages found 1.00, doublings .90, halvings .45."""
+"""Measured on three data sets not used for tuning: found were outages 1.00, doublings .90, halvings .45."""
 
 _TYPES: Final = (
     "WITH RECURSIVE t AS (SELECT min(event_type) AS name FROM analytics_events UNION ALL "
-    "SELECT (SELECT min(event_type) FROM analytics_events WHERE event_type > t.name) FROM t WHERE t.name IS NOT NULL) "
+    "SELECT (SELECT min(event_type) FROM analytics_events WHERE event_type > t.name) FROM t WHERE t.name IS "
+    "NOT NULL) "
     "SELECT name FROM t WHERE name IS NOT NULL"
 )
 """Reads one entry of the index per type, not every row."""

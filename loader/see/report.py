@@ -25,16 +25,21 @@ _LONGEST_BY_DAY: Final = timedelta(days=93)
 _EVENTS: Final = (
     "SELECT count(*) FROM analytics_events WHERE timestamp >= %(since)s AND timestamp < %(until)s"
 )
-# The rows of a load have its NOW() as created_at, so those that came from a writer's segment can be told from a
+# The rows of a load have its NOW() as created_at, so those that came from a writer's segment can be told
+# from a
 # backfill, whose delay says nothing about the pipeline.
 _LAG: Final = (
     "SELECT percentile_cont(ARRAY[0.5, 0.99]) WITHIN GROUP (ORDER BY created_at - timestamp), count(*) "
-    "FROM analytics_events WHERE timestamp >= %(until)s - interval '1 day' AND timestamp < %(until)s AND created_at IN "
-    "(SELECT loaded_at FROM analytics_loads WHERE writer IS NOT NULL AND loaded_at >= %(until)s - interval '1 day')"
+    "FROM analytics_events WHERE timestamp >= %(until)s - interval '1 day' AND timestamp < %(until)s AND "
+    "created_at IN "
+    "(SELECT loaded_at FROM analytics_loads WHERE writer IS NOT NULL AND loaded_at >= %(until)s - interval "
+    "'1 day')"
 )
 _LEDGER: Final = (
-    "SELECT coalesce(sum(lines), 0)::bigint, coalesce(sum(events), 0)::bigint, coalesce(sum(metrics), 0)::bigint, "
-    "coalesce(sum(duplicates), 0)::bigint, coalesce(sum(rejected), 0)::bigint, max(loaded_at) FROM analytics_loads "
+    "SELECT coalesce(sum(lines), 0)::bigint, coalesce(sum(events), 0)::bigint, coalesce(sum(metrics), "
+    "0)::bigint, "
+    "coalesce(sum(duplicates), 0)::bigint, coalesce(sum(rejected), 0)::bigint, max(loaded_at) FROM "
+    "analytics_loads "
     "WHERE loaded_at >= %(since)s AND loaded_at < %(until)s"
 )
 _DROPS: Final = (
@@ -45,7 +50,8 @@ _DROPS: Final = (
 _MISSING: Final = "SELECT count(*), count(DISTINCT writer) FROM analytics_missing_segments"
 # -infinity: nothing was ever rolled up.
 _TOUCHED: Final = (
-    "SELECT count(DISTINCT hour), min(hour) FILTER (WHERE isfinite(hour)), coalesce(bool_or(NOT isfinite(hour)), false) "
+    "SELECT count(DISTINCT hour), min(hour) FILTER (WHERE isfinite(hour)), coalesce(bool_or(NOT "
+    "isfinite(hour)), false) "
     "FROM analytics_touched"
 )
 
@@ -162,12 +168,15 @@ def _whole_weeks(period: Period, weeks: int) -> Period:
 def pipeline(connection: Connection, period: Period) -> Pipeline:
     """Read how the rows came here. Raises psycopg.Error."""
     values = {"since": period.since, "until": period.until}
-    (lag,) = connection.execute(_LAG, values).fetchall()
-    (ledger,) = connection.execute(_LEDGER, values).fetchall()
-    drops = connection.execute(_DROPS, values).fetchall()
-    (missing,) = connection.execute(_MISSING).fetchall()
-    (touched,) = connection.execute(_TOUCHED).fetchall()
-    return Pipeline(*(lag[0] or (None, None)), *ledger, drops, *missing, *touched)
+    ((lag, _),) = connection.execute(_LAG, values).fetchall()
+    ((lines, events, metrics, duplicates, rejected, last),) = connection.execute(_LEDGER, values).fetchall()
+    ((missing, writers),) = connection.execute(_MISSING).fetchall()
+    ((touched, oldest, without_rollups),) = connection.execute(_TOUCHED).fetchall()
+    half, most = lag or (None, None)
+    return Pipeline(
+        half, most, lines, events, metrics, duplicates, rejected, last,
+        connection.execute(_DROPS, values).fetchall(), missing, writers, touched, oldest, without_rollups,
+    )  # fmt: skip
 
 
 def _count(connection: Connection, period: Period) -> int:

@@ -141,7 +141,8 @@ def anomalies(answer: Answer) -> Table:
     table = _table("from", ">hours", "event", ">events", ">expected", ">z", title=_title(answer))
     for starts, ends, kind, events, expected, z in answer.rows:
         _row(
-            table, figures.bucket(starts, answer.period.zone), f"{(ends - starts) / timedelta(hours=1):.0f}", kind,
+            table, figures.bucket(starts, answer.period.zone),
+            f"{(ends - starts) / timedelta(hours=1):.0f}", kind,
             figures.count(events), figures.count(expected), f"{z:+.1f}",
         )  # fmt: skip
     return table
@@ -261,7 +262,8 @@ def report_facts(report: Report) -> dict[str, Any]:
     parts = ("trend", "active", "lifecycle", "requests", "retention", "funnel", "anomalies")
     facts = {name: figures.plain(value, where) for name, value in vars(report.pipeline).items()}
     return {
-        "since": figures.plain(report.period.since, where), "until": figures.plain(report.period.until, where),
+        "since": figures.plain(report.period.since, where),
+        "until": figures.plain(report.period.until, where),
         "tz": report.period.tz, "events": report.events, "events_before": report.events_before,
         **{part: rows(getattr(report, part)) for part in parts},
         "pipeline": facts | {"drops": dict(report.pipeline.drops)},

@@ -1,4 +1,4 @@
-"""A database with two months of synthetic use, an event type that is an attack, and rows that came through a spool."""
+"""A database with two months of synthetic use, names that are attacks, and rows that came through a spool."""
 
 from __future__ import annotations
 
@@ -56,14 +56,17 @@ class Reader:
     def __call__(self, *arguments: str | Path, code: int = 0, **variables: str) -> Ended:
         dsn = make_conninfo(self.world.dsn, user=READER)
         ended = subprocess.run(
-            [*LOADER, *arguments], env=environment(LOADER_DSN=dsn, **variables), capture_output=True, text=True, timeout=60
+            [*LOADER, *arguments],
+            env=environment(LOADER_DSN=dsn, **variables),
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert ended.returncode == code, ended.stdout + ended.stderr
         return Ended(ended)
 
-
     def inside(self, *arguments: str | Path) -> Ended:
-        """The same in this process, which is faster: for what does not depend on a terminal or an environment."""
+        """The same in this process, which is faster: for what does not depend on a terminal."""
         out, err, code = io.StringIO(), io.StringIO(), 0
         words = [*map(str, arguments), "--dsn", make_conninfo(self.world.dsn, user=READER)]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -93,14 +96,16 @@ def world(one_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def _load(dsn: str, home: Path) -> None:
-    """The history by backfill, and some lines of now through a spool, of which two are dropped and one is rejected."""
+    """The history by backfill, and lines of now through a spool; two are dropped and one is rejected."""
     history, spool = home / "history.ndjson", home / "spool"
     with history.open("wb") as file:
         file.writelines(month.lines(datetime.now(UTC), families=70, seed=7))
     spool.mkdir()
     emitter = Emitter(spool)
     for _ in range(20):
-        emitter.emit_event(event_type="feed_viewed", user_id=uuid.uuid4(), family_unit_id=uuid.uuid4(), metadata={})
+        emitter.emit_event(
+            event_type="feed_viewed", user_id=uuid.uuid4(), family_unit_id=uuid.uuid4(), metadata={}
+        )
     emitter.increment_counter(metric_name="spool_dropped_count", value=2, labels={"cause": "disk_full"})
     emitter.close()
     (spool / "wrong.ndjson").write_bytes(b"{broken\n")
@@ -113,7 +118,7 @@ def _load(dsn: str, home: Path) -> None:
 
 
 def _attack(connection: Connection) -> None:
-    """Rows whose names are an attack, added behind the loader's back but marked, as everybody who adds rows must."""
+    """Rows whose names are an attack, added behind the loader's back and marked, as everybody must."""
     connection.execute(
         "INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id, metadata) "
         "SELECT gen_random_uuid(), %s, now() - n * interval '20 minutes', md5('x')::uuid, md5('x')::uuid, "
@@ -122,13 +127,17 @@ def _attack(connection: Connection) -> None:
     )
     connection.execute(
         "INSERT INTO analytics_metrics (metric_name, metric_type, value, labels, timestamp) "
-        "SELECT name, 'counter', 1, jsonb_build_object('endpoint', %s::text, 'method', 'GET', 'status', '200'), "
-        "now() - interval '2 hours' FROM unnest(ARRAY['api_request_count', 'api_request_duration_ms']) AS name",
+        "SELECT name, 'counter', 1, jsonb_build_object('endpoint', %s::text, 'method', 'GET', 'status', "
+        "'200'), "
+        "now() - interval '2 hours' FROM unnest(ARRAY['api_request_count', 'api_request_duration_ms']) AS "
+        "name",
         [HOSTILE],
     )
     connection.execute(
-        "INSERT INTO analytics_touched SELECT DISTINCT date_trunc('hour', timestamp, 'UTC'), 'events' FROM analytics_events "
-        "WHERE event_type = %s UNION ALL SELECT date_trunc('hour', now() - interval '2 hours', 'UTC'), 'metrics'",
+        "INSERT INTO analytics_touched SELECT DISTINCT date_trunc('hour', timestamp, 'UTC'), 'events' FROM "
+        "analytics_events "
+        "WHERE event_type = %s UNION ALL SELECT date_trunc('hour', now() - interval '2 hours', 'UTC'), "
+        "'metrics'",
         [HOSTILE],
     )
 

@@ -1,6 +1,7 @@
 """Grafana's macros and variables, expanded as Grafana does, so that a panel's SQL runs without it.
 
-The front end replaces variables and $__interval; the back end expands macros: pkg/tsdb/grafana-postgresql-datasource/macros.go
+The front end replaces variables and $__interval; the back end expands macros:
+pkg/tsdb/grafana-postgresql-datasource/macros.go
 and pkg/tsdb/sqleng. What is unknown, or left over, raises, as it would on the dashboard.
 """
 
@@ -11,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
-_UNITS: Final = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800, "M": 2592000, "y": 31536000}
+_UNITS: Final = {
+    "ms": 0.001,
+    "s": 1,
+    "m": 60,
+    "h": 3600,
+    "d": 86400,
+    "w": 604800,
+    "M": 2592000,
+    "y": 31536000,
+}
 # The argument list ends at the first parenthesis and is split at every comma, also within quotes.
 _MACRO: Final = re.compile(r"\$(__\w+)\(([^)]*)\)")
 
@@ -25,7 +35,11 @@ def seconds(text: str) -> float:
 
 
 def expand(
-    statement: str, since: datetime, until: datetime, interval: str, variables: Mapping[str, str | Sequence[str]]
+    statement: str,
+    since: datetime,
+    until: datetime,
+    interval: str,
+    variables: Mapping[str, str | Sequence[str]],
 ) -> str:
     """Return the SQL that Postgres gets. Raises ValueError for an unknown macro or variable."""
     statement = re.sub(r"\$__interval_ms\b", str(int(seconds(interval) * 1000)), statement)
@@ -46,7 +60,8 @@ def expand(
             "__timeFilter": f"{arguments[0]} BETWEEN '{first}' AND '{last}'",
             "__timeFrom": f"'{first}'",
             "__timeTo": f"'{last}'",
-            "__unixEpochFilter": f"{arguments[0]} >= {int(since.timestamp())} AND {arguments[0]} <= {int(until.timestamp())}",
+            "__unixEpochFilter": f"{arguments[0]} >= {int(since.timestamp())} "
+            f"AND {arguments[0]} <= {int(until.timestamp())}",
         }
         if name not in simple:
             raise ValueError(f"unknown macro ${name}")

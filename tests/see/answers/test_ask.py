@@ -1,4 +1,4 @@
-"""`loader ask`: right at 80 columns and in a pipe, JSON and CSV for machines, one clear line for what cannot be asked."""
+"""`loader ask`: right at 80 columns and in a pipe, JSON and CSV, one clear line for what cannot be asked."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def test_every_line_fits_into_80_columns_and_no_number_is_cut(world: World, name
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_a_pipe_gets_plain_text_without_colours_and_trailing_blanks(reader: Reader, world: World, name: str) -> None:
+def test_a_pipe_gets_plain_text_without_colours_and_trailing_blanks(
+    reader: Reader, world: World, name: str
+) -> None:
     printed = reader(*arguments(world, name)).out
     assert "\x1b" not in printed and printed.count("\n") > 3
     assert all(line == line.rstrip() for line in printed.splitlines())
@@ -95,7 +97,9 @@ def test_json_and_csv_have_the_same_rows(reader: Reader, world: World, name: str
     assert [list(row) for row in found["rows"]] == [header] * len(rows)
     for row, cells in zip(found["rows"], rows, strict=True):
         for value, cell in zip(row.values(), cells, strict=True):
-            same = "" if value is None else json.dumps(value) if isinstance(value, bool | dict) else str(value)
+            same = (
+                "" if value is None else json.dumps(value) if isinstance(value, bool | dict) else str(value)
+            )
             assert cell == same
 
 
@@ -159,7 +163,9 @@ def test_a_name_that_is_an_attack_is_shown_and_not_obeyed(reader: Reader, world:
         (["nothing"], "No such command"),
     ],
 )
-def test_what_cannot_be_asked_is_one_line_and_exit_code_2(reader: Reader, words: list[str], part: str) -> None:
+def test_what_cannot_be_asked_is_one_line_and_exit_code_2(
+    reader: Reader, words: list[str], part: str
+) -> None:
     ended = reader.inside("ask", *words)
     assert ended.code == 2 and part in ended.err and ended.err.count("\n") == 1 and ended.out == ""
 
@@ -217,7 +223,11 @@ def test_a_date_is_local_midnight_and_an_age_in_hours_is_exact(text: str, expect
     [
         ("America/Sao_Paulo", datetime(2018, 11, 4), "2018-11-04T03:00:00+00:00"),  # 00:00 does not exist
         ("America/Havana", datetime(2026, 11, 1), "2026-11-01T04:00:00+00:00"),  # 00:00 comes twice
-        ("Pacific/Apia", datetime(2011, 12, 31), "2011-12-30T10:00:00+00:00"),  # the day before does not exist
+        (
+            "Pacific/Apia",
+            datetime(2011, 12, 31),
+            "2011-12-30T10:00:00+00:00",
+        ),  # the day before does not exist
         ("Australia/Lord_Howe", datetime(2026, 4, 5), "2026-04-04T13:00:00+00:00"),
     ],
 )
@@ -242,7 +252,15 @@ def test_a_share_is_never_rounded_to_all_or_nothing(value: float | None, shown: 
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0, "0 s"), (0.62, "0.6 s"), (31, "31 s"), (119, "119 s"), (150, "2.5 min"), (7200, "2.0 h"), (400000, "5 d")],
+    [
+        (0, "0 s"),
+        (0.62, "0.6 s"),
+        (31, "31 s"),
+        (119, "119 s"),
+        (150, "2.5 min"),
+        (7200, "2.0 h"),
+        (400000, "5 d"),
+    ],
 )
 def test_a_length_of_time_is_in_its_largest_sensible_unit(seconds: float, shown: str) -> None:
     assert figures.duration(timedelta(seconds=seconds)) == shown

@@ -1,4 +1,4 @@
-"""`loader export`: what other programs read is what the tables hold, and NDJSON loads into an empty database again."""
+"""`loader export`: other programs read what the tables hold, and NDJSON loads into an empty database."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ from tests.see.answers.conftest import HOSTILE, Reader, World
 
 pyarrow = pytest.importorskip("pyarrow", reason="the extra export is not installed")
 pytest.importorskip("adbc_driver_postgresql", reason="the extra export is not installed")
-COLUMNS = ("--column", "metadata.duration_ms:float", "--column", "metadata.page:int", "--column", "metadata.source")
+COLUMNS = (
+    "--column",
+    "metadata.duration_ms:float",
+    "--column",
+    "metadata.page:int",
+    "--column",
+    "metadata.source",
+)
 TOTALS = (
     "SELECT count(*), count(DISTINCT event_id), min(timestamp), max(timestamp), "
     "sum((metadata->>'duration_ms')::float8), sum((metadata->>'page')::int), count(metadata->>'source'), "
@@ -50,8 +57,10 @@ def test_pyarrow_reads_it_with_the_right_types(exported: Path, totals: tuple[Any
 
     table = pyarrow.parquet.read_table(exported)
     assert {field.name: str(field.type) for field in table.schema} == {
-        "event_id": "string", "event_type": "string", "timestamp": "timestamp[us, tz=UTC]", "user_id": "string",
-        "family_unit_id": "string", "session_id": "string", "metadata": "string", "created_at": "timestamp[us, tz=UTC]",
+        "event_id": "string", "event_type": "string", "timestamp": "timestamp[us, tz=UTC]",
+        "user_id": "string",
+        "family_unit_id": "string", "session_id": "string", "metadata": "string",
+        "created_at": "timestamp[us, tz=UTC]",
         "duration_ms": "double", "page": "int64", "source": "string",
     }  # fmt: skip
     assert table.num_rows == totals[0]
@@ -62,7 +71,11 @@ def test_pyarrow_reads_it_with_the_right_types(exported: Path, totals: tuple[Any
 def test_pandas_reads_it(exported: Path, totals: tuple[Any, ...]) -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.read_parquet(exported)
-    assert (len(frame), frame.event_id.nunique(), frame.duration_ms.sum()) == (totals[0], totals[1], totals[4])
+    assert (len(frame), frame.event_id.nunique(), frame.duration_ms.sum()) == (
+        totals[0],
+        totals[1],
+        totals[4],
+    )
     assert frame.timestamp.min().to_pydatetime() == totals[2] and str(frame.timestamp.dt.tz) == "UTC"
     assert json.loads(frame.metadata.iloc[0]) is not None
 
@@ -70,8 +83,14 @@ def test_pandas_reads_it(exported: Path, totals: tuple[Any, ...]) -> None:
 def test_polars_reads_it(exported: Path, totals: tuple[Any, ...]) -> None:
     polars = pytest.importorskip("polars")
     frame = polars.read_parquet(exported)
-    assert frame.schema["user_id"] == polars.String and frame.schema["timestamp"] == polars.Datetime("us", "UTC")
-    assert (frame.height, frame["duration_ms"].sum(), frame["timestamp"].max()) == (totals[0], totals[4], totals[3])
+    assert frame.schema["user_id"] == polars.String and frame.schema["timestamp"] == polars.Datetime(
+        "us", "UTC"
+    )
+    assert (frame.height, frame["duration_ms"].sum(), frame["timestamp"].max()) == (
+        totals[0],
+        totals[4],
+        totals[3],
+    )
 
 
 def test_duckdb_reads_it(exported: Path, totals: tuple[Any, ...]) -> None:
@@ -83,7 +102,9 @@ def test_duckdb_reads_it(exported: Path, totals: tuple[Any, ...]) -> None:
     assert row == (totals[0], totals[1], totals[4], totals[6], totals[7], totals[5])
 
 
-def test_a_file_per_local_day_is_one_table_in_hive_layout(reader: Reader, world: World, tmp_path: Path) -> None:
+def test_a_file_per_local_day_is_one_table_in_hive_layout(
+    reader: Reader, world: World, tmp_path: Path
+) -> None:
     duckdb = pytest.importorskip("duckdb")
     target, zone = tmp_path / "archive", ZoneInfo("Asia/Kolkata")
     reader("export", target, "--by", "day", "--since", "5d", "--until", "today", "--tz", zone.key)
@@ -94,7 +115,8 @@ def test_a_file_per_local_day_is_one_table_in_hive_layout(reader: Reader, world:
     today = datetime.now(UTC).astimezone(zone).date()
     expected = world.connection.execute(
         "SELECT (timestamp AT TIME ZONE 'Asia/Kolkata')::date::text, count(*) FROM analytics_events "
-        "WHERE (timestamp AT TIME ZONE 'Asia/Kolkata')::date >= %s AND (timestamp AT TIME ZONE 'Asia/Kolkata')::date < %s "
+        "WHERE (timestamp AT TIME ZONE 'Asia/Kolkata')::date >= %s AND (timestamp AT TIME ZONE "
+        "'Asia/Kolkata')::date < %s "
         "GROUP BY 1 ORDER BY 1", [today - timedelta(days=5), today],
     ).fetchall()  # fmt: skip
     assert found == expected and len(found) == 5
@@ -125,41 +147,70 @@ def test_ndjson_into_an_empty_database_gives_equal_rows(reader: Reader, world: W
     spool = tmp_path / "spool"
     spool.mkdir()
     loaded = subprocess.run(
-        [*LOADER, "backfill", "--json", events, metrics], env=environment(LOADER_DSN=again, SPOOL_DIR=str(spool)),
+        [*LOADER, "backfill", "--json", events, metrics],
+        env=environment(LOADER_DSN=again, SPOOL_DIR=str(spool)),
         capture_output=True, text=True,
     )  # fmt: skip
     refused = world.number("SELECT count(*) FROM analytics_events WHERE event_type = %s", HOSTILE)
     assert json.loads(loaded.stdout)["rejected"] in (0, refused), loaded.stdout + loaded.stderr
     for rows in (
-        "SELECT event_id, event_type, timestamp, user_id, family_unit_id, session_id, metadata FROM analytics_events "
+        "SELECT event_id, event_type, timestamp, user_id, family_unit_id, session_id, metadata FROM "
+        "analytics_events "
         "WHERE event_type ~ '^[a-z0-9_]+$' ORDER BY 1",
         "SELECT id, metric_name, metric_type, value, labels, timestamp FROM analytics_metrics ORDER BY 1",
     ):
         with psycopg.connect(again) as connection:
-            assert connection.execute(rows.encode()).fetchall() == world.connection.execute(rows.encode()).fetchall()
+            assert (
+                connection.execute(rows.encode()).fetchall()
+                == world.connection.execute(rows.encode()).fetchall()
+            )
 
 
 def test_csv_has_a_header_and_every_row(reader: Reader, world: World) -> None:
-    words = ("export", "-", "--format", "csv", "--table", "metrics", "--since", "3d", "--column", "labels.endpoint")
+    words = (
+        "export",
+        "-",
+        "--format",
+        "csv",
+        "--table",
+        "metrics",
+        "--since",
+        "3d",
+        "--column",
+        "labels.endpoint",
+    )
     until = datetime.now(UTC).isoformat()
     header, *rows = csv.reader(reader(*words, "--until", until).out.splitlines())
-    assert header == ["id", "metric_name", "metric_type", "value", "labels", "timestamp", "created_at", "endpoint"]
+    assert header == [
+        "id",
+        "metric_name",
+        "metric_type",
+        "value",
+        "labels",
+        "timestamp",
+        "created_at",
+        "endpoint",
+    ]
     statement = "SELECT count(*) FROM analytics_metrics WHERE timestamp >= %s AND timestamp < %s"
     midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=3)
     assert len(rows) == world.number(statement, midnight, until)
 
 
 ODD: dict[str, Any] = {
-    "v0": "12.5", "v1": "abc", "v2": 1e400, "v3": True, "v4": None, "v5": {"a": 1}, "v6": "", "v7": 2**70, "v8": -3, "v9": "1e999",
+    "v0": "12.5", "v1": "abc", "v2": 1e400, "v3": True, "v4": None, "v5": {"a": 1}, "v6": "", "v7": 2**70,
+    "v8": -3, "v9": "1e999",
 }  # fmt: skip
 
 
-def test_values_of_another_type_are_null_and_counted(one_connection: psycopg.Connection[Any], tmp_path: Path) -> None:
+def test_values_of_another_type_are_null_and_counted(
+    one_connection: psycopg.Connection[Any], tmp_path: Path
+) -> None:
     values = [*ODD.values()]
     values[2] = "1" * 400
     one_connection.execute(
         "INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id, metadata) "
-        "SELECT gen_random_uuid(), 'odd', now(), gen_random_uuid(), gen_random_uuid(), jsonb_build_object('v', v) "
+        "SELECT gen_random_uuid(), 'odd', now(), gen_random_uuid(), gen_random_uuid(), "
+        "jsonb_build_object('v', v) "
         "FROM jsonb_array_elements(%s::jsonb) v", [json.dumps(values)],
     )  # fmt: skip
     one_connection.commit()
@@ -212,12 +263,16 @@ def test_a_device_is_written_to_and_not_replaced(reader: Reader) -> None:
         (["a.csv", "--table", "users"], "users"),
     ],
 )
-def test_what_cannot_be_exported_is_one_line_and_exit_code_2(reader: Reader, words: list[str], part: str) -> None:
+def test_what_cannot_be_exported_is_one_line_and_exit_code_2(
+    reader: Reader, words: list[str], part: str
+) -> None:
     ended = reader.inside("export", *words)
     assert ended.code == 2 and part in ended.err and ended.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["metadata.a'b:text", 'metadata."x":int', "metadata.%s:float", "metadata.a.b.c:bool"])
+@pytest.mark.parametrize(
+    "text", ["metadata.a'b:text", 'metadata."x":int', "metadata.%s:float", "metadata.a.b.c:bool"]
+)
 def test_a_key_is_never_sql(reader: Reader, text: str, tmp_path: Path) -> None:
     reader("export", tmp_path / "a.csv", "--since", "1h", "--column", text)
     assert Export(EVENTS, "csv", [column(text)])

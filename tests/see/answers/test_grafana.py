@@ -25,7 +25,8 @@ PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"]}
 VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
 DATASOURCE = {"type": "grafana-postgresql-datasource", "uid": "${datasource}"}
 CHOSEN = {
-    "tz": "America/New_York", "bucket": "day", "fine": "hour", "steps": "feed_viewed,memory_viewed,reaction_created",
+    "tz": "America/New_York", "bucket": "day", "fine": "hour",
+    "steps": "feed_viewed,memory_viewed,reaction_created",
     "types": ["memory_viewed", "feed_viewed", HOSTILE],
 }  # fmt: skip
 
@@ -41,7 +42,9 @@ def run(world: World, statement: str) -> tuple[list[str], list[tuple[Any, ...]]]
 
 
 @pytest.mark.parametrize("title", PANELS)
-def test_the_sql_of_every_panel_runs_and_has_the_columns_that_the_panel_needs(world: World, title: str) -> None:
+def test_the_sql_of_every_panel_runs_and_has_the_columns_that_the_panel_needs(
+    world: World, title: str
+) -> None:
     panel = PANELS[title]
     for target in panel["targets"]:
         columns, rows = run(world, target["rawSql"])
@@ -51,7 +54,7 @@ def test_the_sql_of_every_panel_runs_and_has_the_columns_that_the_panel_needs(wo
         if target["format"] == "time_series":
             times = [row[columns.index("time")] for row in rows]
             assert times == sorted(times), "Grafana needs times in ascending order"
-            assert all(isinstance(time, datetime) and time.tzinfo or time == float(time) for time in times)
+            assert all((isinstance(time, datetime) and time.tzinfo) or time == float(time) for time in times)
             values = [name for name in columns if name not in ("time", "metric")]
             assert all(float(row[columns.index(name)] or 0) >= 0 for row in rows for name in values)
 
@@ -70,14 +73,16 @@ def test_every_target_uses_the_datasource_variable() -> None:
     for panel in DASHBOARD["panels"]:
         assert panel["datasource"] == DATASOURCE
         assert all(target["datasource"] == DATASOURCE for target in panel["targets"])
-    assert "__inputs" not in DASHBOARD and "${DS_" not in json.dumps(DASHBOARD), "provisioning does not fill these"
+    assert "__inputs" not in DASHBOARD and "${DS_" not in json.dumps(DASHBOARD), (
+        "provisioning does not fill these"
+    )
 
 
 def test_ids_are_unique_and_panels_neither_overlap_nor_leave_the_grid() -> None:
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids) == len(PANELS)
     places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
-    assert all(0 <= place["x"] and place["x"] + place["w"] <= 24 for place in places)
+    assert all(place["x"] >= 0 and place["x"] + place["w"] <= 24 for place in places)
     for a, b in combinations(places, 2):
         beside = a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"]
         above = a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"]
@@ -91,10 +96,11 @@ def test_every_variable_in_a_query_exists_and_every_one_is_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", ["SELECT $__unknown(a)", "SELECT '$nothing'", "SELECT $__timeGroup(date_trunc('day', t), '1h')"]
+    "statement",
+    ["SELECT $__unknown(a)", "SELECT '$nothing'", "SELECT $__timeGroup(date_trunc('day', t), '1h')"],
 )
 def test_what_grafana_would_refuse_is_refused(statement: str) -> None:
-    with pytest.raises(ValueError, match="left over|unknown|not an interval"):
+    with pytest.raises(ValueError, match=r"left over|unknown|not an interval"):
         expand(statement, datetime.now(UTC), datetime.now(UTC), "1m", {})
 
 
@@ -102,14 +108,18 @@ def test_every_alert_is_about_a_metric_of_the_loader(tmp_path: Path) -> None:
     rules = (DEPLOY / "prometheus/analytics.rules.yaml").read_text("utf-8")
     collected = _LoaderCollector(tmp_path, Health()).collect()
     names = {sample.name for family in collected for sample in family.samples} | {
-        f"{family.name}_bucket" for family in _LoaderCollector(tmp_path, Health()).collect() if family.type == "histogram"
+        f"{family.name}_bucket"
+        for family in _LoaderCollector(tmp_path, Health()).collect()
+        if family.type == "histogram"
     }
     expressions = re.findall(r"^ +expr: (.*)$", rules, re.MULTILINE)
     assert len(expressions) == len(re.findall("- alert:", rules)) >= 6
     for expression in expressions:
         for name in re.findall(r"\banalytics_\w+", expression.replace('table="analytics_events"', "")):
             assert name in names, f"{name} is not a metric of the loader"
-    assert rules.count("summary:") == rules.count("description:") == rules.count("severity:") == len(expressions)
+    assert (
+        rules.count("summary:") == rules.count("description:") == rules.count("severity:") == len(expressions)
+    )
 
 
 def test_the_rules_and_the_provisioning_are_yaml() -> None:

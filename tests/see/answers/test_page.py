@@ -1,4 +1,4 @@
-"""The report page in a browser: it asks nobody for anything, its figures are SQL's, and everybody can read it.
+"""The report page in a browser: it requests nothing, its figures are SQL's, and everybody can read it.
 
 SCREENSHOTS=DIR keeps what it looks like. axe-core comes from npm; AXE_CORE=FILE names a copy of axe.min.js.
 """
@@ -27,7 +27,10 @@ pytestmark = pytest.mark.skipif(PROGRAM is None, reason="Chromium is not install
 ZONE = ZoneInfo("America/New_York")
 STEPS = f"feed_viewed,memory_viewed,{HOSTILE}"
 LOOKS = [(width, dark) for width in (1100, 390) for dark in (False, True)]
-MANY_ROWS = "SELECT (timestamp AT TIME ZONE 'America/New_York')::date, {} FROM analytics_events WHERE timestamp >= %s AND timestamp < %s"
+MANY_ROWS = (
+    "SELECT (timestamp AT TIME ZONE 'America/New_York')::date, {} FROM analytics_events "
+    "WHERE timestamp >= %s AND timestamp < %s"
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed: set AXE_CORE to axe.min.js")
     home = tmp_path_factory.mktemp("axe")
-    packed = subprocess.run(["npm", "pack", "--silent", "axe-core@4"], cwd=home, capture_output=True, text=True)
+    packed = subprocess.run(
+        ["npm", "pack", "--silent", "axe-core@4"], cwd=home, capture_output=True, text=True
+    )
     if packed.returncode:
         pytest.skip(f"axe-core could not be fetched: {packed.stderr.strip()[-200:]}")
     with tarfile.open(next(home.glob("*.tgz"))) as archive:
@@ -79,7 +84,8 @@ def figures(page: Page, name: str) -> list[list[str]]:
     """The cells of a table of the page, row by row, headings first."""
     found = page.evaluate(
         f"[...document.querySelectorAll('[data-figures={name}] tr')].map("
-        "row => [...row.cells].filter(cell => !cell.hasAttribute('aria-hidden')).map(cell => cell.textContent.trim()))"
+        "row => [...row.cells].filter(cell => !cell.hasAttribute('aria-hidden')).map(cell => "
+        "cell.textContent.trim()))"
     )
     assert isinstance(found, list)
     return found
@@ -87,7 +93,8 @@ def figures(page: Page, name: str) -> list[list[str]]:
 
 def tiles(page: Page) -> dict[str, str]:
     found = page.evaluate(
-        "Object.fromEntries([...document.querySelectorAll('[data-tile]')].map(e => [e.dataset.tile, e.textContent]))"
+        "Object.fromEntries([...document.querySelectorAll('[data-tile]')].map(e => [e.dataset.tile, "
+        "e.textContent]))"
     )
     assert isinstance(found, dict)
     return found
@@ -133,9 +140,13 @@ def test_axe_finds_no_serious_fault(made: Made, page: Page, axe: str, width: int
 def test_an_event_type_that_is_an_attack_is_text(made: Made, page: Page) -> None:
     page.open(made.address)
     for part in ("events", "requests", "funnel"):
-        inside = f"document.querySelector('[aria-labelledby={part}]').textContent.includes({json.dumps(HOSTILE)})"
+        inside = (
+            f"document.querySelector('[aria-labelledby={part}]').textContent.includes({json.dumps(HOSTILE)})"
+        )
         assert page.evaluate(inside), part
-    assert page.evaluate("document.querySelectorAll('script, img, iframe, object, link, [onerror]').length") == 0
+    assert (
+        page.evaluate("document.querySelectorAll('script, img, iframe, object, link, [onerror]').length") == 0
+    )
     assert "<img" not in made.file.read_text("utf-8")
 
 
@@ -143,7 +154,9 @@ def test_it_has_a_policy_that_forbids_everything_but_its_style(made: Made, page:
     page.open(made.address)
     policy = page.evaluate("document.querySelector('meta[http-equiv=Content-Security-Policy]').content")
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'")
-    assert "http" not in made.file.read_text("utf-8").replace("http-equiv", "").replace("http://www.w3.org/", "")
+    assert "http" not in made.file.read_text("utf-8").replace("http-equiv", "").replace(
+        "http://www.w3.org/", ""
+    )
 
 
 def test_events_by_type_are_those_in_the_table(made: Made, page: Page, world: World) -> None:
@@ -174,7 +187,8 @@ def test_active_users_are_those_of_a_brute_force_count(made: Made, page: Page, w
     for number, row in enumerate(rows):
         day = first + timedelta(days=number)
         expected = [
-            len(set().union(*(seen[day - timedelta(days=back)] for back in range(length)))) for length in (1, 7, 28)
+            len(set().union(*(seen[day - timedelta(days=back)] for back in range(length))))
+            for length in (1, 7, 28)
         ]
         assert [count(cell) for cell in row[1:4]] == expected, day
     last_whole = next(row for row in reversed(rows) if "in part" not in row[0])
@@ -186,7 +200,8 @@ def test_requests_are_those_of_the_counters_and_timers(made: Made, page: Page, w
     statement = (
         "SELECT labels->>'method' || ' ' || (labels->>'endpoint'), "
         "sum(value) FILTER (WHERE metric_name = 'api_request_count')::bigint, "
-        "coalesce(sum(value) FILTER (WHERE metric_name = 'api_request_count' AND labels->>'status' >= '500'), 0)::bigint, "
+        "coalesce(sum(value) FILTER (WHERE metric_name = 'api_request_count' AND labels->>'status' >= "
+        "'500'), 0)::bigint, "
         "percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY value) "
         "FILTER (WHERE metric_name = 'api_request_duration_ms') FROM analytics_metrics "
         "WHERE metric_name LIKE 'api_request%%' AND timestamp >= %s AND timestamp < %s GROUP BY 1"
@@ -204,7 +219,9 @@ def test_requests_are_those_of_the_counters_and_timers(made: Made, page: Page, w
     assert count(tiles(page)["Requests, 24 hours"]) == sum(number for number, *_ in expected.values())
 
 
-def test_lifecycle_retention_and_funnel_are_those_of_the_functions(made: Made, page: Page, world: World) -> None:
+def test_lifecycle_retention_and_funnel_are_those_of_the_functions(
+    made: Made, page: Page, world: World
+) -> None:
     page.open(made.address)
     monday = made.until.astimezone(ZONE).date()
     monday -= timedelta(days=monday.weekday())
@@ -216,14 +233,22 @@ def test_lifecycle_retention_and_funnel_are_those_of_the_functions(made: Made, p
     def rows(statement: str, *values: Any) -> list[tuple[Any, ...]]:
         return world.connection.execute(statement.encode(), values).fetchall()
 
-    lifecycle = "SELECT starts, new, retained, resurrected, dormant FROM analytics_lifecycle(%s, %s, 'week', %s) ORDER BY 1"
+    lifecycle = (
+        "SELECT starts, new, retained, resurrected, dormant "
+        "FROM analytics_lifecycle(%s, %s, 'week', %s) ORDER BY 1"
+    )
     expected = [[label(row[0]), *row[1:]] for row in rows(lifecycle, since(12), made.until, ZONE.key)]
     _, *found = figures(page, "lifecycle")
     shown = [[row[0].removesuffix(" (in part)"), *map(count, row[1:])] for row in found]
-    assert shown == expected[-len(shown) :] and not any(value for row in expected[: -len(shown)] for value in row[1:])
+    assert shown == expected[-len(shown) :] and not any(
+        value for row in expected[: -len(shown)] for value in row[1:]
+    )
 
     grid: dict[str, list[int]] = defaultdict(list)
-    retention = "SELECT cohort, round(100 * rate) FROM analytics_retention(%s, %s, 'week', %s, 8) ORDER BY cohort, period"
+    retention = (
+        "SELECT cohort, round(100 * rate) "
+        "FROM analytics_retention(%s, %s, 'week', %s, 8) ORDER BY cohort, period"
+    )
     for cohort, rate in rows(retention, since(9), made.until, ZONE.key):
         grid[label(cohort)].append(int(rate))
     _, *found = figures(page, "retention")
@@ -231,7 +256,9 @@ def test_lifecycle_retention_and_funnel_are_those_of_the_functions(made: Made, p
         cells = [int(cell.strip("%<>")) for cell in row[2:] if cell]
         assert all(abs(a - b) <= 1 for a, b in zip(cells, grid[row[0]], strict=True)), row
 
-    reached = page.evaluate("[...document.querySelectorAll('[data-figures=funnel] .reached')].map(e => e.textContent)")
+    reached = page.evaluate(
+        "[...document.querySelectorAll('[data-figures=funnel] .reached')].map(e => e.textContent)"
+    )
     funnel = "SELECT reached FROM analytics_funnel(%s, %s, %s, '1 day') ORDER BY step"
     expected_reached = [row[0] for row in rows(funnel, STEPS.split(","), made.since, made.until)]
     assert [count(text.removesuffix(" users")) for text in reached] == expected_reached
@@ -241,12 +268,15 @@ def test_the_pipeline_is_that_of_the_ledger(made: Made, page: Page, world: World
     page.open(made.address)
     entries = page.evaluate(
         "Object.fromEntries([...document.querySelectorAll('[data-figures=pipeline] div')].map(each => "
-        "[each.querySelector('dt').firstChild.nextSibling.textContent, each.querySelector('dd b').textContent]))"
+        "[each.querySelector('dt').firstChild.nextSibling.textContent, each.querySelector('dd "
+        "b').textContent]))"
     )
     ledger = "SELECT sum({}) FROM analytics_loads"
     assert count(entries["Lines loaded"]) == world.number(ledger.format("lines"))
     assert count(entries["Duplicates"]) == world.number(ledger.format("duplicates"))
     assert count(entries["Rejected"]) == world.number(ledger.format("rejected")) == 1
     assert count(entries["Dropped by emitters"]) == 2
-    assert count(entries["Missing segments"]) == world.number("SELECT count(*) FROM analytics_missing_segments")
+    assert count(entries["Missing segments"]) == world.number(
+        "SELECT count(*) FROM analytics_missing_segments"
+    )
     assert entries["Lag"].endswith(" s") and tiles(page)["Lines not kept"] == "3"

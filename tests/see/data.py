@@ -116,7 +116,7 @@ def insert(connection: Connection, rows: Iterable[Event | Metric], *, mark: bool
         [(row.name, "counter", row.value, json.dumps(row.labels), row.at) for row in measured],
     )
     if mark:
-        hours = {("events", _hour(row.at)) for row in found} | {("metrics", _hour(row.at)) for row in measured}
+        hours = {("events", hour(row.at)) for row in found} | {("metrics", hour(row.at)) for row in measured}
         _copy(connection, "analytics_touched (source, hour)", sorted(hours))
 
 
@@ -138,5 +138,5 @@ def _copy(connection: Connection, into: str, rows: Sequence[tuple[Any, ...]]) ->
             copy.write_row(row)
 
 
-def _hour(at: datetime) -> datetime:
+def hour(at: datetime) -> datetime:
     return at.replace(minute=0, second=0, microsecond=0)

@@ -10,7 +10,11 @@ from typing import Any
 import psycopg
 import pytest
 
+from loader.load import rollups
 from loader.load.database import Connection
+from loader.service.rollup import Refresher
+from tests.load.lines import event, metric, number, rows, segment
+from tests.processes import Cli, eventually
 from tests.see import data, independent
 from tests.see.data import Event, Metric, identifier, insert, refresh
 
@@ -39,9 +43,9 @@ class History:
         return {"load": self._load, "refresh": self._refresh, "prune": self._prune}[actor]()
 
     def end(self) -> None:
-        for number in range(3):
-            if self.pending[number]:
-                self._finish(number)
+        for each in range(3):
+            if self.pending[each]:
+                self._finish(each)
         if self.refreshing:
             self.refresher.rollback()
             self.refreshing = False
@@ -53,23 +57,23 @@ class History:
         return connection
 
     def _load(self) -> bool:
-        number = self.rng.randrange(3)
-        if self.pending[number]:
-            self._finish(number)
+        each = self.rng.randrange(3)
+        if self.pending[each]:
+            self._finish(each)
             return True
-        rows = [self._row() for _ in range(self.rng.randrange(1, 7))]
-        insert(self.loaders[number], rows)
-        self.pending[number] = rows
+        made = [self._row() for _ in range(self.rng.randrange(1, 7))]
+        insert(self.loaders[each], made)
+        self.pending[each] = made
         return False
 
-    def _finish(self, number: int) -> None:
-        rows, self.pending[number] = self.pending[number], []
+    def _finish(self, loader: int) -> None:
+        made, self.pending[loader] = self.pending[loader], []
         if self.rng.random() < 0.8:
-            self.loaders[number].commit()
-            self.committed += rows
+            self.loaders[loader].commit()
+            self.committed += made
             self._count("commit")
         else:
-            self.loaders[number].rollback()
+            self.loaders[loader].rollback()
             self._count("rollback")
 
     def _row(self) -> Event | Metric:
@@ -77,7 +81,11 @@ class History:
         hours = self.rng.choice((0, 1, self.rng.randrange(60)))
         at = self.now - timedelta(hours=hours) + timedelta(seconds=self.rng.randrange(3600))
         if self.rng.random() < 0.4:
-            labels = {"endpoint": self.rng.choice("ab"), "method": "GET", "status": self.rng.choice(("200", "500"))}
+            labels = {
+                "endpoint": self.rng.choice("ab"),
+                "method": "GET",
+                "status": self.rng.choice(("200", "500")),
+            }
             return Metric("api_request_count", at, self.rng.randrange(1, 4), labels)
         user = self.rng.randrange(12)
         return Event(self.rng.choice("xyz"), at, identifier(1, user), identifier(2, user // 3))
@@ -111,7 +119,9 @@ class History:
         try:
             with self.owner.transaction():
                 self.owner.execute("SET LOCAL lock_timeout = '20ms'")
-                found = self.owner.execute("SELECT * FROM analytics_prunable(%s, %s)", [source, before]).fetchall()
+                found = self.owner.execute(
+                    "SELECT * FROM analytics_prunable(%s, %s)", [source, before]
+                ).fetchall()
                 if not found:
                     return False
                 self.owner.execute("SELECT analytics_prune_hour(%s, %s)", [source, self.rng.choice(found)[0]])
@@ -130,11 +140,15 @@ class History:
         events = [row for row in self.committed if isinstance(row, Event)]
         with self.owner.transaction():
             trend = self.owner.execute(
-                "SELECT starts, event_type, events FROM analytics_trend(%s, %s, 'hour') WHERE events > 0", [since, until]
+                "SELECT starts, event_type, events FROM analytics_trend(%s, %s, 'hour') WHERE events > 0",
+                [since, until],
             ).fetchall()
-            active = self.owner.execute("SELECT * FROM analytics_active(%s, %s, %s)", [since, until, tz]).fetchall()
+            active = self.owner.execute(
+                "SELECT * FROM analytics_active(%s, %s, %s)", [since, until, tz]
+            ).fetchall()
             requests = self.owner.execute(
-                "SELECT starts, endpoint, requests, errors FROM analytics_requests(%s, %s) WHERE requests > 0", [since, until]
+                "SELECT starts, endpoint, requests, errors FROM analytics_requests(%s, %s) WHERE requests > 0",
+                [since, until],
             ).fetchall()
         assert {(at.astimezone(UTC), *rest) for at, *rest in trend} == {
             row[:3] for row in independent.trend(events, since, until, "hour", "UTC", None) if row[2]
@@ -164,7 +178,15 @@ def test_random_histories_equal_brute_force(one_connection: Connection, seed: in
     refresh(one_connection)
     for tz in ODD_ZONES:
         history.check(tz)
-    wanted = {"commit", "rollback", "refresh: commit", "refresh: rollback", "refresh: kill", "prune events", "prune metrics"}
+    wanted = {
+        "commit",
+        "rollback",
+        "refresh: commit",
+        "refresh: rollback",
+        "refresh: kill",
+        "prune events",
+        "prune metrics",
+    }
     assert wanted <= history.happened.keys(), history.happened
 
 
@@ -179,7 +201,9 @@ def test_a_load_that_commits_after_a_refresh_is_not_lost(one_connection: Connect
         refresh(one_connection)
         late.commit()
     question = "SELECT sum(events) FROM analytics_trend(%s, %s)"
-    assert one_connection.execute(question, [at - timedelta(days=1), at + timedelta(days=1)]).fetchone() == (2,)
+    assert one_connection.execute(question, [at - timedelta(days=1), at + timedelta(days=1)]).fetchone() == (
+        2,
+    )
 
 
 @pytest.fixture
@@ -195,7 +219,9 @@ def pruned(one_connection: Connection) -> Iterator[tuple[Connection, list[Event]
 
 def prune(connection: Connection, before: datetime) -> None:
     for source in ("events", "metrics"):
-        for (hour,) in connection.execute("SELECT * FROM analytics_prunable(%s, %s)", [source, before]).fetchall():
+        for (hour,) in connection.execute(
+            "SELECT * FROM analytics_prunable(%s, %s)", [source, before]
+        ).fetchall():
             connection.execute("SELECT analytics_prune_hour(%s, %s)", [source, hour])
             connection.commit()
 
@@ -211,25 +237,40 @@ def test_nobody_is_new_again_after_pruning(pruned: tuple[Connection, list[Event]
 def _compare_users(connection: Connection, events: list[Event], tz: str) -> None:
     since, until = datetime(2025, 9, 1, tzinfo=UTC), datetime(2025, 11, 12, 4, 7, tzinfo=UTC)
     for bucket in ("day", "week"):
-        found = connection.execute("SELECT * FROM analytics_lifecycle(%s, %s, %s, %s)", [since, until, bucket, tz]).fetchall()
-        assert [row[:5] for row in found] == independent.lifecycle(events, since, until, bucket, tz, "user", None)
-    found = connection.execute("SELECT * FROM analytics_active(%s, %s, %s, 'family')", [since, until, tz]).fetchall()
+        found = connection.execute(
+            "SELECT * FROM analytics_lifecycle(%s, %s, %s, %s)", [since, until, bucket, tz]
+        ).fetchall()
+        assert [row[:5] for row in found] == independent.lifecycle(
+            events, since, until, bucket, tz, "user", None
+        )
+    found = connection.execute(
+        "SELECT * FROM analytics_active(%s, %s, %s, 'family')", [since, until, tz]
+    ).fetchall()
     assert [row[:4] for row in found] == independent.active(events, since, until, tz, "family", None)
-    found = connection.execute("SELECT * FROM analytics_retention(%s, %s, 'week', %s)", [since, until, tz]).fetchall()
+    found = connection.execute(
+        "SELECT * FROM analytics_retention(%s, %s, 'week', %s)", [since, until, tz]
+    ).fetchall()
     expected = independent.retention(events, since, until, "week", tz, 8, None, None, False, "user")
     assert [(*row[:4], row[5]) for row in found] == expected
 
 
-def test_a_rebuild_finds_what_others_changed_and_keeps_what_is_pruned(pruned: tuple[Connection, list[Event]]) -> None:
+def test_a_rebuild_finds_what_others_changed_and_keeps_what_is_pruned(
+    pruned: tuple[Connection, list[Event]],
+) -> None:
     connection, events = pruned
     since, until = datetime(2025, 9, 1, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)
     trend = "SELECT sum(events) FROM analytics_trend(%s, %s)"
-    others = [Event("x", datetime(2025, 11, 1, 12, n, tzinfo=UTC), identifier(1, n), identifier(2, 1)) for n in range(9)]
+    others = [
+        Event("x", datetime(2025, 11, 1, 12, n, tzinfo=UTC), identifier(1, n), identifier(2, 1))
+        for n in range(9)
+    ]
     insert(connection, others, mark=False)
     connection.commit()
     assert connection.execute(trend, [since, until]).fetchone() == (len(events),)
     check = "SELECT source, hour, in_rows - in_rollup FROM analytics_check_rollups(%s, %s)"
-    assert connection.execute(check, [since, until]).fetchall() == [("events", datetime(2025, 11, 1, 12, tzinfo=UTC), 9)]
+    assert connection.execute(check, [since, until]).fetchall() == [
+        ("events", datetime(2025, 11, 1, 12, tzinfo=UTC), 9)
+    ]
     connection.commit()
     with connection.transaction():
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
@@ -237,7 +278,9 @@ def test_a_rebuild_finds_what_others_changed_and_keeps_what_is_pruned(pruned: tu
     for _ in range(2):  # while the hours are touched, and once they are computed
         assert connection.execute(trend, [since, until]).fetchone() == (len(events) + 9,)
         found = connection.execute("SELECT * FROM analytics_active(%s, %s)", [since, until]).fetchall()
-        assert [row[:4] for row in found] == independent.active([*events, *others], since, until, "UTC", "user", None)
+        assert [row[:4] for row in found] == independent.active(
+            [*events, *others], since, until, "UTC", "user", None
+        )
         connection.commit()
         refresh(connection)
     assert connection.execute(check, [since, until]).fetchall() == []
@@ -248,7 +291,9 @@ def test_others_may_mark_what_they_change(one_connection: Connection) -> None:
     insert(one_connection, [Event("x", at, identifier(1, 1), identifier(2, 1))] * 3)
     one_connection.commit()
     refresh(one_connection)
-    one_connection.execute("DELETE FROM analytics_events WHERE event_id = (SELECT min(event_id::text)::uuid FROM analytics_events)")
+    one_connection.execute(
+        "DELETE FROM analytics_events WHERE event_id = (SELECT min(event_id::text)::uuid FROM analytics_events)"
+    )
     one_connection.execute("SELECT analytics_mark('events', %s, %s)", [at, at + timedelta(seconds=1)])
     one_connection.commit()
     question = "SELECT sum(events) FROM analytics_trend('2025-08-30', '2025-09-03')"
@@ -277,7 +322,9 @@ def test_no_value_stops_a_refresh(one_connection: Connection) -> None:
     assert one_connection.execute("SELECT count(*) FROM analytics_hourly_metrics").fetchone() == (8,)
     found = one_connection.execute("SELECT day FROM analytics_user_days ORDER BY 1").fetchall()
     assert found == [(date(1, 1, 1),), (at.date(),)]
-    new = one_connection.execute("SELECT sum(new) FROM analytics_lifecycle('2025-08-25', '2025-09-08')").fetchone()
+    new = one_connection.execute(
+        "SELECT sum(new) FROM analytics_lifecycle('2025-08-25', '2025-09-08')"
+    ).fetchone()
     assert new == (0,)  # the year 1 was first
 
 
@@ -290,3 +337,41 @@ def test_an_hour_whose_rollup_is_not_computed_is_not_pruned(one_connection: Conn
     one_connection.execute("INSERT INTO analytics_touched VALUES ('-infinity', 'events')")
     with pytest.raises(psycopg.errors.RaiseException, match="the rollups of events are not computed yet"):
         one_connection.execute("SELECT analytics_prune_hour('events', '2025-09-01 12:00+00')")
+
+
+def test_the_daemon_refreshes_what_its_loads_touched(
+    cli: Cli, one_connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment(cli.spool, 1, *[event(n) for n in range(10)], metric(1))
+    cli("run", "--once")
+    assert (
+        rollups.touched(one_connection).hours == 2
+    )  # the event's, and the metric's, which is in another zone
+    one_connection.rollback()
+    monkeypatch.setattr("loader.service.rollup.IDLE_SECONDS", 0.0)
+    refresher = Refresher(lambda: cli.dsn)
+    refresher.tick(busy=True)  # not due
+    assert rollups.touched(one_connection).hours == 2
+    one_connection.rollback()
+    refresher.tick(busy=False)
+    eventually(lambda: number(one_connection, "SELECT count(*) FROM analytics_touched") == 0)
+    refresher.close()
+    assert rows(one_connection, "SELECT event_type, events FROM analytics_hourly_events") == [
+        ("memory_posted", 10)
+    ]
+    assert rows(one_connection, "SELECT metric_name, records FROM analytics_hourly_metrics") == [("hits", 1)]
+    assert rollups.touched(one_connection) == rollups.Touched(0, None, False, None)
+    with one_connection.transaction():
+        assert rollups.rebuild(one_connection) == 3
+
+
+def test_lines_that_are_retried_and_duplicates_mark_what_they_add(
+    cli: Cli, one_connection: Connection
+) -> None:
+    segment(cli.spool, 1, event(1), event(2, timestamp="2026-01-20T17:00:00+05:30"), event(3, user_id="bad"))
+    cli("run", "--once", code=3)
+    hours = "SELECT count(*), count(DISTINCT hour) FROM analytics_touched"
+    assert rows(one_connection, hours) == [(2, 2)]
+    segment(cli.spool, 2, event(1), event(2, timestamp="2026-01-20T17:00:00+05:30"))
+    assert "duplicates 2" in cli("run", "--once")
+    assert rows(one_connection, hours) == [(2, 2)]

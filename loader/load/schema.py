@@ -16,10 +16,11 @@ def apply_schema(
 ) -> None:
     """Apply schema.sql in one transaction, role.sql for a role, reader.sql for a reader. Idempotent.
 
-    Raises psycopg.Error.
+    Tables with rows get no new indexes here: see indexes.py. Raises psycopg.Error.
     """
     with connection.transaction():
         _set(connection, "analytics.foreign_keys", "on" if foreign_keys else "off")
+        _set(connection, "analytics.indexes", "later")
         connection.execute(_script("schema.sql"))
         if role is not None:
             _set(connection, "analytics.role", role)

@@ -22,6 +22,7 @@ from loader.files.retire import SpoolFile
 from loader.files.scan import Backlog, Scan, backlog, scan
 from loader.service.health import Health
 from loader.service.notify import Notifier
+from loader.service.rollup import Refresher
 from loader.service.run import Report
 from loader.service.signals import Signals
 from loader.service.workers import Workers
@@ -50,7 +51,8 @@ class Daemon:
         self._signals = signals
         self._archive = archive
         self._notifier = notifier
-        self._workers = Workers(dsn, spool, count, signals, None, self.health, self._report_status)
+        self._workers = Workers(dsn, spool, count, signals, None, self.health, self._tick)
+        self._refresher = Refresher(dsn)
         self._rescan = min(RESCAN_SECONDS, notifier.watchdog_seconds / 4 or RESCAN_SECONDS)
         self._reloads = 0
         self._reported: dict[str, str] = {}
@@ -59,7 +61,7 @@ class Daemon:
 
     def run(self) -> None:
         """Return when asked to stop. Raises LoaderError where another loader has the spool, OSError."""
-        with exclusive(self._spool), contextlib.closing(self._workers):
+        with exclusive(self._spool), contextlib.closing(self._workers), contextlib.closing(self._refresher):
             log.info("watching %s", self._spool)
             self._scan_and_load()
             for _ in self._hints():
@@ -79,6 +81,11 @@ class Daemon:
             self._report_problems({str(self._spool): f"could not be scanned: {error}"})
         else:
             self._report_pass(found, report)
+            self._refresher.tick(busy=report.files > 0)
+        self._report_status()
+
+    def _tick(self) -> None:
+        self._refresher.tick(busy=True)
         self._report_status()
 
     def _reload(self) -> None:

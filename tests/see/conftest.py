@@ -34,7 +34,9 @@ def facts(request: pytest.FixtureRequest, one_server: str) -> Iterator[Facts]:
         late = len(events) - len(events) // 20
         shuffled = sorted(events, key=lambda event: hash((event.at, event.user.int)))
         if request.param == "without rollups":
-            connection.execute("INSERT INTO analytics_touched VALUES ('-infinity', 'events'), ('-infinity', 'metrics')")
+            connection.execute(
+                "INSERT INTO analytics_touched VALUES ('-infinity', 'events'), ('-infinity', 'metrics')"
+            )
             data.insert(connection, [*events, *metrics], mark=False)
         elif request.param == "with rollups":
             data.insert(connection, [*events, *metrics])

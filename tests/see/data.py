@@ -88,9 +88,17 @@ def metrics(seed: int, number: int = 6000) -> list[Metric]:
     rng = random.Random(seed)
     made: list[Metric] = []
     for _ in range(number):
-        at = FIRST + timedelta(days=50) + timedelta(seconds=rng.randrange(20 * 86400), microseconds=rng.randrange(10**6))
+        at = (
+            FIRST
+            + timedelta(days=50)
+            + timedelta(seconds=rng.randrange(20 * 86400), microseconds=rng.randrange(10**6))
+        )
         endpoint, method = rng.choice(ENDPOINTS)
-        labels = {"endpoint": endpoint, "method": method, "status": rng.choice(("200", "200", "404", "500", "503"))}
+        labels = {
+            "endpoint": endpoint,
+            "method": method,
+            "status": rng.choice(("200", "200", "404", "500", "503")),
+        }
         made.append(Metric("api_request_count", at, rng.choice((1, 1, 1, 3)), labels))
         if rng.random() < 0.9:
             made.append(Metric("api_request_duration_ms", at, round(rng.lognormvariate(3, 1.2), 3), labels))
@@ -116,7 +124,7 @@ def insert(connection: Connection, rows: Iterable[Event | Metric], *, mark: bool
         [(row.name, "counter", row.value, json.dumps(row.labels), row.at) for row in measured],
     )
     if mark:
-        hours = {("events", _hour(row.at)) for row in found} | {("metrics", _hour(row.at)) for row in measured}
+        hours = {("events", hour(row.at)) for row in found} | {("metrics", hour(row.at)) for row in measured}
         _copy(connection, "analytics_touched (source, hour)", sorted(hours))
 
 
@@ -138,5 +146,5 @@ def _copy(connection: Connection, into: str, rows: Sequence[tuple[Any, ...]]) ->
             copy.write_row(row)
 
 
-def _hour(at: datetime) -> datetime:
+def hour(at: datetime) -> datetime:
     return at.replace(minute=0, second=0, microsecond=0)

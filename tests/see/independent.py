@@ -53,18 +53,29 @@ def midnight(day: date, tz: str) -> datetime:
     return at
 
 
-def within(events: Iterable[Event], since: datetime, until: datetime, types: Sequence[str] | None = None) -> list[Event]:
-    return [event for event in events if since <= event.at < until and (types is None or event.event_type in types)]
+def within(
+    events: Iterable[Event], since: datetime, until: datetime, types: Sequence[str] | None = None
+) -> list[Event]:
+    return [
+        event
+        for event in events
+        if since <= event.at < until and (types is None or event.event_type in types)
+    ]
 
 
-def trend(events: list[Event], since: datetime, until: datetime, name: str, tz: str, types: list[str] | None) -> set[Any]:
+def trend(
+    events: list[Event], since: datetime, until: datetime, name: str, tz: str, types: list[str] | None
+) -> set[Any]:
     found = within(events, since, until, types)
     groups: dict[tuple[Any, str], list[Event]] = defaultdict(list)
     for event in found:
         groups[_start(name, event.at, tz), event.event_type].append(event)
     if name == "hour":
         hours = int((until - since) / timedelta(hours=1)) + 1
-        starts = {_start(name, min(since + timedelta(hours=n), until - timedelta(microseconds=1)), tz) for n in range(hours)}
+        starts = {
+            _start(name, min(since + timedelta(hours=n), until - timedelta(microseconds=1)), tz)
+            for n in range(hours)
+        }
     else:
         starts = {midnight(day, tz) for day in buckets(name, since, until, tz)}
     return {
@@ -80,7 +91,9 @@ def _start(name: str, at: datetime, tz: str) -> datetime:
     return midnight(bucket(name, at, tz), tz)
 
 
-def active(events: list[Event], since: datetime, until: datetime, tz: str, who: str, types: list[str] | None) -> list[Any]:
+def active(
+    events: list[Event], since: datetime, until: datetime, tz: str, who: str, types: list[str] | None
+) -> list[Any]:
     days: dict[date, set[UUID]] = defaultdict(set)
     for event in events:
         if event.at < until and (types is None or event.event_type in types):
@@ -103,7 +116,13 @@ def _active_buckets(
 
 
 def lifecycle(
-    events: list[Event], since: datetime, until: datetime, name: str, tz: str, who: str, types: list[str] | None
+    events: list[Event],
+    since: datetime,
+    until: datetime,
+    name: str,
+    tz: str,
+    who: str,
+    types: list[str] | None,
 ) -> list[Any]:
     found = _active_buckets(events, until, name, tz, who, types)
     rows, before = [], None
@@ -147,7 +166,13 @@ def retention(
 
 
 def funnel(
-    events: list[Event], steps: list[str], since: datetime, until: datetime, window: timedelta, strict: bool, unit: str
+    events: list[Event],
+    steps: list[str],
+    since: datetime,
+    until: datetime,
+    window: timedelta,
+    strict: bool,
+    unit: str,
 ) -> list[tuple[int, list[float]]]:
     """For each step, how many units reached it, and the seconds from the entry to where it was first reached."""
     by_unit: dict[Any, list[Event]] = defaultdict(list)
@@ -208,7 +233,9 @@ def sessions(events: list[Event], since: datetime, until: datetime) -> set[Any]:
         if event.session is not None:
             groups[event.session, event.user].append(event.at)
     return {
-        (*key, min(times), max(times), len(times)) for key, times in groups.items() if since <= min(times) < until
+        (*key, min(times), max(times), len(times))
+        for key, times in groups.items()
+        if since <= min(times) < until
     }
 
 

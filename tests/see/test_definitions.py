@@ -24,7 +24,9 @@ def ask(facts: Facts, question: str, *values: Any) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("tz", ZONES)
-@pytest.mark.parametrize(("bucket", "types"), [("day", None), ("week", ["memory_viewed", "absent"]), ("month", None)])
+@pytest.mark.parametrize(
+    ("bucket", "types"), [("day", None), ("week", ["memory_viewed", "absent"]), ("month", None)]
+)
 def test_trend(facts: Facts, tz: str, bucket: str, types: list[str] | None) -> None:
     found = ask(facts, "trend(%s, %s, %s, %s, %s, true)", SINCE, UNTIL, bucket, tz, types)
     expected = independent.trend(facts.events, SINCE, UNTIL, bucket, tz, types)
@@ -37,7 +39,11 @@ def test_trend(facts: Facts, tz: str, bucket: str, types: list[str] | None) -> N
 
 @pytest.mark.parametrize("tz", ZONES)
 def test_trend_by_hour(facts: Facts, tz: str) -> None:
-    for change in (datetime(2025, 11, 2, tzinfo=UTC), datetime(2025, 10, 26, tzinfo=UTC), datetime(2025, 10, 4, 12, tzinfo=UTC)):
+    for change in (
+        datetime(2025, 11, 2, tzinfo=UTC),
+        datetime(2025, 10, 26, tzinfo=UTC),
+        datetime(2025, 10, 4, 12, tzinfo=UTC),
+    ):
         until = change + timedelta(hours=9, minutes=31)
         found = ask(facts, "trend(%s, %s, 'hour', %s, NULL, true)", change, until, tz)
         expected = independent.trend(facts.events, change, until, "hour", tz, None)
@@ -55,11 +61,14 @@ def test_active(facts: Facts, tz: str, who: str, types: list[str] | None) -> Non
 
 @pytest.mark.parametrize("tz", ZONES)
 @pytest.mark.parametrize(
-    ("bucket", "who", "types"), [("day", "user", None), ("week", "family", None), ("month", "user", ["memory_viewed"])]
+    ("bucket", "who", "types"),
+    [("day", "user", None), ("week", "family", None), ("month", "user", ["memory_viewed"])],
 )
 def test_lifecycle(facts: Facts, tz: str, bucket: str, who: str, types: list[str] | None) -> None:
     found = ask(facts, "lifecycle(%s, %s, %s, %s, %s, %s)", SINCE, UNTIL, bucket, tz, who, types)
-    assert [row[:5] for row in found] == independent.lifecycle(facts.events, SINCE, UNTIL, bucket, tz, who, types)
+    assert [row[:5] for row in found] == independent.lifecycle(
+        facts.events, SINCE, UNTIL, bucket, tz, who, types
+    )
     assert [row[5] for row in found] == [*[True] * (len(found) - 1), False]
 
 
@@ -73,7 +82,13 @@ def test_lifecycle(facts: Facts, tz: str, bucket: str, who: str, types: list[str
     ],
 )  # fmt: skip
 def test_retention(
-    facts: Facts, tz: str, bucket: str, unbounded: bool, starting: list[str] | None, coming: list[str] | None, who: str
+    facts: Facts,
+    tz: str,
+    bucket: str,
+    unbounded: bool,
+    starting: list[str] | None,
+    coming: list[str] | None,
+    who: str,
 ) -> None:
     values = (bucket, tz, 6, starting, coming, unbounded, who)
     found = ask(facts, "retention(%s, %s, %s, %s, %s, %s, %s, %s, %s)", SINCE, UNTIL, *values)
@@ -153,7 +168,11 @@ def test_requests_by_minute_are_exact(facts: Facts) -> None:
     until = since + timedelta(hours=8)
     found = ask(facts, "requests(%s, %s, 'minute')", since, until)
     assert len({row[0] for row in found}) == 8 * 60
-    _compare(found, independent.requests(facts.metrics, since, until, lambda at: at.replace(second=0, microsecond=0)), 0)
+    _compare(
+        found,
+        independent.requests(facts.metrics, since, until, lambda at: at.replace(second=0, microsecond=0)),
+        0,
+    )
 
 
 def _compare(found: list[tuple[Any, ...]], expected: dict[Any, Any], tolerance: float) -> None:

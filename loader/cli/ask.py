@@ -129,8 +129,7 @@ def lifecycle(types: tuple[str, ...], bucket: str, who: str, **given: Any) -> No
     """Count new, retained, resurrected and dormant users.
 
     New: the first event ever. Retained: active in the bucket before, too. Resurrected: active before, but
-    not in
-    the bucket before. Dormant: active in the bucket before, not in this one.
+    not in the bucket before. Dormant: active in the bucket before, not in this one.
 
     \b
     Examples:

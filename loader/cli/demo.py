@@ -27,8 +27,7 @@ def command(dsn: str | None, html: Path | None, keep: bool) -> None:
     """Run the whole pipeline against a temporary Postgres.
 
     An application serves traffic, one of its workers is killed, and the loader loads what it left. Then two
-    months of
-    synthetic history are loaded, unless the database was given, and a page shows the last of them.
+    months of synthetic history are loaded, unless the database was given, and a page shows the last of them.
 
     \b
     Examples:

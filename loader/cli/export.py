@@ -35,7 +35,7 @@ _NEEDED: Final = ("pyarrow", "adbc_driver_postgresql")
     "columns",
     multiple=True,
     metavar="NAME:TYPE",
-    help="A value of metadata or labels as a column, such as metadata.duration_ms:float. Types: text, int, float, bool.",
+    help="A value as a column, such as metadata.duration_ms:float or labels.endpoint; text, int, float or bool.",
 )
 @click.option("--since", metavar="WHEN", help="From a date, a time, or an age such as 28d; else all.")
 @click.option("--until", metavar="WHEN", help="Up to this moment, exclusively; else all.")
@@ -44,14 +44,12 @@ _NEEDED: Final = ("pyarrow", "adbc_driver_postgresql")
 @options.as_json
 def command(
     target: Path, table: str, form: Format | None, by: str | None, columns: tuple[str, ...],
-    since: str | None,
-    until: str | None, tz: str, dsn: str | None, as_json: bool,
+    since: str | None, until: str | None, tz: str, dsn: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Write events or metrics to Parquet, CSV or NDJSON.
 
-    OUT is a file, - for standard output, or a directory with --by day. NDJSON can be loaded with `loader
-    backfill`. Ids are
-    text and times are UTC.
+    OUT is a file, - for standard output, or a directory with --by day. NDJSON can be loaded with
+    `loader backfill`. Ids are text and times are UTC.
 
     \b
     Examples:

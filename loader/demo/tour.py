@@ -156,8 +156,7 @@ def run(dsn: str | None, console: Console, page: Path | None = None, *, keep: bo
     """Show it all on `dsn`, or on a throw-away server; return whether every sum holds. Raises LoaderError.
 
     At the end the report is written to `page`, else to a temporary file. With `keep` the server, the
-    application
-    and the loader go on until SIGINT or SIGTERM.
+    application and the loader go on until SIGINT or SIGTERM.
     """
     with contextlib.ExitStack() as stack:
         is_given = dsn is not None

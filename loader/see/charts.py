@@ -1,10 +1,8 @@
 """Charts as inline SVG, drawn by Vega-Lite (vl-convert) without a browser and without a request.
 
 A drawing has no colour of its own: each colour in it is a placeholder that becomes a CSS variable, so that
-one drawing
-serves a light page, a dark one and paper. Each chart is drawn wide and narrow,
-and CSS shows the one that fits, so that
-text keeps its size on a phone.
+one drawing serves a light page, a dark one and paper. Each chart is drawn wide and narrow, and CSS shows the
+one that fits, so that text keeps its size on a phone.
 """
 
 from __future__ import annotations

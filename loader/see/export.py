@@ -1,8 +1,7 @@
 """Exports rows as Parquet, CSV, or lines that `loader backfill` loads again.
 
 Rows stream from COPY to the file, in one snapshot; memory does not grow with them. A file appears when it is
-whole. Ids are
-text: pandas and DuckDB understand Arrow's UUID, polars does not.
+whole. Ids are text: pandas and DuckDB understand Arrow's UUID, polars does not.
 """
 
 from __future__ import annotations

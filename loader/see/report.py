@@ -25,9 +25,8 @@ _LONGEST_BY_DAY: Final = timedelta(days=93)
 _EVENTS: Final = (
     "SELECT count(*) FROM analytics_events WHERE timestamp >= %(since)s AND timestamp < %(until)s"
 )
-# The rows of a load have its NOW() as created_at, so those that came from a writer's segment can be told
-# from a
-# backfill, whose delay says nothing about the pipeline.
+# The rows of a load have its NOW() as created_at, so that those from a writer's segment can be distinguished
+# from a backfill, whose delay says nothing about the pipeline.
 _LAG: Final = (
     "SELECT percentile_cont(ARRAY[0.5, 0.99]) WITHIN GROUP (ORDER BY created_at - timestamp), count(*) "
     "FROM analytics_events WHERE timestamp >= %(until)s - interval '1 day' AND timestamp < %(until)s AND "

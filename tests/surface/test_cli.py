@@ -95,7 +95,7 @@ def test_status_shows_the_spool_when_the_database_is_gone(cli: Cli) -> None:
 
 
 def test_the_demo_finds_every_acknowledged_emit_once() -> None:
-    ended = subprocess.run([*LOADER, "demo"], env=environment(), capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([*LOADER, "demo"], env=environment(), capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "SIGKILL" in ended.stdout and "What arrived" in ended.stdout
 

@@ -130,7 +130,7 @@ def served(spool: Path, application: str = "loader.demo.application:app") -> Ite
     environment = {**os.environ, "SPOOL_DIR": str(spool)}
     with (
         tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(command, env=environment, stderr=log) as server,
+        subprocess.Popen(command, env=environment, stderr=log, process_group=0) as server,
     ):
         try:
             address = f"http://127.0.0.1:{port}"
@@ -208,7 +208,10 @@ def _keep(dsn: str, spool: Path, environment: dict[str, str], console: Console) 
 @contextlib.contextmanager
 def _loader(environment: dict[str, str]) -> Iterator[None]:
     """The daemon, stopped as systemd would."""
-    with subprocess.Popen(_LOADER, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    # In a group of its own: Ctrl-C is for this process, which stops the others.
+    with subprocess.Popen(
+        _LOADER, env=environment, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
         try:
             yield
         finally:

@@ -264,6 +264,7 @@ class Export:
     def _write_groups(self, reader: Any, file: IO[bytes]) -> None:
         """Write row groups of an even size, whatever the driver hands over."""
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
 
         wide = len(self._source.columns) + len(self._columns)

@@ -419,12 +419,14 @@ WITH counted AS MATERIALIZED (
     GROUP BY k.event_type
 ), sums AS (
     SELECT c.key, k.shown, sum(c.events)::bigint AS events FROM counted c JOIN kinds k USING (event_type) GROUP BY 1, 2
-), persons AS (
-    SELECT analytics_bucket(bucket, e.timestamp, tz) AS key, k.shown, count(DISTINCT e.user_id) AS users,
-        count(DISTINCT e.family_unit_id) AS families
+), pairs AS (  -- first, so that little is left to sort for count(DISTINCT)
+    SELECT analytics_bucket(bucket, e.timestamp, tz) AS key, k.shown, e.user_id, e.family_unit_id
     FROM analytics_events e JOIN kinds k USING (event_type)
     WHERE people AND e.timestamp >= since AND e.timestamp < until AND (types IS NULL OR e.event_type = ANY (types))
-    GROUP BY 1, 2
+    GROUP BY 1, 2, 3, 4
+), persons AS (
+    SELECT p.key, p.shown, count(DISTINCT p.user_id) AS users, count(DISTINCT p.family_unit_id) AS families
+    FROM pairs p GROUP BY 1, 2
 )
 SELECT c.starts, k.shown, coalesce(s.events, 0), CASE WHEN people THEN coalesce(p.users, 0) END,
     CASE WHEN people THEN coalesce(p.families, 0) END, c.complete
@@ -554,7 +556,7 @@ CREATE OR REPLACE FUNCTION analytics_funnel(
 LANGUAGE plpgsql STABLE AS $function$
 -- A window function per step, nested over one sort. s_k of an event is the entry from which step k was reached there:
 -- the latest that can still continue, as in ClickHouse's windowFunnel and PostHog's. Events with the same timestamp
--- count in the order of the steps. Times are float8 seconds: eight bytes by value make max() over them cheap.
+-- count in the order of the steps. Times are float8 seconds (date_part; extract is numeric): cheap for max().
 DECLARE
     n CONSTANT INT := cardinality(steps);
     unit CONSTANT TEXT := CASE who WHEN 'user' THEN 'user_id' WHEN 'family' THEN 'family_unit_id' WHEN 'session' THEN 'session_id' END;
@@ -570,8 +572,8 @@ BEGIN
         RAISE EXCEPTION 'who must be user, family or session, not %', who;
     END IF;
     query := format($q$SELECT %I AS unit, %s AS b, coalesce(array_position($1, event_type::text), 99) AS k,
-            extract(epoch FROM timestamp)::float8 AS t,
-            CASE WHEN event_type = $1[1] AND timestamp < $3 THEN extract(epoch FROM timestamp)::float8 END AS s1
+            date_part('epoch', timestamp) AS t,
+            CASE WHEN event_type = $1[1] AND timestamp < $3 THEN date_part('epoch', timestamp) END AS s1
         FROM analytics_events
         WHERE timestamp >= $2 AND timestamp < $3 + make_interval(secs => $4) AND %1$I IS NOT NULL %3$s$q$,
         unit, CASE WHEN breakdown IS NULL THEN 'NULL::text' ELSE format('metadata->>%L', breakdown) END,
@@ -631,7 +633,7 @@ WITH marked AS (
 ), numbered AS (
     SELECT m.*, count(*) FILTER (WHERE m.starts) OVER (PARTITION BY m.user_id ORDER BY m.timestamp) AS number FROM marked m
 )
-SELECT n.user_id, min(n.family_unit_id::text)::uuid, min(n.timestamp), max(n.timestamp), count(*)
+SELECT n.user_id, min(CASE WHEN n.starts THEN n.family_unit_id::text END)::uuid, min(n.timestamp), max(n.timestamp), count(*)
 FROM numbered n GROUP BY n.user_id, n.number
 HAVING min(n.timestamp) >= since AND min(n.timestamp) < until;
 END;
@@ -1028,7 +1030,7 @@ BEGIN
     FOR island IN SELECT * FROM analytics_islands(days, '24 hours') LOOP
         INSERT INTO analytics_user_days AS old (day, user_id, family_unit_id, quarters)
         SELECT (e.timestamp AT TIME ZONE 'UTC')::date, e.user_id, e.family_unit_id,
-            bit_or(set_bit(0::bit(96), floor(extract(epoch FROM (e.timestamp AT TIME ZONE 'UTC')::time) / 900)::int, 1))
+            bit_or(set_bit(0::bit(96), floor(date_part('epoch', (e.timestamp AT TIME ZONE 'UTC')::time) / 900)::int, 1))
         FROM analytics_events e WHERE e.timestamp >= island.lo AND e.timestamp < island.hi
         GROUP BY 1, 2, 3
         ON CONFLICT (day, user_id, family_unit_id) DO UPDATE SET quarters = old.quarters | excluded.quarters;
@@ -1163,7 +1165,7 @@ BEGIN
         ), users AS (
             INSERT INTO analytics_user_days AS old (day, user_id, family_unit_id, quarters)
             SELECT (pruned AT TIME ZONE 'UTC')::date, user_id, family_unit_id,
-                bit_or(set_bit(0::bit(96), floor(extract(epoch FROM timestamp - the_day) / 900)::int, 1))
+                bit_or(set_bit(0::bit(96), floor(date_part('epoch', timestamp - the_day) / 900)::int, 1))
             FROM rows GROUP BY 1, 2, 3
             ON CONFLICT (day, user_id, family_unit_id) DO UPDATE SET quarters = old.quarters | excluded.quarters
         ), hourly AS (

@@ -196,7 +196,8 @@ def test_interactions(one_connection: Connection) -> None:
 def test_odd_values_stop_no_interactions(one_connection: Connection) -> None:
     """Durations that are no numbers, or no float holds, and events a thousand half-lives ago."""
     at = datetime(2025, 9, 1, tzinfo=UTC)
-    for duration in ("long", None, [1], {}, True, 10**400):
+    durations: tuple[Any, ...] = ("long", None, [1], {}, True, 10**400)
+    for duration in durations:
         metadata = {"memory_id": "m", "duration_ms": duration}
         insert(
             one_connection, [Event("memory_viewed", at, identifier(1, 1), identifier(2, 1), None, metadata)]

@@ -25,7 +25,7 @@ BEGIN
     -- Where EXECUTE is taken from everybody. What changes a rollup is not granted to everybody to begin with.
     FOR question IN
         SELECT p.oid FROM pg_proc p
-        WHERE p.pronamespace = place::regnamespace AND p.proname LIKE 'analytics\_%' AND p.provolatile <> 'v'
+        WHERE p.pronamespace = quote_ident(place)::regnamespace AND p.proname LIKE 'analytics\_%' AND p.provolatile <> 'v'
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %I', question, reader);
     END LOOP;

@@ -6,6 +6,7 @@ wants; one that is cut off is rolled back, and the marks of its hours stay.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -52,7 +53,8 @@ class Refresher:
         connection, thread = self._connection, self._thread
         if thread is not None and thread.is_alive():
             if connection is not None:
-                connection.cancel()
+                with contextlib.suppress(psycopg.Error):  # it ended meanwhile, or the server does not answer
+                    connection.cancel_safe(timeout=_STOP_SECONDS)
             thread.join(_STOP_SECONDS)
 
     def _refresh(self) -> None:

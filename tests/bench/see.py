@@ -23,6 +23,7 @@ from loader.demo import embedded
 from loader.files.chunk import chunks
 from loader.load import batch, indexes, marks, outcome, rollups, schema
 from loader.load.database import Connection, connect
+from loader.load.decode import Row
 from loader.load.tables import EVENTS
 from tests.bench.load import events as lines
 
@@ -280,7 +281,7 @@ def _load(connection: Connection, data: bytes, *, marked: bool) -> float:
         return time.process_time() + used(connection) - begun
 
 
-def _count(self: outcome.Outcome, row: outcome.Row) -> None:
+def _count(self: outcome.Outcome, row: Row) -> None:
     """As `Outcome.insert` without noting the hour."""
     if row.table is EVENTS:
         self.events += 1

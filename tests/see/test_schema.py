@@ -218,3 +218,21 @@ def test_quarters_and_years(one_connection: Connection) -> None:
         assert number(one_connection, f"SELECT sum(new) FROM {question}") == total
         found = one_connection.execute(f"SELECT starts FROM {question} ORDER BY 1".encode()).fetchall()
         assert found[0] == (datetime(2024, 10 if bucket == "quarter" else 1, 1).date(),)
+
+
+def test_the_tables_may_lie_in_a_schema_of_their_own(one_connection: Connection) -> None:
+    """With a name that needs quotes, applied and refreshed with it in front, asked by its name alone."""
+    one_connection.execute('CREATE SCHEMA "Our analytics"; SET search_path = "Our analytics", pg_temp')
+    schema.apply_schema(one_connection, role="analytics_loader", reader=READER)
+    data.insert(one_connection, data.events(1, users=5))
+    one_connection.commit()
+    one_connection.execute("SET ROLE analytics_loader; SET search_path = pg_catalog")
+    one_connection.commit()
+    with one_connection.transaction():
+        one_connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        assert number(one_connection, 'SELECT "Our analytics".analytics_refresh(100000)') > 0
+    one_connection.execute(f"SET ROLE {READER}".encode())
+    for question, values in QUESTIONS.items():
+        one_connection.execute(f'SELECT * FROM "Our analytics".analytics_{question}({values})'.encode())
+    one_connection.execute("RESET ROLE; SET search_path = public")
+    assert number(one_connection, "SELECT count(*) FROM analytics_events") == 0

@@ -35,7 +35,7 @@ _NEEDED: Final = ("pyarrow", "adbc_driver_postgresql")
     "columns",
     multiple=True,
     metavar="NAME:TYPE",
-    help="A value as a column, such as metadata.duration_ms:float or labels.endpoint; text, int, float or bool.",
+    help="A value as a column, such as metadata.duration_ms:float. Types: text, int, float, bool.",
 )
 @click.option("--since", metavar="WHEN", help="From a date, a time, or an age such as 28d; else all.")
 @click.option("--until", metavar="WHEN", help="Up to this moment, exclusively; else all.")

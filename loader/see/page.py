@@ -119,7 +119,7 @@ def _tiles(report: Report) -> Iterator[Tile]:
     yield Tile("Requests, 24 hours", figures.count(requests), f"{rate} failed")
     lag = report.pipeline
     if lag.lag_half is not None:
-        note = f"for half of the events; {figures.duration(lag.lag_most)} for 99 %"
+        note = f"for half of the events; {figures.duration(lag.lag_most)} for 99%"
         yield Tile("Loaded after", figures.duration(lag.lag_half), note)
     lost = lag.rejected + sum(number for _, number in lag.drops)
     note = (
@@ -209,7 +209,7 @@ def _checks(report: Report) -> Iterator[Check]:
         yield Check("Lag", figures.NONE, "no segment was loaded in the last 24 hours", good=True)
     else:
         most = figures.duration(pipeline.lag_most)
-        note = f"from the call to the table, half of the last 24 hours' events; 99 %: {most}"
+        note = f"from the call to the table, half of the last 24 hours' events; 99%: {most}"
         yield Check("Lag", figures.duration(pipeline.lag_half), note, good=pipeline.lag_half <= _SLOW_LAG)
     last = pipeline.last_loaded_at
     when = f"the last at {last.astimezone(zone):%Y-%m-%d %H:%M}" if last else "none in this range"

@@ -62,7 +62,7 @@ class Pipeline:
     lag_half: timedelta | None
     """Half of the last day's events were in the table within this time; None if no segment was loaded."""
     lag_most: timedelta | None
-    """The same for 99 %."""
+    """The same for 99%."""
     lines: int
     events: int
     metrics: int

@@ -94,7 +94,7 @@ def funnel(answer: Answer, *, broken_down: bool) -> Table:
     """A row per step."""
     keys = ("by",) if broken_down else ()
     table = _table(
-        *keys, "step", ">reached", ">of first", ">of last", ">half in", ">90 % in", "", title=_title(answer)
+        *keys, "step", ">reached", ">of first", ">of last", ">half in", ">90% in", "", title=_title(answer)
     )
     width = 8 if broken_down else 12
     for value, step, kind, reached, of_first, of_previous, p50, p90 in answer.rows:
@@ -109,7 +109,7 @@ def funnel(answer: Answer, *, broken_down: bool) -> Table:
 
 def sessions(answer: Answer) -> Table:
     """A row per bucket of when the sessions began."""
-    table = _table("from", ">sessions", ">users", ">events", ">half", ">90 %", "", title=_title(answer))
+    table = _table("from", ">sessions", ">users", ">events", ">half", ">90%", "", title=_title(answer))
     peak = max((row[1] for row in answer.rows), default=0)
     for starts, number, users, events, half, most, complete in answer.rows:
         _row(
@@ -240,7 +240,7 @@ def _endpoints(answer: Answer) -> Table:
 def _pipeline(report: Report) -> Table:
     facts = report.pipeline
     causes = ", ".join(f"{cause} {figures.count(number)}" for cause, number in facts.drops)
-    lag = f"half {figures.duration(facts.lag_half)}, 99 % {figures.duration(facts.lag_most)}"
+    lag = f"half {figures.duration(facts.lag_half)}, 99% {figures.duration(facts.lag_most)}"
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in (
         ("events", f"{figures.count(report.events)}, {figures.change(report.events, report.events_before)}"),

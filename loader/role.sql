@@ -16,6 +16,9 @@ BEGIN
     EXECUTE format('GRANT SELECT ON %s, analytics_missing_segments TO %I', tables, loader);
     EXECUTE format('GRANT INSERT ON analytics_events, analytics_metrics, analytics_loads TO %I', loader);
     EXECUTE format('GRANT SELECT, INSERT ON analytics_touched TO %I', loader);
+    -- The questions (`loader ask`, `loader report`) are often asked with the loader's own DSN.
+    EXECUTE format('GRANT SELECT ON analytics_sealed, analytics_hourly_events, analytics_hourly_metrics, '
+        'analytics_user_days TO %I', loader);
     EXECUTE format('GRANT EXECUTE ON FUNCTION analytics_refresh, analytics_rebuild, analytics_mark TO %I', loader);
     EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', current_schema, loader);
     -- Rows that may be there already are compared in a temporary table. Everybody may connect and make one where

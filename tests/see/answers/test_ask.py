@@ -181,6 +181,13 @@ def test_a_database_of_an_earlier_version_is_named_with_what_to_do(one_server: s
     assert ended.returncode == 1 and "run `loader init`" in ended.stderr and ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [["ask", "active"], ["ask", "requests"], ["report", "--json"]])
+def test_the_role_of_the_loader_may_ask_too(world: World, words: list[str]) -> None:
+    variables = environment(LOADER_DSN=make_conninfo(world.dsn, user="analytics_loader"))
+    ended = subprocess.run([*LOADER, *words], env=variables, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_nothing_is_written_by_a_question(world: World) -> None:
     from loader.see.questions import reading
 

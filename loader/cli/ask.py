@@ -22,8 +22,6 @@ _LENGTHS: Final = {
     "hour": timedelta(hours=1), "day": timedelta(days=1), "week": timedelta(days=7),
     "month": timedelta(days=28),
 }  # fmt: skip
-_MOST_STEPS: Final = 12
-"""The limit of analytics_funnel."""
 
 
 @click.group("ask")
@@ -201,8 +199,8 @@ def funnel(
       loader ask funnel feed_viewed memory_viewed reaction_created --within 1d
       loader ask funnel memory_viewed reaction_created --breakdown source --who session
     """
-    if len(steps) > _MOST_STEPS:
-        raise UsageError(f"a funnel has at most {_MOST_STEPS} steps, not {len(steps)}")
+    if len(steps) > questions.MOST_STEPS:
+        raise UsageError(f"a funnel has at most {questions.MOST_STEPS} steps, not {len(steps)}")
     _answer(
         "funnel", given, lambda answer: tables.funnel(answer, broken_down=breakdown is not None), named=steps,
         steps=list(steps), within=duration(within, "--within"), strict=strict, who=who, breakdown=breakdown,

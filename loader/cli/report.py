@@ -18,8 +18,6 @@ from loader.see.report import FUNNEL, Report
 from loader.see.whole import whole_file
 
 _NEEDED: Final = ("jinja2", "vl_convert")
-_MOST_STEPS: Final = 12
-"""The limit of analytics_funnel."""
 
 
 @click.command("report")
@@ -79,8 +77,10 @@ def command(
 
 def _steps(text: str) -> Sequence[str]:
     steps = tuple(step.strip() for step in text.split(","))
-    if not all(steps) or len(steps) > _MOST_STEPS:
-        raise UsageError(f'--funnel "{text}" is not a list of 1 to {_MOST_STEPS} event types: write a,b,c')
+    if not all(steps) or len(steps) > questions.MOST_STEPS:
+        raise UsageError(
+            f'--funnel "{text}" is not a list of 1 to {questions.MOST_STEPS} event types: write a,b,c'
+        )
     return steps
 
 

@@ -1,6 +1,6 @@
 """The indexes that serve the questions, built beside the load on tables that have rows.
 
-`CREATE INDEX CONCURRENTLY` cannot run in a transaction, so it is no part of schema.sql; what to build is in there
+`CREATE INDEX CONCURRENTLY` cannot run in a transaction, so it is not part of schema.sql; what to build is
 (`analytics_indexes`).
 """
 
@@ -18,7 +18,8 @@ _WANTED: Final = (
     "found.indisvalid IS FALSE FROM analytics_indexes() AS wanted "
     "LEFT JOIN pg_catalog.pg_class AS existing ON existing.relname = name AND existing.relnamespace = schema "
     "LEFT JOIN pg_catalog.pg_index AS found ON found.indexrelid = existing.oid "
-    "LEFT JOIN pg_catalog.pg_class AS replaced ON replaced.relname = replaces AND replaced.relnamespace = schema"
+    "LEFT JOIN pg_catalog.pg_class AS replaced ON replaced.relname = replaces AND replaced.relnamespace = "
+    "schema"
 )
 
 
@@ -37,8 +38,8 @@ class _Index:
 def build(connection: Connection) -> list[str]:
     """Build the indexes that are missing, drop those they replace, and return the names of those built.
 
-    The connection must be in no transaction; it is in autocommit mode meanwhile. An index that an earlier attempt
-    left invalid is built again. Raises psycopg.Error.
+    The connection must be in no transaction; it is in autocommit mode meanwhile. An index that an earlier
+    attempt left invalid is built again. Raises psycopg.Error.
     """
     before = connection.autocommit
     connection.autocommit = True

@@ -1276,14 +1276,16 @@ $$;
 -- Covering ones, for index-only scans; BRIN for ranges of time and touched hours. An index on metadata is left out: GIN
 -- (metadata jsonb_path_ops) costs 44 to 65 % more server CPU for the load.
 
-CREATE OR REPLACE FUNCTION @.analytics_indexes() RETURNS TABLE (name TEXT, definition TEXT, replaces TEXT)
-LANGUAGE sql IMMUTABLE
+CREATE OR REPLACE FUNCTION @.analytics_indexes() RETURNS TABLE (name NAME, definition TEXT, replaces NAME, schema REGNAMESPACE)
+LANGUAGE sql STABLE
 BEGIN ATOMIC
-VALUES
+SELECT i.name::name, i.definition, i.replaces::name, c.relnamespace::regnamespace
+FROM pg_class c CROSS JOIN (VALUES
     ('analytics_events_type_seen', '@.analytics_events (event_type, timestamp) INCLUDE (user_id)', 'analytics_events_type_time'),
     ('analytics_events_user_seen', '@.analytics_events (user_id, timestamp) INCLUDE (event_type)', 'analytics_events_user_time'),
     ('analytics_events_timestamp', '@.analytics_events USING brin (timestamp)', NULL),
-    ('analytics_metrics_timestamp', '@.analytics_metrics USING brin (timestamp)', NULL);
+    ('analytics_metrics_timestamp', '@.analytics_metrics USING brin (timestamp)', NULL)
+) AS i (name, definition, replaces) WHERE c.oid = '@.analytics_events'::regclass;
 END;
 COMMENT ON FUNCTION @.analytics_indexes IS
 'Internal. The indexes that serve the questions, and those of earlier versions that they replace.';

@@ -23,8 +23,8 @@ from loader.load import database, indexes, schema
 )  # fmt: skip
 @click.option(
     "--reader", metavar="NAME",
-    help="A role for dashboards and analysts (SELECT, the questions, statements of at most 30 s), created if it "
-    "does not exist.",
+    help="A role for dashboards and analysts (SELECT, the questions, statements of at most 30 s), created "
+    "if it does not exist.",
 )  # fmt: skip
 @options.as_json
 def command(

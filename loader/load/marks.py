@@ -1,7 +1,7 @@
 """Marks of touched hours, `analytics_touched`: a load appends one for each hour of UTC that it added rows to.
 
-They are written in the transaction of the rows, so that a rollup never misses a row: whoever sees the row sees
-the mark. Tables of an earlier version have no such table, and no rollups.
+They are written in the transaction of the rows, so that a rollup never misses a row: whoever sees the row
+sees the mark. Tables of an earlier version have no such table, and no rollups.
 """
 
 from __future__ import annotations

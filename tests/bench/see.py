@@ -4,7 +4,7 @@
 
 Parts: questions (each against `SELECT count(*)` over the same range in the same run, with the indexes of its
 plan), rollups (against plain SQL over rows), refresh, marks (the load with and without them). Times are CPU
-seconds of the server's process of our connection, which other processes on the machine change little; medians.
+seconds of the server's process of our connection, which others on the machine change little; medians.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from tests.bench.load import events as lines
 
 TYPES = (
     "feed_viewed", "memory_viewed", "reaction_created", "comment_created", "memory_posted", "user_logged_in",
-    "user_logged_out", "reaction_deleted", "memory_updated", "memory_deleted", "comment_updated", "comment_deleted",
+    "user_logged_out", "reaction_deleted", "memory_updated", "memory_deleted", "comment_updated",
+    "comment_deleted",
     "invite_created", "invite_accepted", "child_provisioned", "pet_created",
 )  # fmt: skip
 """From frequent to rare; a user's first event is user_registered."""
@@ -38,11 +39,13 @@ _EVENTS = f"""
 INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id, session_id, metadata)
 SELECT gen_random_uuid(), CASE WHEN position = 1 AND number < %(users)s THEN 'user_registered'
         ELSE (%(types)s::text[])[1 + floor(16 * random() ^ 3)::int] END,
-    at + (position - 1) * random() * interval '1 minute', md5('u' || person)::uuid, md5('f' || person / 2)::uuid,
-    md5('s' || number)::uuid, jsonb_build_object('memory_id', md5('m' || floor(random() * 500))::uuid, 'duration_ms',
+    at + (position - 1) * random() * interval '1 minute', md5('u' || person)::uuid,
+    md5('f' || person / 2)::uuid, md5('s' || number)::uuid,
+    jsonb_build_object('memory_id', md5('m' || floor(random() * 500))::uuid, 'duration_ms',
         floor(random() * 9000), 'source', 'feed', 'request_id', md5(random()::text))
 FROM (
-    SELECT number, CASE WHEN number < %(users)s THEN number ELSE floor(%(users)s * random() ^ 2)::int END AS person,
+    SELECT number,
+        CASE WHEN number < %(users)s THEN number ELSE floor(%(users)s * random() ^ 2)::int END AS person,
         {END} - random() * interval '90 days' AS at, 1 + (random() * 18)::int AS size
     FROM generate_series(0, %(events)s / 10) AS number
 ) AS session, generate_series(1, size) AS position ORDER BY 3
@@ -73,7 +76,8 @@ QUESTIONS = {
     ),
     "funnel, strict, 30 d": (30, "funnel(ARRAY['feed_viewed', 'memory_viewed'], {0}, '10 minutes', true)"),
     "funnel, 4 rare steps, 90 d": (
-        90, "funnel(ARRAY['user_registered', 'invite_created', 'invite_accepted', 'pet_created'], {0}, '14 days')"
+        90, "funnel(ARRAY['user_registered', 'invite_created', 'invite_accepted', 'pet_created'], {0}, '14 "
+        "days')"
     ),
     "sessions, 30 d": (30, "sessions({0})"),
     "sessions by gap, 30 d": (30, "sessions_by_gap({0})"),
@@ -91,9 +95,12 @@ ROWS = {
     "requests, 30 d by day": (
         "SELECT date_trunc('day', timestamp, 'America/New_York'), labels->>'endpoint', labels->>'method', "
         "count(*) FILTER (WHERE metric_name = 'api_request_count'), count(*) FILTER (WHERE metric_name = "
-        "'api_request_count' AND labels->>'status' >= '500'), percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP "
-        "(ORDER BY value) FILTER (WHERE metric_name = 'api_request_duration_ms') FROM analytics_metrics WHERE "
-        "metric_name IN ('api_request_count', 'api_request_duration_ms') AND timestamp >= {since} AND timestamp < {until} "
+        "'api_request_count' AND labels->>'status' >= '500'), percentile_disc(ARRAY[0.5, 0.95, 0.99]) "
+        "WITHIN GROUP "
+        "(ORDER BY value) FILTER (WHERE metric_name = 'api_request_duration_ms') FROM analytics_metrics "
+        "WHERE "
+        "metric_name IN ('api_request_count', 'api_request_duration_ms') AND timestamp >= {since} AND "
+        "timestamp < {until} "
         "GROUP BY 1, 2, 3"
     ),
 }
@@ -122,9 +129,8 @@ def measure(dsn: str, version: int, options: argparse.Namespace) -> None:
             marking(connection, options.repeat)
         if {"questions", "rollups", "refresh"} & set(options.part):
             fill(connection, options.events)
-            print(
-                f"\nPostgreSQL {version}: {counted(connection, 'events')} events, {counted(connection, 'metrics')} metrics"
-            )
+            filled = [counted(connection, table) for table in ("events", "metrics")]
+            print(f"\nPostgreSQL {version}: {filled[0]} events, {filled[1]} metrics", flush=True)
             refreshing(connection)
             if "questions" in options.part:
                 questions(connection, options.repeat)
@@ -163,14 +169,14 @@ def refreshing(connection: Connection) -> None:
     begun, cpu = time.monotonic(), used(connection)
     done = rollups.refresh(connection)
     connection.rollback()
-    print(
-        f"refresh of {done} hours and days: {used(connection) - cpu:.1f} CPU s, {time.monotonic() - begun:.1f} s"
-    )
+    took = time.monotonic() - begun
+    print(f"refresh of {done} hours and days: {used(connection) - cpu:.1f} CPU s, {took:.1f} s", flush=True)
     connection.autocommit = True
     connection.execute("VACUUM ANALYZE")
     for table in ("hourly_events", "hourly_metrics", "user_days"):
         ((rows, size),) = connection.execute(
-            f"SELECT count(*), pg_size_pretty(pg_total_relation_size('analytics_{table}')) FROM analytics_{table}".encode()
+            f"SELECT count(*), pg_size_pretty(pg_total_relation_size('analytics_{table}')) FROM "
+            f"analytics_{table}".encode()
         ).fetchall()
         print(f"  analytics_{table}: {rows} rows, {size}")
     connection.autocommit = False
@@ -225,7 +231,7 @@ def median(connection: Connection, statement: str, repeat: int, times: int = 1) 
 
 
 def plan_indexes(connection: Connection, statement: str) -> list[str]:
-    """Return the indexes that a run of the statement scanned, also within functions, and tables read as a whole."""
+    """Return the indexes that a run of the statement scanned, also within functions, and whole tables."""
     before = _scans(connection)
     with connection.transaction():
         connection.execute(statement.encode())
@@ -254,7 +260,7 @@ def used(connection: Connection) -> float:
 
 
 def marking(connection: Connection, repeat: int, count: int = 100_000) -> None:
-    """Alternate loads with and without marks into an empty table; compare CPU seconds of loader and server."""
+    """Alternate loads with and without marks into an empty table; compare the CPU seconds of both sides."""
     data = b"\n".join(lines(count, 7)) + b"\n"
     with_marks: list[float] = []
     without: list[float] = []

@@ -1,4 +1,4 @@
-"""Events and requests of twelve weeks in which three time zones change their clocks, and how they get into the tables."""
+"""Events and requests of twelve weeks in which three time zones change their clocks."""
 
 from __future__ import annotations
 
@@ -112,7 +112,8 @@ def insert(connection: Connection, rows: Iterable[Event | Metric], *, mark: bool
     measured = [row for row in rows if isinstance(row, Metric)]
     _copy(
         connection,
-        "analytics_events (event_id, event_type, timestamp, user_id, family_unit_id, session_id, metadata, created_at)",
+        "analytics_events (event_id, event_type, timestamp, user_id, family_unit_id, session_id, metadata, "
+        "created_at)",
         [
             (UUID(int=random.getrandbits(128)), row.event_type, row.at, row.user, row.family, row.session,
              json.dumps(row.metadata), row.created) for row in found

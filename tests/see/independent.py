@@ -1,4 +1,4 @@
-"""The definitions once more, straight from their words, in Python over all rows: what the SQL is compared with."""
+"""The definitions once more, straight from their words, in Python over all rows."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def funnel(
     strict: bool,
     unit: str,
 ) -> list[tuple[int, list[float]]]:
-    """For each step, how many units reached it, and the seconds from the entry to where it was first reached."""
+    """For each step, how many units reached it, and the seconds from the entry to when it was reached."""
     by_unit: dict[Any, list[Event]] = defaultdict(list)
     for event in events:
         key = event.session if unit == "session" else UNITS[unit](event)

@@ -108,7 +108,7 @@ def test_weekly_and_monthly_users_are_right_outside_utc(one_connection: Connecti
 
 
 def test_retention_and_trends_agree_on_the_day(one_connection: Connection) -> None:
-    """PostHog 17415: the size of a day's cohort is the number of registrations that the trend has on this day."""
+    """PostHog 17415: the size of a day's cohort is the number of registrations in this day's trend."""
     events = data.events(3)
     insert(one_connection, events)
     for tz in (*data.ZONES, "Asia/Kathmandu"):
@@ -118,7 +118,8 @@ def test_retention_and_trends_agree_on_the_day(one_connection: Connection) -> No
             "ARRAY['user_registered']) WHERE events > 0", [tz, *values]
         ).fetchall()  # fmt: skip
         cohorts = one_connection.execute(
-            "SELECT cohort, size FROM analytics_retention(%s, %s, %s, %s, 3, ARRAY['user_registered']) WHERE period = 0",
+            "SELECT cohort, size FROM analytics_retention(%s, %s, %s, %s, 3, ARRAY['user_registered']) "
+            "WHERE period = 0",
             values,
         ).fetchall()
         assert trend == cohorts
@@ -130,7 +131,8 @@ def test_the_time_to_convert_is_never_longer_than_the_window(one_connection: Con
     for within in ("1 second", "5 minutes", "30 minutes", "1 day"):
         for strict in (False, True):
             found = one_connection.execute(
-                "SELECT p50, p90 FROM analytics_funnel(ARRAY['feed_viewed', 'memory_viewed', 'reaction_created'], %s, %s, "
+                "SELECT p50, p90 FROM analytics_funnel(ARRAY['feed_viewed', 'memory_viewed', "
+                "'reaction_created'], %s, %s, "
                 "%s::interval, %s)", [data.FIRST, data.LAST, within, strict]
             ).fetchall()  # fmt: skip
             ((window,),) = one_connection.execute("SELECT %s::interval", [within]).fetchall()
@@ -152,7 +154,10 @@ def test_of_many_event_types_the_frequent_ones_are_shown(one_connection: Connect
     """Umami 2581: 200 types."""
     at = datetime(2025, 10, 1, 12, tzinfo=UTC)
     insert(one_connection, [people(k, at, f"type_{n:03}") for n in range(200) for k in range(n % 50 + 1)])
-    question = "SELECT event_type, sum(events), sum(users) FROM analytics_trend('2025-10-01', '2025-10-03', top => 5, people => true) GROUP BY 1"
+    question = (
+        "SELECT event_type, sum(events), sum(users) "
+        "FROM analytics_trend('2025-10-01', '2025-10-03', top => 5, people => true) GROUP BY 1"
+    )
     found = {kind: (events, users) for kind, events, users in rows(one_connection, question)}
     assert len(found) == 6
     assert found.pop("(others)") == (200 / 50 * sum(range(1, 51)) - 50 * 4 - 49, 49)
@@ -164,7 +169,8 @@ def test_a_running_total_follows_from_the_trend(one_connection: Connection) -> N
     insert(one_connection, data.events(3))
     totals = rows(
         one_connection,
-        "SELECT sum(sum(events)) OVER (ORDER BY starts) FROM analytics_trend('2025-09-01', '2026-02-01') GROUP BY starts",
+        "SELECT sum(sum(events)) OVER (ORDER BY starts) FROM analytics_trend('2025-09-01', '2026-02-01') "
+        "GROUP BY starts",
     )
     assert all(a <= b for (a,), (b,) in pairwise(totals))
     assert totals[-1] == rows(one_connection, "SELECT count(*) FROM analytics_events")[0]
@@ -174,8 +180,10 @@ def test_a_question_reads_no_rows_outside_its_range(one_connection: Connection) 
     """Umami 1253 and 4526, and our own views: a range must reach the index, whatever the statistics say."""
     insert(one_connection, data.events(3))
     one_connection.execute(
-        "INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id) SELECT gen_random_uuid(), 'y', "
-        "timestamptz '2024-01-01' + n * interval '1 minute', gen_random_uuid(), gen_random_uuid() FROM generate_series(1, 200000) n"
+        "INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id) SELECT "
+        "gen_random_uuid(), 'y', "
+        "timestamptz '2024-01-01' + n * interval '1 minute', gen_random_uuid(), gen_random_uuid() FROM "
+        "generate_series(1, 200000) n"
     )
     one_connection.execute("SELECT analytics_mark('events', '2024-01-01', '2024-06-01')")
     one_connection.commit()
@@ -183,8 +191,10 @@ def test_a_question_reads_no_rows_outside_its_range(one_connection: Connection) 
     one_connection.autocommit = True
     one_connection.execute("VACUUM ANALYZE analytics_events")
     questions = (
-        "trend('2025-10-01', '2025-10-08')", "trend('2025-10-01', '2025-10-01 03:00', 'minute')", "sessions('2025-10-01', '2025-10-08')",
-        "sessions_by_gap('2025-10-01', '2025-10-08')", "features('2025-10-08')", "interactions('2025-10-01', '2025-10-08')",
+        "trend('2025-10-01', '2025-10-08')", "trend('2025-10-01', '2025-10-01 03:00', 'minute')",
+        "sessions('2025-10-01', '2025-10-08')",
+        "sessions_by_gap('2025-10-01', '2025-10-08')", "features('2025-10-08')",
+        "interactions('2025-10-01', '2025-10-08')",
         "active('2025-10-01', '2025-10-08', types => ARRAY['memory_viewed'])",
     )  # fmt: skip
     for question in questions:

@@ -31,10 +31,12 @@ def features(
 def _events(seed: int, number: int, since: datetime, until: datetime, created: datetime) -> list[Event]:
     rng = random.Random(seed)
     span = (until - since).total_seconds()
-    return [
-        Event(rng.choice(data.TYPES), since + timedelta(seconds=rng.random() * span), identifier(1, user := rng.randrange(90)),
-              identifier(2, user // 3), identifier(9, number), {}, created) for number in range(number)
-    ]  # fmt: skip
+    made = []
+    for position in range(number):
+        at, user = since + timedelta(seconds=rng.random() * span), rng.randrange(90)
+        people = (identifier(1, user), identifier(2, user // 3), identifier(9, position))
+        made.append(Event(rng.choice(data.TYPES), at, *people, {}, created))
+    return made
 
 
 @pytest.fixture
@@ -100,7 +102,8 @@ def test_each_value_equals_an_independent_one(connection: Connection) -> None:
 def _independent(history: list[Event]) -> dict[str, Any]:
     recent = [e for e in history if e.at >= AS_OF - timedelta(days=28)]
     values: dict[str, Any] = {
-        "tenure_days": (AS_OF - history[0].at) / timedelta(days=1), "recency_hours": (AS_OF - history[-1].at) / timedelta(hours=1),
+        "tenure_days": (AS_OF - history[0].at) / timedelta(days=1),
+        "recency_hours": (AS_OF - history[-1].at) / timedelta(hours=1),
     }  # fmt: skip
     for days in (1, 7, 28):
         own = [e for e in history if e.at >= AS_OF - timedelta(days=days)]
@@ -116,10 +119,12 @@ def _independent(history: list[Event]) -> dict[str, Any]:
     ]
     x, y = (sum(f(a) for a in angles) / len(angles) for f in (math.cos, math.sin))
     return values | {
-        "types_28d": len(shares), "type_entropy_28d": -sum(s * math.log(s) for s in shares), "sessions_28d": len(sessions),
+        "types_28d": len(shares), "type_entropy_28d": -sum(s * math.log(s) for s in shares),
+        "sessions_28d": len(sessions),
         "session_events_mean": len(recent) / len(sessions),
         "session_minutes_mean": sum((max(s) - min(s)).total_seconds() / 60 for s in sessions) / len(sessions),
-        "hour_mean": math.atan2(y, x) % (2 * math.pi) / (2 * math.pi) * 24, "hour_concentration": math.hypot(x, y),
+        "hour_mean": math.atan2(y, x) % (2 * math.pi) / (2 * math.pi) * 24,
+        "hour_concentration": math.hypot(x, y),
         "weekend_share": sum(s.isoweekday() > 5 for s in starts) / len(starts),
     }  # fmt: skip
 
@@ -155,7 +160,7 @@ def test_the_training_set_for_a_churn_model_does_not_leak(connection: Connection
     before = {(row[0], row[1]): row for row in cursor}
     assert {row[-1] for row in before.values()} == {False, True}
     assert len(names) == 18 + 51 + 2
-    # Whatever happens, or arrives, after the first moment changes no feature of it; only the label may change.
+    # What happens, or arrives, after the first moment changes no feature of it; only the label may change.
     first = min(moment for moment, _ in before)
     happened = _events(3, 300, first, datetime(2025, 11, 20, tzinfo=UTC), first)
     arrived = _events(4, 300, first - timedelta(days=28), first, first + timedelta(seconds=1))

@@ -1,4 +1,4 @@
-"""Rollups are exact in every snapshot: whatever loads, refreshes and prunings do, and in whatever order they commit."""
+"""Rollups are exact in every snapshot, in whatever order loads, refreshes and prunings commit."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from tests.see import data, independent
 from tests.see.data import Event, Metric, identifier, insert, refresh
 
 ODD_ZONES = (
-    "UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Asia/Kathmandu", "Pacific/Chatham", "Australia/Lord_Howe"
+    "UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Asia/Kathmandu", "Pacific/Chatham",
+    "Australia/Lord_Howe"
 )  # fmt: skip
 
 
 class History:
-    """Three loaders, a refresher and a pruner on one database, beside a copy of every row that was committed."""
+    """Three loaders, a refresher and a pruner on one database, and a copy of every row that was committed."""
 
     def __init__(self, connection: Connection, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -147,7 +148,8 @@ class History:
                 "SELECT * FROM analytics_active(%s, %s, %s)", [since, until, tz]
             ).fetchall()
             requests = self.owner.execute(
-                "SELECT starts, endpoint, requests, errors FROM analytics_requests(%s, %s) WHERE requests > 0",
+                "SELECT starts, endpoint, requests, errors FROM analytics_requests(%s, %s) WHERE requests "
+                "> 0",
                 [since, until],
             ).fetchall()
         assert {(at.astimezone(UTC), *rest) for at, *rest in trend} == {
@@ -292,7 +294,8 @@ def test_others_may_mark_what_they_change(one_connection: Connection) -> None:
     one_connection.commit()
     refresh(one_connection)
     one_connection.execute(
-        "DELETE FROM analytics_events WHERE event_id = (SELECT min(event_id::text)::uuid FROM analytics_events)"
+        "DELETE FROM analytics_events WHERE event_id = (SELECT min(event_id::text)::uuid FROM "
+        "analytics_events)"
     )
     one_connection.execute("SELECT analytics_mark('events', %s, %s)", [at, at + timedelta(seconds=1)])
     one_connection.commit()
@@ -304,7 +307,7 @@ def test_others_may_mark_what_they_change(one_connection: Connection) -> None:
 
 
 def test_no_value_stops_a_refresh(one_connection: Connection) -> None:
-    """Values that no float holds, labels longer than an index entry, and hours of the year 1 and of the future."""
+    """Values that no float holds, labels longer than an index entry, hours of the years 1 and 9999."""
     at = datetime(2025, 9, 1, 12, tzinfo=UTC)
     one_connection.execute(
         "INSERT INTO analytics_metrics (metric_name, metric_type, value, labels, timestamp) "

@@ -1,4 +1,4 @@
-"""What the schema promises beside its answers: indexes, comments, a role that may only read, and search paths."""
+"""What the schema promises beside its answers: indexes, comments, a role that only reads, search paths."""
 
 from __future__ import annotations
 
@@ -57,9 +57,11 @@ def test_the_reader_asks_every_question_and_changes_nothing(reader: Connection) 
     reader.execute("SET default_transaction_read_only = off")
     for statement in (
         "DELETE FROM analytics_events", "INSERT INTO analytics_touched VALUES (now(), 'events')",
-        "SELECT analytics_refresh()", "SELECT analytics_rebuild()", "SELECT analytics_mark('events', now(), now())",
+        "SELECT analytics_refresh()", "SELECT analytics_rebuild()",
+        "SELECT analytics_mark('events', now(), now())",
         "SELECT analytics_prune_hour('events', '2025-10-01 00:00+00')",
-        "SELECT analytics_roll_events(ARRAY[now()])", "TRUNCATE analytics_hourly_events", "CREATE TABLE mine (n INT)",
+        "SELECT analytics_roll_events(ARRAY[now()])", "TRUNCATE analytics_hourly_events",
+        "CREATE TABLE mine (n INT)",
     ):  # fmt: skip
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             reader.execute(statement.encode())
@@ -168,7 +170,8 @@ def test_an_upgrade_reads_rows_until_the_first_refresh(cli: Cli, one_connection:
 def test_every_function_and_view_has_a_comment(one_connection: Connection) -> None:
     without = rows(
         one_connection,
-        "SELECT proname FROM pg_proc WHERE proname LIKE 'analytics%' AND obj_description(oid, 'pg_proc') IS NULL",
+        "SELECT proname FROM pg_proc WHERE proname LIKE 'analytics%' AND obj_description(oid, 'pg_proc') "
+        "IS NULL",
     )
     assert without == []
     for question in QUESTIONS:

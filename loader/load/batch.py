@@ -4,7 +4,7 @@
     ------------------------------------  -------------------------------  ------------------------------
     does the ledger know the digest?      a transaction, rolled back       the next load of the file
     decode; COPY; staging; isolate        the same                         the same
-    ledger rows                           the same                         the same
+    marks of touched hours; ledger rows   the same                         the same
     reject files, whole and synced        reject files, no ledger row      written again under their name
     COMMIT                                all of it, or none, or unknown   the ledger knows the digest
 
@@ -24,7 +24,7 @@ import psycopg
 from loader.files import rejects
 from loader.files.chunk import Chunk
 from loader.files.rejects import Rejected
-from loader.load import ledger
+from loader.load import ledger, marks
 from loader.load.counts import Counts, Loaded
 from loader.load.database import Connection, transaction
 from loader.load.insert import insert, insert_lines
@@ -43,6 +43,7 @@ def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates
         known = ledger.known(connection, [chunk.digest for chunk in batch])
         fresh, repeated = _divide(batch, known)
         outcomes = insert(connection, fresh, duplicates) if fresh else []
+        marks.record(connection, outcomes)
         outcomes, overtaken = _record(connection, outcomes, known)
         for outcome in outcomes:
             rejects.write(spool, outcome.chunk, outcome.rejects)
@@ -67,6 +68,7 @@ def retry(connection: Connection, path: Path) -> Loaded:
     outcome = Outcome(Chunk(name, 0, sum(len(each.raw) + 1 for each in retried), 1, len(retried), b""))
     with transaction(connection):
         insert_lines(connection, list(decoded_lines(outcome, (rejected.raw for rejected in retried))))
+        marks.record(connection, [outcome])
         loaded = replace(outcome.counts, rejected=0)
         if loaded.lines:
             digest = secrets.token_bytes(32)

@@ -680,8 +680,10 @@ WHERE h.rolled AND r.metric_name = 'api_request_count' AND r.hour >= since AND r
 UNION ALL
 SELECT @.analytics_bucket(bucket, m.timestamp, tz), m.labels, m.value
 FROM @.analytics_row_spans('metrics', since, until, bucket, tz) s
-    JOIN @.analytics_metrics m ON m.timestamp >= s.lo AND m.timestamp < s.hi
-WHERE m.metric_name = 'api_request_count';
+    CROSS JOIN LATERAL (  -- OFFSET 0 as in analytics_counts
+        SELECT m.timestamp, m.labels, m.value FROM @.analytics_metrics m
+        WHERE m.metric_name = 'api_request_count' AND m.timestamp >= s.lo AND m.timestamp < s.hi OFFSET 0
+    ) m;
 END;
 COMMENT ON FUNCTION @.analytics_request_counts IS 'Internal. Increments of api_request_count.';
 
@@ -700,8 +702,11 @@ WITH rolled AS (
         UNION ALL
         SELECT @.analytics_bucket(bucket, m.timestamp, tz), m.labels->>'endpoint', m.labels->>'method', @.analytics_value_bucket(m.value), 1
         FROM @.analytics_row_spans('metrics', since, until, bucket, tz) s
-            JOIN @.analytics_metrics m ON m.timestamp >= s.lo AND m.timestamp < s.hi
-        WHERE bucket <> 'minute' AND m.metric_name = 'api_request_duration_ms'
+            CROSS JOIN LATERAL (
+                SELECT m.timestamp, m.labels, m.value FROM @.analytics_metrics m
+                WHERE m.metric_name = 'api_request_duration_ms' AND m.timestamp >= s.lo AND m.timestamp < s.hi OFFSET 0
+            ) m
+        WHERE bucket <> 'minute'
     ) c GROUP BY 1, 2, 3, 4
 ), ranked AS (
     SELECT c.key, c.endpoint, c.method, c.number, sum(c.n) OVER (PARTITION BY c.key, c.endpoint, c.method ORDER BY c.number) AS upto,

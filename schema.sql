@@ -818,16 +818,17 @@ CREATE OR REPLACE FUNCTION @.analytics_sessions_by_gap(
 ) RETURNS TABLE (user_id UUID, family_unit_id UUID, starts TIMESTAMPTZ, ends TIMESTAMPTZ, events BIGINT)
 LANGUAGE sql STABLE
 BEGIN ATOMIC
-WITH marked AS (
-    SELECT e.user_id, e.family_unit_id, e.timestamp,
-        (e.timestamp - lag(e.timestamp) OVER (PARTITION BY e.user_id ORDER BY e.timestamp) <= gap) IS NOT TRUE AS starts
+WITH walked AS (
+    SELECT e.user_id, e.family_unit_id, e.timestamp, lag(e.timestamp) OVER w AS before, row_number() OVER w AS place,
+        count(*) OVER p AS places, max(e.timestamp) OVER p AS last
     FROM @.analytics_events e WHERE e.timestamp >= since - gap AND e.timestamp < until + interval '24 hours'
-), numbered AS (
-    SELECT m.*, count(*) FILTER (WHERE m.starts) OVER (PARTITION BY m.user_id ORDER BY m.timestamp) AS number FROM marked m
+    WINDOW w AS (PARTITION BY e.user_id ORDER BY e.timestamp), p AS (PARTITION BY e.user_id)
+), begun AS (  -- a session ends at the event before the next one begins
+    SELECT w.*, lead(w.before) OVER s AS ends, lead(w.place) OVER s AS next
+    FROM walked w WHERE (w.timestamp - w.before <= gap) IS NOT TRUE WINDOW s AS (PARTITION BY w.user_id ORDER BY w.place)
 )
-SELECT n.user_id, min(CASE WHEN n.starts THEN n.family_unit_id::text END)::uuid, min(n.timestamp), max(n.timestamp), count(*)
-FROM numbered n GROUP BY n.user_id, n.number
-HAVING min(n.timestamp) >= since AND min(n.timestamp) < until;
+SELECT b.user_id, b.family_unit_id, b.timestamp, coalesce(b.ends, b.last), coalesce(b.next, b.places + 1) - b.place
+FROM begun b WHERE b.timestamp >= since AND b.timestamp < until;
 END;
 COMMENT ON FUNCTION @.analytics_sessions_by_gap IS
 'Sessions of users that start in the range: a session ends when no event follows within gap. Events more than 24 hours after the range are not looked at.';
@@ -858,8 +859,10 @@ WHERE h.rolled AND r.metric_name = 'api_request_count' AND r.hour >= since AND r
 UNION ALL
 SELECT @.analytics_bucket(bucket, m.timestamp, tz), m.labels, m.value
 FROM @.analytics_row_spans('metrics', since, until, bucket, tz) s
-    JOIN @.analytics_metrics m ON m.timestamp >= s.lo AND m.timestamp < s.hi
-WHERE m.metric_name = 'api_request_count';
+    CROSS JOIN LATERAL (  -- OFFSET 0 as in analytics_counts
+        SELECT m.timestamp, m.labels, m.value FROM @.analytics_metrics m
+        WHERE m.metric_name = 'api_request_count' AND m.timestamp >= s.lo AND m.timestamp < s.hi OFFSET 0
+    ) m;
 END;
 COMMENT ON FUNCTION @.analytics_request_counts IS 'Internal. Increments of api_request_count.';
 
@@ -878,8 +881,11 @@ WITH rolled AS (
         UNION ALL
         SELECT @.analytics_bucket(bucket, m.timestamp, tz), m.labels->>'endpoint', m.labels->>'method', @.analytics_value_bucket(m.value), 1
         FROM @.analytics_row_spans('metrics', since, until, bucket, tz) s
-            JOIN @.analytics_metrics m ON m.timestamp >= s.lo AND m.timestamp < s.hi
-        WHERE bucket <> 'minute' AND m.metric_name = 'api_request_duration_ms'
+            CROSS JOIN LATERAL (
+                SELECT m.timestamp, m.labels, m.value FROM @.analytics_metrics m
+                WHERE m.metric_name = 'api_request_duration_ms' AND m.timestamp >= s.lo AND m.timestamp < s.hi OFFSET 0
+            ) m
+        WHERE bucket <> 'minute'
     ) c GROUP BY 1, 2, 3, 4
 ), ranked AS (
     SELECT c.key, c.endpoint, c.method, c.number, sum(c.n) OVER (PARTITION BY c.key, c.endpoint, c.method ORDER BY c.number) AS upto,

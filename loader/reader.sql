@@ -44,9 +44,11 @@ BEGIN
     IF NOT has_database_privilege(reader, current_database(), 'CONNECT') THEN
         EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), reader);
     END IF;
-    -- A dashboard runs whatever SQL it is given. The role itself can lift both: they guard against accidents.
+    -- A dashboard runs whatever SQL it is given. The role itself can lift these: they guard against accidents.
     EXECUTE format('ALTER ROLE %I IN DATABASE %I SET statement_timeout = ''30s''', reader, current_database());
     EXECUTE format('ALTER ROLE %I IN DATABASE %I SET default_transaction_read_only = on', reader, current_database());
+    -- Compiling the plan of a question took 4.4 s of 4.5 (PostgreSQL 15): the planner expects many empty buckets.
+    EXECUTE format('ALTER ROLE %I IN DATABASE %I SET jit = off', reader, current_database());
     PERFORM set_config('search_path', caller_path, true);
 END
 $reader$;

@@ -31,7 +31,12 @@ STATES = ("without rollups", "with rollups", "with touched hours")
 
 
 @pytest.fixture(
-    scope="package", params=[*((state, None) for state in STATES), (STATES[-1], VERSIONS[0])], ids=str
+    scope="package",
+    params=[
+        *((state, None) for state in STATES),
+        pytest.param((STATES[-1], VERSIONS[0]), marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def facts(request: pytest.FixtureRequest, one_server: str) -> Iterator[Facts]:
     """As after an upgrade, after a refresh, and with rows that came later into hours that were computed."""

@@ -54,6 +54,7 @@ def test_the_reader_asks_every_question_and_changes_nothing(reader: Connection) 
         assert found is not None
         assert found[0] or question == "anomalies"
     assert reader.execute("SHOW statement_timeout").fetchone() == ("30s",)
+    assert reader.execute("SHOW jit").fetchone() == ("off",)
     reader.execute("SET default_transaction_read_only = off")
     for statement in (
         "DELETE FROM analytics_events", "INSERT INTO analytics_touched VALUES (now(), 'events')",

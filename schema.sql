@@ -1,7 +1,7 @@
 -- Everything the loader needs, version 3. Idempotent; upgrades older versions; needs no extension.
 --
--- psql applies this file as it is (psql -f schema.sql). `loader init` runs its statements one by one, each in a
--- transaction of its own, and repeats one that could not get a lock.
+-- psql applies this file as it is (psql -f schema.sql). `loader init` runs the tables with the questions, and then each
+-- step of the foreign keys, in a transaction of its own, and repeats one that could not get a lock.
 --
 -- Whatever changes a table here must keep it loadable by the loader of the version before.
 --
@@ -316,13 +316,21 @@ DO $questions$
 DECLARE
     caller_path CONSTANT pg_catalog.text := pg_catalog.current_setting('search_path');
     events CONSTANT pg_catalog.oid := pg_catalog.to_regclass('analytics_events');
-    home pg_catalog.text;
+    home pg_catalog.name;
+    home_oid pg_catalog.oid;
+    statements pg_catalog.text;
+    foreign_name pg_catalog.name;
+    foreign_owner pg_catalog.name;
 BEGIN
+    IF events IS NULL THEN
+        RAISE EXCEPTION 'the table "analytics_events" does not exist';
+    END IF;
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-    PERFORM pg_catalog.set_config('lock_timeout', '1s', true);
-    PERFORM pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('analytics_schema'));  -- one at a time
-    home := (SELECT quote_ident(nspname) FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = events);
-    EXECUTE replace($sql$
+    PERFORM set_config('lock_timeout', '1s', true);
+    PERFORM pg_advisory_xact_lock(hashtext('analytics_schema'));  -- one at a time
+    SELECT nspname, pg_namespace.oid INTO home, home_oid
+        FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = events;
+    statements := $sql$
 
 COMMENT ON VIEW @.analytics_events_daily IS
 'Reads the whole table whatever range is selected, and its day is that of the reader''s session time zone: prefer analytics_trend.';
@@ -383,7 +391,13 @@ CREATE TABLE IF NOT EXISTS @.analytics_hourly_metrics (
     buckets SMALLINT[] NOT NULL,
     counts INT[] NOT NULL
 );
-CREATE INDEX IF NOT EXISTS analytics_hourly_metrics_hour ON @.analytics_hourly_metrics (hour, metric_name);
+DO $$
+BEGIN
+    IF to_regclass('@.analytics_hourly_metrics_hour') IS NULL THEN  -- IF NOT EXISTS locks the table first
+        CREATE INDEX analytics_hourly_metrics_hour ON @.analytics_hourly_metrics (hour, metric_name);
+    END IF;
+END
+$$;
 
 -- ---- time ----
 
@@ -745,7 +759,7 @@ CREATE OR REPLACE FUNCTION @.analytics_funnel(
 ) RETURNS TABLE (
     step INT, event_type TEXT, value TEXT, reached BIGINT, of_first NUMERIC, of_previous NUMERIC, p50 INTERVAL, p90 INTERVAL
 )
-LANGUAGE plpgsql STABLE AS $function$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $function$
 -- A window function per step, nested over one sort. s_k of an event is the entry from which step k was reached there:
 -- the latest that can still continue, as in ClickHouse's windowFunnel and PostHog's. Events with the same timestamp
 -- count in the order of the steps. Times are float8 seconds (date_part; extract is numeric): cheap for max().
@@ -1176,12 +1190,12 @@ COMMENT ON FUNCTION @.analytics_islands IS
 'Internal. Joins hours (or days) that follow each other, so that rows are read by few ranges whose size the planner knows: joined hour by hour, PostgreSQL 15 took five times as long.';
 
 CREATE OR REPLACE FUNCTION @.analytics_roll_events(hours TIMESTAMPTZ[]) RETURNS VOID
-LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET jit = off AS $function$
+LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     island RECORD;
 BEGIN
     DELETE FROM @.analytics_hourly_events WHERE hour = ANY (hours);
-    FOR island IN SELECT * FROM @.analytics_islands(hours, '1 hour') LOOP
+    FOR island IN SELECT * FROM @.analytics_islands(hours, interval '1 hour') LOOP
         INSERT INTO @.analytics_hourly_events (hour, event_type, events)
         SELECT date_trunc('hour', e.timestamp, 'UTC'), e.event_type, count(*)
         FROM @.analytics_events e WHERE e.timestamp >= island.lo AND e.timestamp < island.hi
@@ -1192,12 +1206,12 @@ $function$;
 COMMENT ON FUNCTION @.analytics_roll_events IS 'Internal. Computes the rollup of hours that are not pruned.';
 
 CREATE OR REPLACE FUNCTION @.analytics_roll_metrics(hours TIMESTAMPTZ[]) RETURNS VOID
-LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET jit = off AS $function$
+LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     island RECORD;
 BEGIN
     DELETE FROM @.analytics_hourly_metrics WHERE hour = ANY (hours);
-    FOR island IN SELECT * FROM @.analytics_islands(hours, '1 hour') LOOP
+    FOR island IN SELECT * FROM @.analytics_islands(hours, interval '1 hour') LOOP
         INSERT INTO @.analytics_hourly_metrics (hour, metric_name, labels, records, sum, min, max, buckets, counts)
         SELECT b.hour, b.metric_name, b.labels, sum(b.n), sum(b.sum), min(b.min), max(b.max),
             array_agg(b.bucket ORDER BY b.bucket), array_agg(b.n::int ORDER BY b.bucket)
@@ -1214,7 +1228,7 @@ $function$;
 COMMENT ON FUNCTION @.analytics_roll_metrics IS 'Internal. As @.analytics_roll_events.';
 
 CREATE OR REPLACE FUNCTION @.analytics_roll_users(days TIMESTAMPTZ[]) RETURNS VOID
-LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET jit = off AS $function$
+LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     island RECORD;
 BEGIN
@@ -1223,7 +1237,7 @@ BEGIN
     WHERE u.day = (d AT TIME ZONE 'UTC')::date AND NOT EXISTS (
         SELECT FROM @.analytics_sealed s WHERE s.source = 'events' AND s.hour >= d AND s.hour < d + interval '24 hours'
     );
-    FOR island IN SELECT * FROM @.analytics_islands(days, '24 hours') LOOP
+    FOR island IN SELECT * FROM @.analytics_islands(days, interval '24 hours') LOOP
         INSERT INTO @.analytics_user_days AS old (day, user_id, family_unit_id, quarters)
         SELECT (e.timestamp AT TIME ZONE 'UTC')::date, e.user_id, e.family_unit_id,
             bit_or(set_bit(0::bit(96), floor(date_part('epoch', (e.timestamp AT TIME ZONE 'UTC')::time) / 900)::int, 1))
@@ -1236,7 +1250,7 @@ $function$;
 COMMENT ON FUNCTION @.analytics_roll_users IS 'Internal. Computes the user days of days of UTC, given by their first instants.';
 
 CREATE OR REPLACE FUNCTION @.analytics_rebuild() RETURNS BIGINT
-LANGUAGE plpgsql SECURITY DEFINER AS $function$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     marked BIGINT;
 BEGIN
@@ -1261,7 +1275,7 @@ COMMENT ON FUNCTION @.analytics_rebuild IS
 'Marks every hour for which there are rows or a rollup, so that refreshes compute all rollups again; pruned hours keep theirs. Returns the marks. REPEATABLE READ only.';
 
 CREATE OR REPLACE FUNCTION @.analytics_refresh(at_most INT DEFAULT 168) RETURNS INT
-LANGUAGE plpgsql SECURITY DEFINER AS $function$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     wanted TEXT;
     hours TIMESTAMPTZ[];
@@ -1326,7 +1340,7 @@ COMMENT ON FUNCTION @.analytics_prunable IS
 'Hours that lie before a moment as a whole and have rows of the source events or metrics: for analytics_prune_hour.';
 
 CREATE OR REPLACE FUNCTION @.analytics_prune_hour(wanted TEXT, pruned TIMESTAMPTZ) RETURNS BIGINT
-LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET jit = off AS $function$
+LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     the_day CONSTANT TIMESTAMPTZ := date_trunc('day', pruned, 'UTC');
     already BOOLEAN;
@@ -1424,21 +1438,12 @@ END;
 COMMENT ON FUNCTION @.analytics_check_rollups IS
 'Hours whose rollup has another count than their rows: rows that others changed without analytics_mark. Reads all rows of the range.';
 
--- Functions that cannot be inlined find the tables by a search_path of their own, whoever calls them. Who may insert
--- events may mark hours and refresh; who may read the events may read their rollups.
+-- Who may insert events may mark hours and refresh; who may read the events may read their rollups.
 DO $$
 DECLARE
-    place CONSTANT TEXT := (SELECT relnamespace::regnamespace FROM pg_class WHERE oid = '@.analytics_events'::regclass);
-    made REGPROCEDURE;
     grantee TEXT;
     privilege TEXT;
 BEGIN
-    FOR made IN
-        SELECT p.oid FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
-        WHERE p.pronamespace = place::regnamespace AND l.lanname = 'plpgsql' AND p.proname LIKE 'analytics\_%'
-    LOOP
-        EXECUTE format('ALTER FUNCTION %s SET search_path = pg_catalog, pg_temp', made);
-    END LOOP;
     REVOKE ALL ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_prune_hour, @.analytics_mark, @.analytics_roll_events,
         @.analytics_roll_metrics, @.analytics_roll_users FROM PUBLIC;
     FOR grantee, privilege IN
@@ -1486,7 +1491,9 @@ BEGIN
         RETURN;
     END IF;
     FOR index IN SELECT * FROM @.analytics_indexes() LOOP
-        EXECUTE format('CREATE INDEX IF NOT EXISTS %I ON ', index.name) || index.definition;
+        IF to_regclass(format('@.%I', index.name)) IS NULL THEN
+            EXECUTE format('CREATE INDEX %I ON ', index.name) || index.definition;
+        END IF;
         IF index.replaces IS NOT NULL THEN
             EXECUTE format('DROP INDEX IF EXISTS @.%I', index.replaces);
         END IF;
@@ -1510,7 +1517,25 @@ BEGIN
 END
 $$;
 
-$sql$, '@.', replace(home, $quote$'$quote$, $quote$''$quote$) || '.');
+$sql$;
+    EXECUTE replace(statements, '@.', replace(quote_ident(home), $quote$'$quote$, $quote$''$quote$) || '.');
+
+    -- What existed with one of these names belongs to whoever created it, and would run with the rights of whoever
+    -- loads or asks.
+    SELECT named.name, rolname INTO foreign_name, foreign_owner
+        FROM (
+            SELECT relname, relowner FROM pg_class WHERE relnamespace = home_oid
+            UNION ALL SELECT proname, proowner FROM pg_proc WHERE pronamespace = home_oid
+        ) AS named (name, owner_oid)
+        JOIN pg_roles ON pg_roles.oid = owner_oid
+        WHERE named.name::text ~ '^analytics_[a-z_]+$' AND statements ~ concat('@[.]', named.name, '\M') AND NOT rolsuper
+            AND ((SELECT rolsuper FROM pg_roles WHERE rolname = current_user) OR NOT pg_has_role(owner_oid, 'USAGE'))
+        ORDER BY named.name
+        LIMIT 1;
+    IF foreign_name IS NOT NULL THEN
+        RAISE EXCEPTION '"%" belongs to the role "%" and would run with the rights of others: drop it, or connect as "%"',
+            foreign_name, foreign_owner, foreign_owner;
+    END IF;
     PERFORM set_config('search_path', caller_path, true);
 END
 $questions$;

@@ -11,16 +11,22 @@ from typing import Final
 
 import psycopg
 
-from loader.load.database import Connection
+from loader.load.database import Connection, transaction
 
 _WANTED: Final = (
-    "SELECT name, definition, schema::text, replaced.relname, coalesce(found.indisvalid, false), "
+    "SELECT name, definition, schema::pg_catalog.text, replaced.relname, coalesce(found.indisvalid, false), "
     "found.indisvalid IS FALSE FROM analytics_indexes() AS wanted "
-    "LEFT JOIN pg_catalog.pg_class AS existing ON existing.relname = name AND existing.relnamespace = schema "
+    "LEFT JOIN pg_catalog.pg_class AS existing ON existing.relname = name "
+    "AND existing.relnamespace = schema::pg_catalog.oid "
     "LEFT JOIN pg_catalog.pg_index AS found ON found.indexrelid = existing.oid "
-    "LEFT JOIN pg_catalog.pg_class AS replaced ON replaced.relname = replaces AND replaced.relnamespace = "
-    "schema"
+    "LEFT JOIN pg_catalog.pg_class AS replaced ON replaced.relname = replaces "
+    "AND replaced.relnamespace = schema::pg_catalog.oid"
 )
+
+
+# No load waits for a lock that this waits for. A pooler may hand the session to others, so the limits come back.
+_WITHOUT_LIMITS: Final = "SET statement_timeout = 0; SET lock_timeout = 0"
+_RESET_LIMITS: Final = "RESET statement_timeout; RESET lock_timeout"
 
 
 @dataclass(frozen=True)
@@ -38,14 +44,20 @@ class _Index:
 def build(connection: Connection) -> list[str]:
     """Build the indexes that are missing, drop those they replace, and return the names of those built.
 
-    The connection must be in no transaction; it is in autocommit mode meanwhile. An index that an earlier
-    attempt left invalid is built again. Raises psycopg.Error.
+    The connection must not be in a transaction; it is in autocommit mode in the meantime. An index that an
+    earlier attempt left invalid is built again. Raises psycopg.Error.
     """
+    with transaction(connection):
+        wanted = [_Index(*row) for row in connection.execute(_WANTED).fetchall()]
+    if all(index.valid and index.replaced is None for index in wanted):
+        return []
     before = connection.autocommit
     connection.autocommit = True
     try:
-        wanted = [_Index(*row) for row in connection.execute(_WANTED).fetchall()]
-        return [index.name for index in wanted if _build(connection, index)]
+        connection.execute(_WITHOUT_LIMITS)
+        built = [index.name for index in wanted if _build(connection, index)]
+        connection.execute(_RESET_LIMITS)
+        return built
     finally:
         if not connection.closed and connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
             connection.autocommit = before

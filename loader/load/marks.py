@@ -12,10 +12,11 @@ from typing import Final
 from loader.load.database import Connection
 from loader.load.outcome import Outcome
 
-_EXISTS: Final = "SELECT to_regclass('analytics_touched') IS NOT NULL"
+_EXISTS: Final = "SELECT pg_catalog.to_regclass('analytics_touched') IS NOT NULL"
 _RECORD: Final = (
-    "INSERT INTO analytics_touched (hour, source) SELECT DISTINCT date_trunc('hour', moment, 'UTC'), source "
-    "FROM unnest(%s::timestamptz[], %s::text[]) AS touched (moment, source)"
+    "INSERT INTO analytics_touched (hour, source) "
+    "SELECT DISTINCT pg_catalog.date_trunc('hour', moment, 'UTC'), source FROM ROWS FROM ("
+    "pg_catalog.unnest(%s::timestamptz[]), pg_catalog.unnest(%s::text[])) AS touched (moment, source)"
 )
 _HOUR: Final = len("2026-11-25T03")
 

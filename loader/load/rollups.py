@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from loader.load.database import Connection
+from loader.load.database import Connection, transaction
 
 SLICE_HOURS: Final = 168
 """Hours that one transaction computes: some seconds of a server's work at 10 events a second."""
@@ -62,7 +62,6 @@ def rebuild(connection: Connection) -> int:
 
 
 def _in_one_snapshot(connection: Connection, statement: str) -> int:
-    with connection.transaction():
-        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+    with transaction(connection, "REPEATABLE READ"):
         ((value,),) = connection.execute(statement.encode()).fetchall()
     return int(value)

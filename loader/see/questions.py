@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Final, LiteralString
 
 import psycopg
+from psycopg import sql
 
 from loader.errors import LoaderError, UsageError
-from loader.load.database import Connection, connect
+from loader.load.database import Connection, connect, search_path
 from loader.see.period import Period
 
 _SESSIONS: Final[LiteralString] = (
@@ -154,6 +155,8 @@ def reading(dsn: str) -> Iterator[Connection]:
         connection.read_only = True
         # Compiling the plans of these statements takes longer than running them on a small table.
         connection.execute("SET TIME ZONE 'UTC'; SET LOCAL jit = off")
+        path = sql.SQL(search_path(connection))
+        connection.execute(sql.SQL("SET LOCAL search_path = {}").format(path))
         with _explained():
             yield connection
         connection.rollback()

@@ -226,10 +226,12 @@ def test_quarters_and_years(one_connection: Connection) -> None:
 
 def test_the_tables_may_lie_in_a_schema_of_their_own(one_connection: Connection) -> None:
     """With a name that needs quotes, applied and refreshed with it in front, asked by its name alone."""
-    one_connection.execute('CREATE SCHEMA "Our analytics"; SET search_path = "Our analytics", pg_temp')
-    schema.apply_schema(one_connection, role="analytics_loader", reader=READER)
-    data.insert(one_connection, data.events(1, users=5))
+    one_connection.execute('CREATE SCHEMA "Our analytics"')
     one_connection.commit()
+    ours = make_conninfo(one_connection.info.dsn, options=r'-csearch_path="Our\ analytics"')
+    with psycopg.connect(ours) as connection:
+        schema.apply_schema(connection, role="analytics_loader", reader=READER)
+        data.insert(connection, data.events(1, users=5))
     one_connection.execute("SET ROLE analytics_loader; SET search_path = pg_catalog")
     one_connection.commit()
     with one_connection.transaction():

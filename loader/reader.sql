@@ -20,8 +20,13 @@ BEGIN
     SELECT nspname, pg_namespace.oid, relowner INTO home, home_oid, events_owner
         FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = events;
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = reader) THEN
-        EXECUTE format('CREATE ROLE %I LOGIN', reader);
-        RAISE NOTICE 'created the role "%", without a password', reader;
+        BEGIN
+            EXECUTE format('CREATE ROLE %I LOGIN', reader);
+            RAISE NOTICE 'created the role "%", without a password', reader;
+        EXCEPTION WHEN duplicate_object OR unique_violation THEN
+            RAISE EXCEPTION 'the role "%" was created for another database at the same time: try again', reader
+                USING ERRCODE = 'lock_not_available';  -- `loader init` does
+        END;
     ELSIF pg_has_role(reader, events_owner, 'MEMBER') THEN
         RAISE EXCEPTION 'the role "%" may act as the owner of the tables: give the reader a role of its own', reader;
     END IF;
@@ -34,6 +39,8 @@ BEGIN
     EXECUTE format('REVOKE ALL ON %s FROM %I', readable, reader);
     EXECUTE format('GRANT SELECT ON %s TO %I', readable, reader);
     EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', home, reader);
+    RAISE NOTICE 'granted to "%": USAGE on the schema %, SELECT on the tables, rollups and views, EXECUTE on the questions',
+        reader, quote_ident(home);
     -- In case EXECUTE was revoked from everybody. What changes a rollup is not granted to everybody to begin with.
     FOR question IN
         SELECT oid FROM pg_proc

@@ -18,8 +18,13 @@ BEGIN
     SELECT nspname, relowner INTO home, events_owner
         FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = events;
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = loader) THEN
-        EXECUTE format('CREATE ROLE %I LOGIN', loader);
-        RAISE NOTICE 'created the role "%", without a password', loader;
+        BEGIN
+            EXECUTE format('CREATE ROLE %I LOGIN', loader);
+            RAISE NOTICE 'created the role "%", without a password', loader;
+        EXCEPTION WHEN duplicate_object OR unique_violation THEN
+            RAISE EXCEPTION 'the role "%" was created for another database at the same time: try again', loader
+                USING ERRCODE = 'lock_not_available';  -- `loader init` does
+        END;
     ELSIF pg_has_role(loader, events_owner, 'MEMBER') THEN
         RAISE EXCEPTION 'the role "%" may act as the owner of the tables: give the loader a role of its own', loader;
     END IF;

@@ -263,33 +263,33 @@ class Export:
 
     def _write_groups(self, reader: Any, file: IO[bytes]) -> None:
         """Write row groups of an even size, whatever the driver hands over."""
-        import pyarrow
-        import pyarrow.compute
-        import pyarrow.parquet
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
 
         wide = len(self._source.columns) + len(self._columns)
-        schema = pyarrow.schema([reader.schema.field(at) for at in range(wide)])
+        schema = pa.schema([reader.schema.field(at) for at in range(wide)])
         kind, level = _COMPRESSION
-        with pyarrow.parquet.ParquetWriter(file, schema, compression=kind, compression_level=level) as writer:
+        with pq.ParquetWriter(file, schema, compression=kind, compression_level=level) as writer:
             for table in _grouped(reader):
                 for number, each in enumerate(self._columns):
-                    self._misfits(each, pyarrow.compute.sum(table.column(wide + number)).as_py() or 0)
+                    self._misfits(each, pc.sum(table.column(wide + number)).as_py() or 0)
                 self.exported.rows += table.num_rows
                 writer.write_table(table.select(range(wide)))
 
 
 def _grouped(reader: Any) -> Iterator[Any]:
-    import pyarrow
+    import pyarrow as pa
 
     waiting, rows = [], 0
     for batch in reader:
         waiting.append(batch)
         rows += batch.num_rows
         if rows >= _ROW_GROUP:
-            yield pyarrow.Table.from_batches(waiting)
+            yield pa.Table.from_batches(waiting)
             waiting, rows = [], 0
     if rows:
-        yield pyarrow.Table.from_batches(waiting)
+        yield pa.Table.from_batches(waiting)
 
 
 @contextlib.contextmanager
@@ -297,7 +297,7 @@ def _arrow(connection: Connection, snapshot: str, query: str) -> Iterator[Any]:
     """Run a query on a connection of Arrow's driver, in the snapshot of ours. Raises LoaderError."""
     import adbc_driver_manager as adbc  # its module dbapi imports pandas and polars: 78 MiB
     import adbc_driver_postgresql
-    import pyarrow
+    import pyarrow as pa
 
     dsn = connection.info.dsn
     if connection.info.password:
@@ -317,7 +317,7 @@ def _arrow(connection: Connection, snapshot: str, query: str) -> Iterator[Any]:
                 statement.set_options(**{"adbc.postgresql.batch_size_hint_bytes": str(_BATCH_BYTES)})
                 statement.set_sql_query(query)
                 stream, _ = statement.execute_query()
-                with pyarrow.RecordBatchReader.from_stream(stream) as reader:
+                with pa.RecordBatchReader.from_stream(stream) as reader:
                     yield reader
     except adbc.Error as error:
         raise LoaderError(f"the export ended: {error}") from error

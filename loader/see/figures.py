@@ -15,7 +15,7 @@ _LEVELS: Final = "▁▂▃▄▅▆▇█"
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉"
 
 
-def count(value: int | Decimal | float | None) -> str:
+def count(value: Decimal | float | None) -> str:
     """A number of things: 1,234."""
     return NONE if value is None else f"{round(value):,}"
 

@@ -45,7 +45,7 @@ def active(answer: Answer) -> Table:
     peak = max((dau for _, dau, *_ in answer.rows), default=0)
     for day, dau, wau, mau, stickiness, complete in answer.rows:
         _row(
-            table, _mark(day, complete), figures.count(dau), figures.count(wau), figures.count(mau),
+            table, _mark(day, complete=complete), figures.count(dau), figures.count(wau), figures.count(mau),
             figures.share(stickiness), figures.bar(dau, peak, _BAR),
         )  # fmt: skip
     return table
@@ -57,7 +57,7 @@ def lifecycle(answer: Answer) -> Table:
     peak = max((sum(row[1:4]) for row in answer.rows), default=0)
     for starts, new, retained, resurrected, dormant, complete in answer.rows:
         _row(
-            table, _mark(starts, complete),
+            table, _mark(starts, complete=complete),
             *(figures.count(value) for value in (new, retained, resurrected, dormant)),
             figures.bar(new + retained + resurrected, peak, _BAR),
         )  # fmt: skip
@@ -76,14 +76,17 @@ def retention(answer: Answer, width: int) -> Table:
     headings = [f">{number}" for number in range(fits + 1)]
     table = _table("from", ">users", *headings, title=_title(answer))
     for cohort, cells in cohorts.items():
-        shown = [_cell(*cells[number]) if number in cells else Text() for number in range(fits + 1)]
+        shown = [
+            _cell(cells[number][0], complete=cells[number][1]) if number in cells else Text()
+            for number in range(fits + 1)
+        ]
         _row(table, figures.bucket(cohort, answer.period.zone), figures.count(sizes[cohort]), *shown)
     if fits < periods:
         table.caption = f"periods {fits + 1} to {periods} do not fit: widen the terminal, or use --json"
     return table
 
 
-def _cell(rate: Any, complete: bool) -> Text:
+def _cell(rate: Any, *, complete: bool) -> Text:
     """A share with a background that is as strong as it is high."""
     text = figures.share(rate) + ("" if complete else UNFINISHED)
     level = round(float(rate or 0) * 4)
@@ -113,7 +116,7 @@ def sessions(answer: Answer) -> Table:
     peak = max((row[1] for row in answer.rows), default=0)
     for starts, number, users, events, half, most, complete in answer.rows:
         _row(
-            table, _mark(starts, complete), figures.count(number), figures.count(users),
+            table, _mark(starts, complete=complete), figures.count(number), figures.count(users),
             figures.NONE if events is None else f"{events:.1f}", figures.duration(half),
             figures.duration(most), figures.bar(number, peak, _BAR),
         )  # fmt: skip
@@ -177,7 +180,7 @@ def _title(answer: Answer) -> str:
     return str(answer.period)
 
 
-def _mark(starts: Any, complete: bool) -> str:
+def _mark(starts: Any, *, complete: bool) -> str:
     return f"{starts:%a %Y-%m-%d}{'' if complete else UNFINISHED}"
 
 
@@ -200,7 +203,7 @@ def _row(table: Table, *cells: object) -> None:
 def notes(answer: Answer) -> Iterable[str]:
     """What a reader must know about an answer."""
     if "complete" in answer.columns and not all(row[-1] for row in answer.rows):
-        if answer.question not in ("trend",):
+        if answer.question != "trend":
             yield f"{UNFINISHED} the range holds only a part of it"
         else:
             yield "the first or last bucket is in the range only in part"

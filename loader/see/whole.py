@@ -29,7 +29,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fchmod(file.fileno(), _MODE)
-            os.replace(file.name, path)
+            Path(file.name).replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(file.name)

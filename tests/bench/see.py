@@ -277,7 +277,7 @@ def _load(connection: Connection, data: bytes, *, marked: bool) -> float:
     connection.commit()
     with ExitStack() as stack:
         if not marked:
-            stack.enter_context(mock.patch.object(marks, "record", lambda *_: None))
+            stack.enter_context(mock.patch.object(marks, "record", return_value=None))
             stack.enter_context(mock.patch.object(outcome.Outcome, "insert", _count))
         spool = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         begun = time.process_time() + used(connection)

@@ -14,8 +14,8 @@ import pytest
 from loader.demo import embedded
 from loader.load import schema
 from loader.load.database import Connection
-from tests.conftest import VERSIONS
 from tests.see import data
+from tests.servers import VERSIONS
 
 
 @dataclass

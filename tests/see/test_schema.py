@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -16,7 +18,7 @@ from loader.load import indexes, schema
 from loader.load.database import Connection
 from spool.events import CATALOGUE
 from tests.load.lines import event, number, rows, segment
-from tests.processes import Cli
+from tests.processes import HANGS_AFTER, Cli, eventually
 from tests.see import data
 
 READER = "analytics_reader"
@@ -66,6 +68,57 @@ def test_the_reader_asks_every_question_and_changes_nothing(reader: Connection) 
     ):  # fmt: skip
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             reader.execute(statement.encode())
+
+
+@pytest.mark.parametrize("kind", ["role", "reader"])
+def test_a_role_may_be_created_for_another_database_at_the_same_time(
+    one_connection: Connection, kind: str
+) -> None:
+    name = f"{kind}_{uuid4().hex}"
+    with (
+        psycopg.connect(one_connection.info.dsn) as applying,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        one_connection.execute(f"CREATE ROLE {name}".encode())
+        given: dict[str, Any] = {kind: name}
+        applied = thread.submit(schema.apply_schema, applying, **given)
+        eventually(lambda: is_blocked(one_connection, applying.info.backend_pid))
+        one_connection.commit()
+        assert applied.result(HANGS_AFTER).warnings == []
+        assert number(applying, f"SELECT has_table_privilege('{name}', 'analytics_events', 'SELECT')::int")
+    one_connection.execute(f"DROP OWNED BY {name}; DROP ROLE {name}".encode())
+
+
+def is_blocked(connection: Connection, pid: int) -> bool:
+    """Whether a session waits for this one."""
+    return number(connection, f"SELECT cardinality(pg_blocking_pids({pid}))") > 0
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "TABLE analytics_sealed (source TEXT, hour TIMESTAMPTZ, PRIMARY KEY (source, hour))",
+        "FUNCTION analytics_seen(text, timestamptz, text, text, text, text[]) RETURNS TABLE (unit uuid, starts date) "
+        "LANGUAGE sql AS 'SELECT NULL::uuid, NULL::date'",
+        "FUNCTION analytics_unit(who text, user_id uuid, family_unit_id uuid) RETURNS uuid LANGUAGE sql AS 'SELECT user_id'",
+    ],
+    ids=["table", "overload", "function"],
+)
+def test_what_others_created_under_a_name_of_ours_is_refused(
+    one_connection: Connection, planted: str
+) -> None:
+    other = f"other_{uuid4().hex}"
+    one_connection.execute(
+        "DROP TABLE analytics_sealed CASCADE; DROP FUNCTION IF EXISTS analytics_unit CASCADE"
+    )
+    one_connection.execute(f"CREATE ROLE {other}; GRANT CREATE ON SCHEMA public TO {other}".encode())
+    one_connection.execute(f"SET ROLE {other}; CREATE {planted}; RESET ROLE".encode())
+    one_connection.commit()
+    with pytest.raises(psycopg.Error, match=r"belongs to the role|is not unique"):
+        schema.apply_schema(one_connection)
+    one_connection.execute(f"DROP OWNED BY {other} CASCADE; DROP ROLE {other}".encode())
+    one_connection.commit()
+    schema.apply_schema(one_connection)
 
 
 def test_an_answer_does_not_depend_on_the_readers_search_path(reader: Connection) -> None:

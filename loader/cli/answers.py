@@ -8,17 +8,17 @@ import io
 import json
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from loader.cli import options, terminal
 from loader.errors import one_line
-from loader.see import figures, tables
-from loader.see.questions import Answer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from loader.see.questions import Answer
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
@@ -52,6 +52,8 @@ def question(default: str) -> Callable[[Function], Function]:
 
 def print_json(answer: Answer) -> None:
     """Print one object: the question, its range, and the rows by the names of their columns."""
+    from loader.see import figures, tables
+
     where = answer.period.zone
     head = {
         "question": answer.question, "since": figures.plain(answer.period.since, where),
@@ -62,6 +64,8 @@ def print_json(answer: Answer) -> None:
 
 def print_csv(answer: Answer) -> None:
     """Print a header and the rows."""
+    from loader.see import tables
+
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(answer.columns)
@@ -81,6 +85,8 @@ def _cell(value: Any) -> Any:
 
 def print_table(table: Table) -> None:
     """Print a table as wide as the terminal; into a file or a pipe without colours and trailing blanks."""
+    from rich.console import Console
+
     console = Console(highlight=False, width=None if sys.stdout.isatty() else terminal.console().width)
     with console.capture() as captured:
         console.print(table)
@@ -91,6 +97,9 @@ def print_table(table: Table) -> None:
 def print_note(text: str) -> None:
     """Print a remark below a table, wrapped between words on a terminal."""
     if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.text import Text
+
         Console(highlight=False).print(Text(one_line(text), style="dim"))
     else:
         terminal.say(text)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import UUID
 
 import click
-from rich.table import Table
 
 from loader import settings
 from loader.cli import answers, terminal
 from loader.errors import UsageError
-from loader.see import questions, tables
+from loader.see.catalogue import MOST_STEPS
 from loader.see.period import duration, period
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Function = TypeVar("Function", bound=Callable[..., None])
 _MOST_BUCKETS: Final = 5000
@@ -61,6 +63,8 @@ def _answer(
 
     `also` are questions that only the table needs; `named` are event types to check the spelling of.
     """
+    from loader.see import questions, tables
+
     if given["as_json"] and given["as_csv"]:
         raise UsageError("--json and --csv exclude each other: give one of them")
     when = period(given["since"], given["until"], given["tz"])
@@ -98,6 +102,8 @@ def trend(types: tuple[str, ...], bucket: str, top: int | None, **given: Any) ->
       loader ask trend
       loader ask trend memory_viewed feed_viewed --bucket week --since 12w
     """
+    from loader.see import tables
+
     _answer("trend", given, tables.trend, named=types, types=list(types) or None, bucket=bucket, top=top)
 
 
@@ -115,6 +121,8 @@ def active(types: tuple[str, ...], who: str, **given: Any) -> None:
       loader ask active --since 28d --tz America/New_York
       loader ask active memory_viewed --who family
     """
+    from loader.see import tables
+
     _answer("active", given, tables.active, named=types, types=list(types) or None, who=who, bucket="day")
 
 
@@ -134,6 +142,8 @@ def lifecycle(types: tuple[str, ...], bucket: str, who: str, **given: Any) -> No
       loader ask lifecycle
       loader ask lifecycle --bucket day --since 14d --who family
     """
+    from loader.see import tables
+
     _answer(
         "lifecycle", given, tables.lifecycle, named=types, types=list(types) or None, bucket=bucket, who=who
     )
@@ -164,6 +174,8 @@ def retention(
       loader ask retention
       loader ask retention --starting user_registered --coming memory_viewed --bucket day --periods 7
     """
+    from loader.see import tables
+
     _answer(
         "retention", given, lambda answer: tables.retention(answer, answers.width()),
         named=(*starting, *coming),
@@ -199,8 +211,10 @@ def funnel(
       loader ask funnel feed_viewed memory_viewed reaction_created --within 1d
       loader ask funnel memory_viewed reaction_created --breakdown source --who session
     """
-    if len(steps) > questions.MOST_STEPS:
-        raise UsageError(f"a funnel has at most {questions.MOST_STEPS} steps, not {len(steps)}")
+    from loader.see import tables
+
+    if len(steps) > MOST_STEPS:
+        raise UsageError(f"a funnel has at most {MOST_STEPS} steps, not {len(steps)}")
     _answer(
         "funnel", given, lambda answer: tables.funnel(answer, broken_down=breakdown is not None), named=steps,
         steps=list(steps), within=duration(within, "--within"), strict=strict, who=who, breakdown=breakdown,
@@ -221,6 +235,8 @@ def sessions(gap: str | None, bucket: str, **given: Any) -> None:
       loader ask sessions
       loader ask sessions --gap 30m --bucket week
     """
+    from loader.see import tables
+
     if gap is None:
         _answer("sessions", given, tables.sessions, bucket=bucket)
     else:
@@ -242,6 +258,8 @@ def requests(bucket: str | None, **given: Any) -> None:
       loader ask requests --since 24h
       loader ask requests --since 7d --bucket hour --csv
     """
+    from loader.see import tables
+
     if bucket and (given["as_json"] or given["as_csv"]):
         _answer("requests_by", given, tables.requests, bucket=bucket)
         return
@@ -259,6 +277,8 @@ def anomalies(**given: Any) -> None:
     Examples:
       loader ask anomalies --since 7d --tz America/New_York
     """
+    from loader.see import questions, tables
+
     _answer("anomalies", given, tables.anomalies, note=questions.WHAT_ANOMALIES_MISS)
 
 
@@ -281,6 +301,8 @@ def interactions(half_life: str, limit: int, **given: Any) -> None:
     Examples:
       loader ask interactions --limit 10
     """
+    from loader.see import tables
+
     _answer(
         "interactions", given, tables.interactions, half_life=duration(half_life, "--half-life"), limit=limit
     )
@@ -297,4 +319,6 @@ def user(user: UUID, limit: int, **given: Any) -> None:
     Examples:
       loader ask user 0190163d-8694-739b-aea5-966c26f8ad91
     """
+    from loader.see import tables
+
     _answer("user", given, tables.timeline, user=user, limit=limit)

@@ -7,24 +7,27 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from loader import settings
 from loader.cli import answers, options, terminal
 from loader.errors import LoaderError, UsageError
-from loader.see import export, questions
-from loader.see.export import FORMATS, SOURCES, STDOUT, Export, Format, Range
+from loader.see.catalogue import FORMATS, TABLES, Format
 from loader.see.period import instant, zone
 
+if TYPE_CHECKING:
+    from loader.see.export import Range
+
+STDOUT: Final = Path("-")
 _NEEDED: Final = ("pyarrow", "adbc_driver_postgresql")
 
 
 @click.command("export")
 @click.argument("target", type=click.Path(allow_dash=True, path_type=Path), metavar="OUT")
 @click.option(
-    "--table", type=click.Choice(tuple(SOURCES)), default="events", show_default=True, help="What to export."
+    "--table", type=click.Choice(TABLES), default="events", show_default=True, help="What to export."
 )
 @click.option(
     "--format", "form", type=click.Choice(FORMATS), help="Else by the suffix of OUT; Parquet for --by day."
@@ -58,6 +61,9 @@ def command(
       loader export metrics.csv --table metrics --since 2026-11-01
       loader export - --format ndjson > events.ndjson
     """
+    from loader.see import export, questions
+    from loader.see.export import SOURCES, Export
+
     chosen = form or _format(target, by)
     made = Export(SOURCES[table], chosen, [export.column(each) for each in columns])
     rows = _range(since, until, tz)
@@ -89,6 +95,8 @@ def _format(target: Path, by: str | None) -> Format:
 
 
 def _range(since: str | None, until: str | None, tz: str) -> Range:
+    from loader.see.export import Range
+
     where, now = zone(tz), datetime.now(UTC)
     rows = Range(
         instant(since, where, now, "--since") if since else None,

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from loader import settings
 from loader.cli import answers, options, terminal
 from loader.errors import LoaderError, UsageError
-from loader.see import questions, report, tables
+from loader.see.catalogue import FUNNEL, MOST_STEPS
 from loader.see.period import period
-from loader.see.report import FUNNEL, Report
-from loader.see.whole import whole_file
+
+if TYPE_CHECKING:
+    from loader.see.report import Report
 
 _NEEDED: Final = ("jinja2", "vl_convert")
 
@@ -52,6 +53,9 @@ def command(
       loader report
       loader report --html report.html --tz America/New_York --funnel feed_viewed,memory_viewed
     """
+    from loader.see import questions, report, tables
+    from loader.see.whole import whole_file
+
     when, named = period(since, until, tz), _steps(steps)
     if html is not None:
         for module in _NEEDED:
@@ -77,14 +81,14 @@ def command(
 
 def _steps(text: str) -> Sequence[str]:
     steps = tuple(step.strip() for step in text.split(","))
-    if not all(steps) or len(steps) > questions.MOST_STEPS:
-        raise UsageError(
-            f'--funnel "{text}" is not a list of 1 to {questions.MOST_STEPS} event types: write a,b,c'
-        )
+    if not all(steps) or len(steps) > MOST_STEPS:
+        raise UsageError(f'--funnel "{text}" is not a list of 1 to {MOST_STEPS} event types: write a,b,c')
     return steps
 
 
 def _summarize(made: Report) -> None:
+    from loader.see import tables
+
     for title, table in tables.summary(made, answers.width()):
         terminal.say(title, "bold")
         answers.print_table(table)

@@ -13,17 +13,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import IO, Any, Final, Literal
+from typing import IO, Any, Final
 
 from psycopg import sql
 
 from loader.errors import LoaderError, UsageError
 from loader.load.database import Connection
+from loader.see.catalogue import Format
 from loader.see.period import midnight
 from loader.see.whole import whole_file
 
-Format = Literal["parquet", "csv", "ndjson"]
-FORMATS: Final[tuple[Format, ...]] = ("parquet", "csv", "ndjson")
 STDOUT: Final = Path("-")
 _BATCH_BYTES: Final = 1 << 20
 """What the driver hands over at once; more is not faster."""
@@ -68,6 +67,7 @@ METRICS: Final = Source(
     ),
 )  # fmt: skip
 SOURCES: Final = {"events": EVENTS, "metrics": METRICS}
+"""By the names of catalogue.TABLES."""
 
 _NUMBER: Final = r"'^[-+]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][-+]?[0-9]{{1,3}})?$'"
 # Text is converted only if it can be: a cast that fails would end the export.
@@ -299,6 +299,7 @@ def _arrow(connection: Connection, snapshot: str, query: str) -> Iterator[Any]:
     import adbc_driver_postgresql
     import pyarrow as pa
 
+    ((path,),) = connection.execute("SELECT current_setting('search_path')").fetchall()
     dsn = connection.info.dsn
     if connection.info.password:
         dsn += f" password={_quoted(connection.info.password)}"
@@ -306,6 +307,7 @@ def _arrow(connection: Connection, snapshot: str, query: str) -> Iterator[Any]:
         sql.SQL("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"),
         sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)),
         sql.SQL("SET LOCAL TIME ZONE 'UTC'"),
+        sql.SQL("SELECT pg_catalog.set_config('search_path', {}, true)").format(sql.Literal(path)),
     )
     try:
         with adbc_driver_postgresql.connect(dsn) as database, adbc.AdbcConnection(database) as other:

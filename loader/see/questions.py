@@ -116,8 +116,6 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
 }  # fmt: skip
 """The columns of each answer: the names in JSON and CSV."""
 
-MOST_STEPS: Final = 12
-"""The limit of analytics_funnel."""
 WHAT_ANOMALIES_MISS: Final = (
     "Unusual: two hours in a row far from the same hours of the four weeks before. Half of all halvings, and "
     "most of what happens below 10 events an hour, is not found; weeks with holidays raise false alarms."

@@ -9,11 +9,10 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any, Final
 
 from loader.load.database import Connection
+from loader.see.catalogue import FUNNEL
 from loader.see.period import Period, midnight
 from loader.see.questions import Answer, ask
 
-FUNNEL: Final = ("feed_viewed", "memory_viewed", "reaction_created")
-"""The steps if none are given: from the catalogue of spool.events."""
 FUNNEL_WITHIN: Final = timedelta(days=1)
 SHOWN_TYPES: Final = 5
 """Event types with a colour of their own. More cannot be told apart; the others are one."""

@@ -1494,8 +1494,8 @@ BEGIN
         IF to_regclass(format('@.%I', index.name)) IS NULL THEN
             EXECUTE format('CREATE INDEX %I ON ', index.name) || index.definition;
         END IF;
-        IF index.replaces IS NOT NULL THEN
-            EXECUTE format('DROP INDEX IF EXISTS @.%I', index.replaces);
+        IF to_regclass('@.' || quote_ident(index.replaces)) IS NOT NULL THEN
+            EXECUTE format('DROP INDEX @.%I', index.replaces);
         END IF;
     END LOOP;
 END

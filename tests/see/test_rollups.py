@@ -378,3 +378,14 @@ def test_lines_that_are_retried_and_duplicates_mark_what_they_add(
     segment(cli.spool, 2, event(1), event(2, timestamp="2026-01-20T17:00:00+05:30"))
     assert "duplicates 2" in cli("run", "--once")
     assert rows(one_connection, hours) == [(2, 2)]
+
+
+def test_a_file_that_is_loaded_again_marks_what_it_adds(cli: Cli, one_connection: Connection) -> None:
+    path = segment(cli.spool, 1, event(1), event(2))
+    kept = path.rename(cli.spool.parent / "kept.ndjson")
+    cli("backfill", kept)
+    refresh(one_connection)
+    one_connection.execute("DELETE FROM analytics_events; DELETE FROM analytics_touched")
+    one_connection.commit()
+    cli("backfill", "--again", kept)
+    assert number(one_connection, "SELECT count(*) FROM analytics_touched WHERE source = 'events'") == 1

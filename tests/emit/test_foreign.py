@@ -325,6 +325,7 @@ def raising() -> Iterator[None]:
     signal.signal(signal.SIGALRM, previous)
 
 
+@pytest.mark.long  # it hung once under load, unexplained: run it by itself until that is understood
 @pytest.mark.usefixtures("raising")
 @pytest.mark.parametrize("mapped", [True, False])
 def test_an_exception_of_the_applications_signal_handler_ends_the_emit_and_is_no_drop(

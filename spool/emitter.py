@@ -211,13 +211,13 @@ class Emitter:
             self.refuse(error)
             return None
         try:
-            self._appender.write(line)
-        except (ValueError, OSError) as error:
             try:
+                self._appender.write(line)
+            except (ValueError, OSError) as error:
                 return new_id if self._append(line, error) else None
-            except RecursionError:
-                self._drops.too_deep += 1
-                return None
+        except RecursionError:
+            self._drops.too_deep += 1
+            return None
         return new_id
 
     def _metric(
@@ -266,13 +266,13 @@ class Emitter:
             self.refuse(error)
             return None
         try:
-            self._appender.write(line)
-        except (ValueError, OSError) as error:
             try:
+                self._appender.write(line)
+            except (ValueError, OSError) as error:
                 return new_id if self._append(line, error) else None
-            except RecursionError:
-                self._drops.too_deep += 1
-                return None
+        except RecursionError:
+            self._drops.too_deep += 1
+            return None
         return new_id
 
     def record_metric(

@@ -5,6 +5,7 @@ What an application or its server does to its own process must not lose, repeat 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -314,18 +315,21 @@ class SoftTimeLimitExceeded(Exception):
 
 @pytest.fixture
 def raising() -> Iterator[None]:
-    """A signal handler that raises."""
+    """A signal handler that raises. In a callback of the garbage collector, as hypothesis has one, the
+    interpreter would only report the exception: so there is no collection.
+    """
 
     def handler(*_: object) -> None:
         raise SoftTimeLimitExceeded
 
     previous = signal.signal(signal.SIGALRM, handler)
+    gc.disable()
     yield
+    gc.enable()
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, previous)
 
 
-@pytest.mark.long  # it hung once under load, unexplained: run it by itself until that is understood
 @pytest.mark.usefixtures("raising")
 @pytest.mark.parametrize("mapped", [True, False])
 def test_an_exception_of_the_applications_signal_handler_ends_the_emit_and_is_no_drop(
@@ -371,7 +375,8 @@ print(dict(emitter.stats().dropped))
     assert run(code, tmp_path).split("\n")[:51] == ["cancelled"] * 50 + ["{}"]
 
 
-def test_an_emit_at_the_recursion_limit_is_dropped_and_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seal", [False, True])
+def test_an_emit_at_the_recursion_limit_is_dropped_and_counted(tmp_path: Path, seal: bool) -> None:
     emitter = Emitter(tmp_path, segment_bytes=4096)
     results: list[str | None] = []
 
@@ -385,6 +390,8 @@ def test_an_emit_at_the_recursion_limit_is_dropped_and_counted(tmp_path: Path) -
 
     reached = 0
     for depth in range(sys.getrecursionlimit() - 200, sys.getrecursionlimit()):
+        if seal:
+            emitter.seal()  # so that the first line of a segment is written, which takes a call more
         try:
             down(depth)
             reached = depth
@@ -453,6 +460,7 @@ def test_a_platform_without_segments_imports_drops_counts_and_warns_once(tmp_pat
 import sys
 sys.platform = "win32"
 sys.modules["fcntl"] = None
+import gc
 import os
 for name in ("register_at_fork", "posix_fallocate", "pread", "pwrite", "fchmod", "fork", "O_NOFOLLOW", "O_CLOEXEC",
              "O_NONBLOCK", "O_DIRECTORY"):

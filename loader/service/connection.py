@@ -33,7 +33,6 @@ class WorkerConnection:
         self._connected = connected
         self._connection: Connection | None = None
         self._due = 0.0
-        self._was_used = False
         self._duplicates = 0.0
         """Share of duplicates in the last batch: a guess at that of the next."""
 
@@ -63,18 +62,16 @@ class WorkerConnection:
         A connection that was idle may have been closed by the server, a pooler or a firewall. That is not an
         outage: it is opened again, once.
         """
-        was_used = self._was_used
         try:
             return self._load(batch, spool)
         except psycopg.OperationalError as error:
-            if not (was_used and is_lost(error)):
+            if not is_lost(error):
                 raise
         self.connect()
         return self._load(batch, spool)
 
     def _load(self, batch: Sequence[Chunk], spool: Path) -> Loaded:
         assert self._connection is not None  # it was connected
-        self._was_used = True
         with self._closing_on_error():
             loaded = load(self._connection, batch, spool, self._duplicates)
         if lines := loaded.counts.lines:
@@ -84,7 +81,6 @@ class WorkerConnection:
     def close(self) -> None:
         """Close the connection. Safe to repeat."""
         connection, self._connection = self._connection, None
-        self._was_used = False
         if connection is not None:
             connection.close()
 

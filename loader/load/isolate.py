@@ -6,7 +6,8 @@
 
 Row by row means a block of PL/pgSQL with an exception handler: no other row is affected, and nothing is sent
 twice. A code that means an outage is passed on, unless a function raised it (sqlstate.py). If no row at all
-was stored and the code is one that a person must do something about, then the configuration is at fault.
+was stored, the code is one that a person must do something about, and the newest row of the table could not
+be inserted now either, then the configuration is at fault.
 """
 
 from __future__ import annotations
@@ -157,10 +158,32 @@ def _insert_each(staging: Staging, error: psycopg.Error | None) -> Inserted:
     absent: Iterable[int] = ()
     if causes := triggers(staging.connection, staging.table):
         absent = staging.absent(stored)
-    if error is not None and len(stored) == len(list(absent)) and not all(map(_is_of_row, refused.values())):
+    none_stored = len(stored) == len(list(absent))
+    may_be_configuration = none_stored and not all(map(_is_of_row, refused.values()))
+    if error is not None and may_be_configuration and not _accepts_newest(staging):
         raise error from AllRefusedError()
     lost = dict.fromkeys(absent, not_stored(staging.table, causes))
     return existing + compared + Inserted(refused=refused | lost)
+
+
+def _accepts_newest(staging: Staging) -> bool:
+    """Whether a copy of the newest row could be inserted now: then other rows are not refused as such."""
+    table = staging.table
+    values = [
+        sql.SQL("pg_catalog.gen_random_uuid()") if column in ("id", table.key) else sql.Identifier(column)
+        for column in table.columns
+    ]
+    try:
+        with staging.connection.transaction(force_rollback=True):
+            copied = staging.run(
+                "INSERT INTO {table} ({all}) SELECT {values} FROM {table} ORDER BY id DESC LIMIT 1 RETURNING 1",
+                values=sql.SQL(", ").join(values),
+            )
+            return copied.fetchone() is not None
+    except psycopg.Error as error:
+        if is_temporary(error):
+            raise
+        return False
 
 
 def _is_of_row(reject: Reject) -> bool:

@@ -183,6 +183,35 @@ def test_a_configuration_that_refuses_every_row_rejects_none(
     assert not rejected(tmp_path)
 
 
+@WAYS
+@pytest.mark.parametrize("state", ["42501", "ZZ999", "55000"])
+def test_a_batch_that_is_refused_as_a_whole_is_at_fault_once_other_rows_are_accepted(
+    one_connection: Connection, tmp_path: Path, state: str, duplicates: float
+) -> None:
+    one_connection.execute(raising(state).encode())
+    one_connection.commit()
+    cursed = chunk(event(1, event_type="cursed"), event(2, event_type="cursed"))
+    with pytest.raises(psycopg.Error, match="not this one"):
+        load(one_connection, [cursed], tmp_path, duplicates)
+    load(one_connection, [chunk(event(3))], tmp_path, duplicates)
+    assert load(one_connection, [cursed], tmp_path, duplicates).counts.rejected == 2
+    assert number(one_connection, EVENTS) == 1
+
+
+def test_rows_that_were_stored_before_do_not_blame_those_that_a_configuration_refuses(
+    connection: Connection, tmp_path: Path
+) -> None:
+    load(connection, [chunk(event(1))], tmp_path)
+    as_owner(connection, "REVOKE INSERT ON analytics_events FROM analytics_loader")
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        load(connection, [chunk(event(2))], tmp_path)
+    as_owner(connection, "GRANT INSERT ON analytics_events TO analytics_loader")
+    as_owner(connection, trigger("RAISE 'closed' USING ERRCODE = '42501';"))
+    with pytest.raises(psycopg.Error, match="closed"):
+        load(connection, [chunk(event(2))], tmp_path)
+    assert not rejected(tmp_path)
+
+
 def test_a_permission_that_is_missing_rejects_no_row(connection: Connection, tmp_path: Path) -> None:
     as_owner(connection, "REVOKE INSERT ON analytics_events FROM analytics_loader")
     with pytest.raises(psycopg.errors.InsufficientPrivilege):

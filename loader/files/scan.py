@@ -205,7 +205,7 @@ def backlog(directory: Path) -> Backlog:
                 open_segments += 1
                 stale += is_stale(directory / name)
             else:
-                status = os.lstat(directory / name)
+                status = os.lstat(f"{directory}/{name}")  # not a Path, which would intern each name
                 files, size, oldest = files + 1, size + status.st_size, min(oldest, status.st_mtime)
     return Backlog(open_segments, stale, files, size, round(max(0.0, now - oldest), 3))
 

@@ -147,7 +147,7 @@ def test_a_segment_of_another_user_is_removed_at_once_if_it_was_seen_open(tmp_pa
 
     ready, copied = (multiprocessing.get_context("fork").Event() for _ in range(2))
     emitter.emit_event(event_type="a", user_id=ID, family_unit_id=ID)
-    (begun,) = tmp_path.glob("*.open")
+    begun = min(tmp_path.glob("*.open"))  # there may be a spare, too
 
     def write() -> None:
         assert ready.wait(60)

@@ -7,9 +7,8 @@ It is started without `threading.Thread`, whose `start` waits for the new thread
 threads, and forever while Python 3.11 finalizes.
 
 A fork in C copies the condition variable of the GIL with those who wait on it. If one of them was the
-parent's
-housekeeping thread, the child would hang as soon as two of its threads want the GIL. So such a child has no
-thread: the emit that begins a new millisecond does the work when it is due (`do_if_due`).
+parent's housekeeping thread, the child would hang as soon as two of its threads want the GIL. So such a child
+has no thread: the emit that begins a new millisecond does the work when it is due (`do_if_due`).
 """
 
 from __future__ import annotations

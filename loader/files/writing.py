@@ -1,9 +1,9 @@
 """Whether a file is still being written: by a copy that pauses, say.
 
 A read lease (fcntl(2), F_SETLEASE) is granted only if no process has the file open for writing, also through
-a map. It takes the file's owner or CAP_LEASE, and a file system that has leases; otherwise only time tells:
+a map. It takes the file's owner or CAP_LEASE, and a file system that has leases; otherwise only time shows:
 a file that has not changed for GRACE_SECONDS is taken to be complete. The descriptor of a segment that a
-child of the application inherited is no writer; it is told from one by the flock that it still holds.
+child of the application inherited is not a writer: the flock that it still holds shows that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from enum import Enum
 from typing import Final
 
 GRACE_SECONDS: Final = 10.0
-"""Seconds without a change after which a file is complete if nothing else tells."""
+"""Seconds without a change after which a file is complete if nothing else shows that."""
 WRITER_SECONDS: Final = 600.0
 """The same for a file that some process has open for writing: a copy over a network that stalls."""
 

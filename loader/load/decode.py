@@ -24,7 +24,7 @@ from spool import ids
 from spool.record import METRIC_TYPES, NAME, canonical_uuid, parse_timestamp, utc_text
 
 MEMO_SIZE: Final = 65536
-"""Ids and names after which the memo of those that were checked starts anew; some 10 MiB."""
+"""Ids and names after which the memo of those that were checked is cleared; some 10 MiB."""
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _TIMESTAMP: Final = re.compile(r"\d{4}-\d\d-\d\dT[0-2]\d:[0-5]\d:[0-5]\d\.\d{6}Z", re.ASCII)
@@ -89,7 +89,7 @@ class _Event(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 _ids: set[str | None] = {None}
 _names: set[str] = set()
-"""What was seen lately: canonical ids of users, families and sessions (a session may be null), and names."""
+"""What was seen recently: canonical ids of users, families and sessions (a session may be null), and names."""
 
 
 class _RejectedError(Exception):

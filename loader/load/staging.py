@@ -104,7 +104,7 @@ class Staging:
             yield StagingWriter(rows, self.keys)
 
     def create(self) -> None:
-        """Create the temporary table, or empty it; anew if the columns of the table have changed."""
+        """Create the temporary table, or empty it; recreate it if the columns of the table have changed."""
         ((stale,),) = self.run(_STALE).fetchall()
         if stale:
             self.run("DROP TABLE {staging}")

@@ -40,7 +40,7 @@ _DEBOUNCE_MS: Final = 50
 _SETTLE_SECONDS: Final = 0.1
 """Seconds between two looks at files that may still be written."""
 _IDLE_MS: Final = 500
-"""Milliseconds after which a watch that has nothing to tell is asked what else there is to do."""
+"""Milliseconds after which a watch without changes returns, so that other work gets its turn."""
 
 
 class Daemon:
@@ -243,7 +243,7 @@ def describe(waiting: Backlog, health: Health) -> str:
 
 @contextlib.contextmanager
 def _pinned(directory: Path) -> Iterator[os.stat_result]:
-    """Give which directory it is; none that is made meanwhile gets its inode number. Raises OSError."""
+    """Yield the status of a directory whose inode number is not reused in the block. Raises OSError."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield os.fstat(descriptor)

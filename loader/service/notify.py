@@ -1,10 +1,10 @@
-"""What systemd is told, over the socket it names: sd_notify(3). Without one, nobody is told anything.
+"""Notifications to systemd, over the socket that it names: sd_notify(3). Without one, nothing is sent.
 
-READY=1                 after the first look at the spool, once the database answered, or once STATUS says
-                        that it is waited for: a loader that waits is at work
-STATUS=                 backlog, rate, what is waited for
-WATCHDOG=1              only where something moved on: a batch committed, a try that failed and will be
-                        repeated, a look at the spool; a loader that hangs is silent, and is restarted
+READY=1                 after the first scan of the spool, once the database answered, or once STATUS reports
+                        that the loader waits for it
+STATUS=                 backlog, rate, what the loader waits for
+WATCHDOG=1              only after progress: a commit, an attempt that failed and will be repeated, a scan of the
+                        spool; a loader that hangs sends nothing, and is restarted
 RELOADING=1, STOPPING=1
 """
 
@@ -34,10 +34,10 @@ class Notifier:
         self._alive_at = 0.0
         watched = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog_seconds = int(environment.get("WATCHDOG_USEC", "0")) / 1e6 if watched else 0.0
-        """How long systemd waits for a sign of life; 0 where it does not."""
+        """How long systemd waits for a sign of life; 0 if it does not."""
 
     def ready(self) -> None:
-        """The loader is at work. Told once, and after a reload."""
+        """Report that the loader is at work: once, and after a reload."""
         if not self._ready:
             self._ready = True
             self._send("READY=1")
@@ -50,14 +50,14 @@ class Notifier:
         self._send("STOPPING=1")
 
     def status(self, text: str) -> None:
-        """Say in one line how it stands; told where it has changed."""
+        """Report the status in one line, if it has changed."""
         text = one_line(text)[:_LONGEST_STATUS]
         if text != self._status:
             self._status = text
             self._send(f"STATUS={text}")
 
     def alive(self) -> None:
-        """Something moved on. Told a few times per interval, however often it is called."""
+        """Report progress, a few times per interval however often it is called."""
         now = time.monotonic()
         with self._lock:
             if not self.watchdog_seconds or now - self._alive_at < self.watchdog_seconds / 8:

@@ -1,4 +1,4 @@
-"""The retry policy: what a loader waits for, how long, and what it logs meanwhile.
+"""The retry policy: what a loader waits for, how long, and what it logs.
 
 A command that ends by itself waits for what recovers without help, up to its patience. The daemon waits for
 everything, also for what takes a person, forever. Waits are random below a bound that doubles, so that

@@ -263,7 +263,7 @@ def killed(sink: Sink, moment: int) -> tuple[int, int]:
                 raise RuntimeError("the sink failed")
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        time.sleep(SETTLE_SECONDS)  # nothing tells when a collector has read all
+        time.sleep(SETTLE_SECONDS)  # no collector reports when it has read all
         return struct.unpack("Q", returned)[0], sink.survivors(home)
 
 

@@ -163,7 +163,7 @@ def test_an_exception_before_every_instruction_of_an_emit_that_rotates(
     def interrupt(*_: object) -> None:
         raise Timeout
 
-    previous = signal.signal(signal.SIGALRM, interrupt)  # what tells it from an exception of our own
+    previous = signal.signal(signal.SIGALRM, interrupt)  # what distinguishes it from an exception of our own
     try:
         for wanted in itertools.count(1):
             sys.settrace(interrupt_at(wanted, interrupt))

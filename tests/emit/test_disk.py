@@ -54,13 +54,13 @@ def fill(disk: Path) -> Path:
     return filler
 
 
-def told(directory: Path) -> int:
-    """How many drops the metrics tell of."""
+def reported(directory: Path) -> int:
+    """Return how many drops the metrics report."""
     return sum(int(line["value"]) for line in lines(directory) if line.get("metric_name") == DROPPED_METRIC)
 
 
 def removed(directory: Path) -> bool:
-    """Whether a directory is gone that its writer may write to meanwhile."""
+    """Remove a directory; return whether it is gone, as its writer may write to it in between."""
     shutil.rmtree(directory, ignore_errors=True)
     return not directory.exists()
 
@@ -74,7 +74,7 @@ def recovers(emitter: Emitter, directory: Path) -> None:
     deadline = time.monotonic() + 2 * MAX_AGE + 1.0  # a second for a busy machine
     while emit(emitter) is None:
         assert time.monotonic() < deadline
-    eventually(lambda: told(directory) == sum(emitter.stats().dropped.values()))
+    eventually(lambda: reported(directory) == sum(emitter.stats().dropped.values()))
 
 
 def test_a_full_disk_drops_counts_warns_once_and_recovers(
@@ -160,7 +160,7 @@ def test_a_directory_that_is_made_read_only_drops_and_recovers(tmp_path: Path) -
         process.stdin.write("\n")
         process.stdin.flush()
     assert process.wait() == 0
-    assert told(spool) > 0
+    assert reported(spool) > 0
 
 
 def test_a_directory_that_cant_be_is_counted_and_forgotten_once_it_can(tmp_path: Path) -> None:
@@ -180,12 +180,12 @@ def test_drops_are_told_even_if_nothing_more_is_emitted(tmp_path: Path) -> None:
     emitter = Emitter(blocked, max_age=MAX_AGE)
     emit(emitter)
     blocked.unlink()
-    eventually(lambda: blocked.is_dir() and told(blocked) == 1)
+    eventually(lambda: blocked.is_dir() and reported(blocked) == 1)
     emitter.close()
 
 
 def measured(directory: Path) -> int:
-    """What the spool takes; a segment that is renamed meanwhile is counted twice, so the least of some."""
+    """What the spool takes; a segment that is renamed in between is counted twice, so the least of some."""
     return min(written_bytes(directory) for _ in range(5))
 
 

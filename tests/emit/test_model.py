@@ -1,7 +1,7 @@
 """A model of the emitter: whatever happens to its process, its disk and its directory, in any order, the
 spool holds exactly the events whose emit returned an id.
 
-The emitter is in a process of its own, which is told what to do and answers with the ids it was given, so
+The emitter is in a process of its own, which takes orders and answers with the ids it was given, so
 that it can be killed between any two steps (tests/emit/test_sigkill.py kills in the middle of them). The disk
 is a tmpfs where mounting one is allowed.
 """
@@ -217,7 +217,7 @@ def recover_dead(model: EmitterModel) -> bool:
         try:
             recover(file)
         except FileNotFoundError:
-            continue  # sealed by its writer meanwhile
+            continue  # sealed by its writer in between
     return False
 
 

@@ -127,13 +127,13 @@ def test_an_outage_is_told_once_and_its_end_too(cli: Cli, one_connection: Connec
         for n in range(300):  # work for both workers
             segment(cli.spool, n + 1, event(n))
         assert process.stderr is not None
-        told = next(line for line in iter(process.stderr.readline, b"") if b"out of reach" in line)
+        reported = next(line for line in iter(process.stderr.readline, b"") if b"out of reach" in line)
         assert not select.select([process.stderr], [], [], 3)[0]  # several tries, and not a word
         admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
         eventually(lambda: not list(cli.spool.glob("2*")))
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
-    assert told and rest.count(b"out of reach") == 0 and rest.count(b"loading goes on") == 1
+    assert reported and rest.count(b"out of reach") == 0 and rest.count(b"loading goes on") == 1
     with psycopg.connect(dsn) as again:
         assert number(again, EVENTS) == 300
 

@@ -221,7 +221,7 @@ def test_the_doctor_changes_nothing(cli: Cli) -> None:
 
 
 BUSY_SECONDS = 10.0
-"""Seconds that the commands are repeated beside a daemon; 600 s of it found nothing."""
+"""Seconds that the commands are repeated beside a daemon."""
 
 
 def test_nothing_is_wrong_beside_a_daemon_that_is_busy(cli: Cli, one_connection: Connection) -> None:

@@ -1,4 +1,4 @@
-"""The daemon under systemd, of which a socket is enough: what it is told, and that it ends in time."""
+"""The daemon under systemd, of which a socket is enough: what the daemon notifies it of, and that it ends in time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STOP_SECONDS = 10.0
 
 
 class Systemd:
-    """The socket, what came on it, and the daemon that was told of it."""
+    """The socket, what came on it, and the daemon that notifies it."""
 
     def __init__(self, cli: Cli, line: socket.socket, *arguments: str) -> None:
         interval = str(int(WATCHDOG_SECONDS * 1e6))

@@ -1,6 +1,6 @@
 """The units: what systemd says of them, and whether the loader can live with what they forbid.
 
-As far as a machine without a running systemd can tell.
+As far as a machine without a running systemd can check.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every command: help with examples that run, completion in a shell, JSON, and what it prints.
 
-What the commands print in a small story is in transcript.txt; UPDATE_TRANSCRIPT=1 writes it anew.
+What the commands print in a small story is in transcript.txt; UPDATE_TRANSCRIPT=1 writes it again.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ is a tmpfs where mounting one is allowed.
 from __future__ import annotations
 
 import ctypes
+import math
 import multiprocessing
 import os
 import shutil
@@ -63,13 +64,31 @@ def serve(spool: Path, orders: Connection) -> None:
 
 
 def fork_in_c(emitter: Emitter) -> int:
-    """Fork without hooks, as uWSGI does, at a moment when the housekeeping thread does not want the GIL."""
+    """Fork without hooks, as uWSGI does, at a moment when the housekeeping thread does not want the GIL.
+
+    A child that was forked at another moment may hang (spool/housekeeper.py): it is killed before it emits.
+    """
     keeper = emitter._housekeeper
-    while (running := keeper._running) and not (
-        keeper.is_surely_asleep() and running.asleep_until > time.monotonic() + 0.005
-    ):
-        time.sleep(0.0005)
-    return int(ctypes.PyDLL(None).fork())
+    while True:
+        asleep_until = math.inf
+        while (running := keeper._running) and not (
+            keeper.is_surely_asleep() and (asleep_until := running.asleep_until) > time.monotonic() + 0.005
+        ):
+            time.sleep(0.0005)  # until it sleeps
+        begin, begun = os.pipe()
+        child = int(ctypes.PyDLL(None).fork())
+        if child == 0:
+            os.read(begin, 1)
+            return 0
+        if was_asleep := time.monotonic() < asleep_until:
+            os.write(begun, b"1")
+        else:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        os.close(begin)
+        os.close(begun)
+        if was_asleep:
+            return child
 
 
 def scan_for_ever(spool: Path) -> None:

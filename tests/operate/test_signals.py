@@ -23,6 +23,7 @@ def on_a_terminal(command: Sequence[str], environment: dict[str, str]) -> tuple[
     """Start a command as a shell's foreground job; return its process and the other end of its terminal."""
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has the tests ignore
         os.execvpe(command[0], list(command), environment)
     return child, terminal
 

@@ -30,12 +30,14 @@ from pathlib import Path
 from spool import Emitter
 user = uuid.uuid4()
 def fork_in_c():
-    # keeps the GIL and runs no hook, as a server in C does, while no other thread wants the GIL
+    # keeps the GIL and runs no hook, as a server in C does, while no other thread wants the GIL: one that has
+    # noted until when it sleeps may still wait for the GIL before it does
     keeper = emitter._housekeeper
-    while keeper._running and not (
-        keeper.is_surely_asleep() and keeper._running.asleep_until > time.monotonic() + 0.01
-    ):
-        time.sleep(0.001)
+    while running := keeper._running:
+        asleep_until = running.asleep_until
+        time.sleep(0.01)
+        if keeper.is_surely_asleep() and running.asleep_until == asleep_until > time.monotonic() + 0.01:
+            break
     return ctypes.PyDLL(None).fork()
 def emit(emitter, **metadata):
     return emitter.emit_event(event_type="tick", user_id=user, family_unit_id=user, metadata=metadata)

@@ -9,7 +9,6 @@ is a tmpfs where mounting one is allowed.
 from __future__ import annotations
 
 import ctypes
-import math
 import multiprocessing
 import os
 import shutil
@@ -64,31 +63,12 @@ def serve(spool: Path, orders: Connection) -> None:
 
 
 def fork_in_c(emitter: Emitter) -> int:
-    """Fork without hooks, as uWSGI does, at a moment when the housekeeping thread does not want the GIL.
+    """Fork without hooks, as uWSGI does, without a housekeeping thread that might want the GIL.
 
-    A child that was forked at another moment may hang (spool/housekeeper.py): it is killed before it emits.
+    A child of a process in which one does may hang, before any code of ours runs (spool/housekeeper.py).
     """
-    keeper = emitter._housekeeper
-    while True:
-        asleep_until = math.inf
-        while (running := keeper._running) and not (
-            keeper.is_surely_asleep() and (asleep_until := running.asleep_until) > time.monotonic() + 0.005
-        ):
-            time.sleep(0.0005)  # until it sleeps
-        begin, begun = os.pipe()
-        child = int(ctypes.PyDLL(None).fork())
-        if child == 0:
-            os.read(begin, 1)
-            return 0
-        if was_asleep := time.monotonic() < asleep_until:
-            os.write(begun, b"1")
-        else:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        os.close(begin)
-        os.close(begun)
-        if was_asleep:
-            return child
+    emitter._housekeeper.stop()
+    return int(ctypes.PyDLL(None).fork())
 
 
 def scan_for_ever(spool: Path) -> None:

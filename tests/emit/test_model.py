@@ -68,7 +68,9 @@ def fork_in_c(emitter: Emitter) -> int:
     A child of a process in which one does may hang, before any code of ours runs (spool/housekeeper.py).
     """
     emitter._housekeeper.stop()
-    return int(ctypes.PyDLL(None).fork())
+    if child := int(ctypes.PyDLL(None).fork()):
+        emitter._housekeeper.wake()
+    return child
 
 
 def scan_for_ever(spool: Path) -> None:

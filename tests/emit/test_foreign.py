@@ -18,8 +18,10 @@ from pathlib import Path
 
 import pytest
 
+import spool
 from spool import Emitter
 from spool.fork import uwsgi_problems
+from spool.interruption import is_foreign
 from spool.segment import SegmentName, recover
 from tests.emit.lines import emit, ids, lines, recover_all
 from tests.processes import as_root, eventually, free_port
@@ -375,6 +377,25 @@ emitter.close()
 print(dict(emitter.stats().dropped))
 """
     assert run(code, tmp_path).split("\n")[:51] == ["cancelled"] * 50 + ["{}"]
+
+
+@pytest.mark.parametrize(
+    ("place", "foreign"),
+    [
+        (spool.__file__, True),
+        (os.__file__, True),
+        ("<frozen posixpath>", True),
+        ("/srv/application.py", False),
+    ],
+)
+def test_an_exception_of_an_unknown_kind_is_the_applications_unless_a_value_raised_it(
+    place: str, foreign: bool
+) -> None:
+    """One that another thread set may be raised in the standard library, which an emit calls."""
+    with pytest.raises(SoftTimeLimitExceeded) as raised:
+        exec(compile("raise error", place, "exec"), {"error": SoftTimeLimitExceeded()})  # noqa: S102  # lies there
+    raised.value.__traceback__ = raised.tb.tb_next
+    assert is_foreign(raised.value) is foreign
 
 
 @pytest.mark.parametrize("seal", [False, True])

@@ -37,7 +37,7 @@ from typing import Any, Final, cast
 
 from orjson import dumps
 
-from spool import fork, ids, kernel, record
+from spool import fork, identity, ids, kernel, record
 from spool.appender import Appender
 from spool.context import scope as scope_in_force
 from spool.context import scope_to_redact
@@ -85,7 +85,7 @@ class Emitter:
     # Reading an attribute from a dictionary, which an object gets with the first `vars` or `copy` of it, makes
     # an emit 8 % slower than from a slot.
     __slots__ = (
-        "__weakref__", "_actor", "_appender", "_drops", "_harmless", "_harmless_beside_context",
+        "__weakref__", "_actor", "_appender", "_drops", "_encode_actor", "_harmless", "_harmless_beside_context",
         "_housekeeper", "_prepared", "_redaction", "_reporter", "_scope_in_force", "_tick", "_was_running",
         "settings",
     )  # fmt: skip
@@ -93,6 +93,8 @@ class Emitter:
     def __init__(self, directory: str | os.PathLike[str] | None = None, **settings: Any) -> None:
         self.settings = Settings.of(directory=directory, **settings)
         self._redaction = Redaction(self.settings.redact)
+        optional = self.settings.identity == "optional"
+        self._encode_actor = identity.encode_optional_actor if optional else record.encode_actor
         self._harmless = self._redaction.harmless
         self._harmless_beside_context = self._redaction.harmless_beside_context
         self._scope_in_force = scope_in_force if self._redaction.spares_context else scope_to_redact
@@ -191,7 +193,7 @@ class Emitter:
                     or family_unit_id is not last_family
                     or session_id is not last_session
                 ):
-                    actor = record.encode_actor(user_id, family_unit_id, session_id)
+                    actor = self._encode_actor(user_id, family_unit_id, session_id)
                     self._actor = user_id, family_unit_id, session_id, actor
             elif metadata:
                 actor, data = encoded, data[1:]

@@ -130,7 +130,10 @@ def uuid_text(value: object, field: str) -> str:
     Raises `Refused` (cause `invalid_uuid`, or `missing` for None).
     """
     if value is None:
-        raise Refused("missing", f"{field} is missing: give it to the call or bind it to the context")
+        raise Refused(
+            "missing",
+            f"{field} is missing: give it to the call or bind it to the context, or set SPOOL_IDENTITY=optional",
+        )
     text = None
     if isinstance(value, UUID):
         # Not `UUID.__dict__["int"]`: asyncpg's UUID claims to be a subclass and has another layout in memory.
@@ -140,7 +143,8 @@ def uuid_text(value: object, field: str) -> str:
     elif isinstance(value, str):
         text = canonical_uuid(str.__str__(value))
     if text is None:
-        raise Refused("invalid_uuid", f"{field} is not a UUID: {_shown(value)}")
+        remedy = "; spool.analytics_uuid makes one of the application's own key"
+        raise Refused("invalid_uuid", f"{field} is not a UUID: {_shown(value)}{remedy}")
     return text
 
 

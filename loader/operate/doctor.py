@@ -66,6 +66,15 @@ _TIMEOUTS: Final = (
     "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "transaction_timeout",
     "idle_session_timeout",
 )  # fmt: skip
+_IDENTITY_VERSION: Final = 4
+"""The first version of the tables that remembers whether an identity is required."""
+_IDENTITY_COLUMNS: Final = ("user_id", "family_unit_id")
+_IDENTITY: Final = f"""
+    SELECT coalesce((SELECT value FROM analytics_settings WHERE name = 'identity'), 'required'),
+        ARRAY(SELECT attname::text FROM pg_catalog.pg_attribute
+            WHERE attrelid = pg_catalog.to_regclass('analytics_events')::oid AND attnotnull
+                AND attname::text IN {_IDENTITY_COLUMNS} ORDER BY attnum)
+"""
 _CONNECTION_LIMITS: Final = (
     "SELECT rolconnlimit, (SELECT datconnlimit FROM pg_catalog.pg_database "
     "WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database()) "
@@ -134,7 +143,7 @@ def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: 
             with connection.transaction():
                 found = _settings(connection)
             with transaction(connection):
-                for inspect in (_server, _clock, _schema, _tables, _privileges, _creators):
+                for inspect in (_server, _clock, _schema, _tables, _identity, _privileges, _creators):
                     yield from inspect(connection)
                 yield from _durability(connection, found)
                 yield from _limits(connection, found, workers)
@@ -345,6 +354,26 @@ def _tables(connection: Connection) -> Iterator[Finding]:
         yield report("tables", f'"{each.table}" {each.problem}', each.remedy)
     if not found:
         yield _ok("tables", "as the loader needs them")
+
+
+def _identity(connection: Connection) -> Iterator[Finding]:
+    """Report whether events need a user and a family, and whether the table is as was chosen."""
+    if schema.schema_version(connection) < _IDENTITY_VERSION:
+        return
+    ((chosen, required),) = connection.execute(_IDENTITY).fetchall()
+    like = f"required by {' and '.join(required)}" if required else "optional"
+    if chosen == "optional" and required:
+        yield _warning(
+            "identity", f"optional was chosen, but it is {like}", "`loader init --optional-identity`"
+        )
+    elif chosen == "required" and len(required) < len(_IDENTITY_COLUMNS):
+        yield _warning(
+            "identity", "required was chosen, but the table accepts events without one",
+            "`loader init --required-identity`, or --optional-identity",
+        )  # fmt: skip
+    else:
+        remedy = "; events without one become rejects (`loader init --optional-identity` accepts them)"
+        yield _ok("identity", like + (remedy if required else ": events may have no user and no family"))
 
 
 def _privileges(connection: Connection) -> Iterator[Finding]:

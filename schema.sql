@@ -224,9 +224,9 @@ BEGIN
     -- spool.analytics_uuid. A UUID of version 8: SHA-256 of the kind, a colon and the key in UTF-8.
     SELECT proname, rolname INTO foreign_name, foreign_owner
         FROM pg_catalog.pg_proc
-        JOIN pg_catalog.pg_namespace ON pg_namespace.oid = pronamespace
         JOIN pg_catalog.pg_roles AS function_owner ON function_owner.oid = proowner
-        WHERE nspname = home AND NOT rolsuper AND proname = 'analytics_uuid'::pg_catalog.name
+        WHERE NOT rolsuper
+            AND pg_proc.oid = pg_catalog.to_regprocedure('analytics_uuid(pg_catalog.text, pg_catalog.text)')::pg_catalog.oid
             AND ((SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
                 OR NOT pg_catalog.pg_has_role(proowner, 'USAGE'))
         LIMIT 1;

@@ -67,6 +67,16 @@ class Refused(ValueError):
         self.cause = cause
 
 
+_EVENT_NAME_AT: Final = len('{"event_id":"0190163d-8694-739b-aea5-966c26f8ad91","event_type":"')
+_METRIC_NAME_AT: Final = len('{"event_id":"0190163d-8694-739b-aea5-966c26f8ad91","metric_name":"')
+
+
+def name_of(line: bytes) -> str:
+    """Return the event type or the metric's name of an encoded line."""
+    start = _METRIC_NAME_AT if line.startswith(b"metric", _METRIC_NAME_AT - 14) else _EVENT_NAME_AT
+    return line[start : line.index(b'"', start)].decode()
+
+
 # ---- errors -------------------------------------------------------------------------------------------
 
 

@@ -88,8 +88,8 @@ class Emitter:
     # an emit 8 % slower than from a slot.
     __slots__ = (
         "__weakref__", "_account", "_actor", "_appender", "_drops", "_encode_actor", "_harmless",
-        "_harmless_beside_context", "_housekeeper", "_prepared", "_redaction", "_scope_in_force", "_tick", "_was_running",
-        "settings",
+        "_harmless_beside_context", "_housekeeper", "_prepared", "_redaction", "_scope_in_force", "_tick",
+        "_was_running", "settings",
     )  # fmt: skip
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, **settings: Any) -> None:

@@ -25,6 +25,7 @@ DECLARE
     identity_choice CONSTANT pg_catalog.text := pg_catalog.current_setting('analytics.identity', true);
     foreign_name pg_catalog.name;
     foreign_owner pg_catalog.name;
+    grantee_name pg_catalog.name;
 BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     PERFORM pg_catalog.set_config('lock_timeout', '1s', true);
@@ -332,6 +333,18 @@ BEGIN
         pending::bigint AS pending, (stated_lines - found)::bigint AS missing,
         coalesce(absent.segments, ARRAY[]::text[]) AS missing_segments, coalesce(ended, false) AS ended
     FROM summed LEFT JOIN absent ON absent.writer = summed.writer;
+
+    -- Whoever may load may state what writers state, also if nobody names the role again at an upgrade.
+    FOR grantee_name IN
+        SELECT DISTINCT rolname FROM pg_catalog.pg_class
+        CROSS JOIN LATERAL pg_catalog.aclexplode(relacl) AS acl
+        JOIN pg_catalog.pg_roles AS grantee ON grantee.oid = acl.grantee
+        WHERE version_before BETWEEN 1 AND 3 AND acl.privilege_type = 'INSERT' AND acl.grantee <> relowner
+            AND pg_class.oid = pg_catalog.to_regclass('analytics_loads')::pg_catalog.oid
+    LOOP
+        EXECUTE pg_catalog.format('GRANT SELECT, INSERT ON analytics_writers TO %I', grantee_name);
+        EXECUTE pg_catalog.format('GRANT SELECT ON analytics_conservation TO %I', grantee_name);
+    END LOOP;
 
     -- ---- End of version 4: identity and conservation ---------------------------------------------------------------
 

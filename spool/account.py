@@ -29,7 +29,7 @@ import contextlib
 import mmap
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -48,13 +48,13 @@ if TYPE_CHECKING:
 
 DIRECTORY: Final = ".writers"
 MAGIC: Final = b"spool writer 1\n\0"
-_BYTES: Final = 1 << 16
+BYTES: Final = 1 << 16
 _WORD: Final = 8
 _BEGAN, _PAIRS, _BEGUN, _WITHOUT_ENTRY = 2, (3, 5), 7, 8
 _FIRST_ENTRY: Final = 128
 _ENTRY: Final = 160
 _NUMBERS: Final = 3 * _WORD
-_LAST_NAMED: Final = _BYTES - 32 * _ENTRY
+_LAST_NAMED: Final = BYTES - 32 * _ENTRY
 """From here on, entries are for the causes of names without an entry."""
 _RETRY_SECONDS: Final = 1.0
 
@@ -139,11 +139,11 @@ class Account:
         if not is_file(self._path, fd):
             raise FileNotFoundError
         if kernel.overwrites_in_place(fd):
-            kernel.reserve(fd, _BYTES)
-            self._memory = kernel.map_file(fd, _BYTES)
+            kernel.reserve(fd, BYTES)
+            self._memory = kernel.map_file(fd, BYTES)
         else:
-            self._memory = bytearray(_BYTES)
-        self._memory[:] = bytes(_BYTES)
+            self._memory = bytearray(BYTES)
+        self._memory[:] = bytes(BYTES)
         self._words = memoryview(self._memory).cast("Q")
         self._words[_BEGAN] = self.began
         self._memory[: len(MAGIC)] = MAGIC
@@ -169,7 +169,7 @@ class Account:
             words[at + 2] = reported.get(kind, 0)
 
     def _add_entry(self, kind: Kind) -> bool:
-        if self._end + _ENTRY > (_BYTES if kind.name == OTHER else _LAST_NAMED):
+        if self._end + _ENTRY > (BYTES if kind.name == OTHER else _LAST_NAMED):
             return False
         text = f"{kind.cause} {kind.name}".encode()[: _ENTRY - _NUMBERS]
         start = self._end + _NUMBERS
@@ -209,12 +209,12 @@ class Statement(NamedTuple):
 
 def decode(writer: str, data: bytes) -> Statement | None:
     """Return what the file of a writer holds, None if it is not complete."""
-    if len(data) != _BYTES or not data.startswith(MAGIC):
+    if len(data) != BYTES or not data.startswith(MAGIC):
         return None
     words = memoryview(data).cast("Q")
     segments, lines = max((words[pair], words[pair + 1]) for pair in _PAIRS)
     dropped, unreported = words[_WITHOUT_ENTRY], []
-    for start in range(_FIRST_ENTRY, _BYTES - _ENTRY + 1, _ENTRY):
+    for start in range(_FIRST_ENTRY, BYTES - _ENTRY + 1, _ENTRY):
         count, announced, reported = words[start // _WORD : start // _WORD + 3]
         cause, _, name = (
             data[start + _NUMBERS : start + _ENTRY].rstrip(b"\0").decode("ascii", "replace").partition(" ")
@@ -240,3 +240,11 @@ def report_line(writer: str, began: int, report: Report) -> bytes:
         },
         option=orjson.OPT_APPEND_NEWLINE,
     )  # fmt: skip
+
+
+def as_reported(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the places of a file, in bytes, and the numbers there that make all drops reported."""
+    words = memoryview(data).cast("Q")
+    for start in range(_FIRST_ENTRY, BYTES - _ENTRY + 1, _ENTRY):
+        if words[start // _WORD] > words[start // _WORD + 2]:
+            yield start + 2 * _WORD, words[start // _WORD]

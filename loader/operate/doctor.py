@@ -9,6 +9,7 @@ import contextlib
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,14 +23,17 @@ import watchfiles
 from loader import settings
 from loader.errors import LoaderError, OutOfReachError
 from loader.files import nofollow, rejects
+from loader.files import writers as writer_files
 from loader.files.lock import LOCK, holder, is_foreign, lock_holders
 from loader.files.scan import STALE_SECONDS, Adopter, backlog, is_stale, segment_names
-from loader.load import deviations, schema
+from loader.load import deviations, schema, writers
 from loader.load.database import Connection, connect, transaction
 from loader.load.deviations import Severity
+from loader.load.dropped import dropped, unreported
 from loader.load.sqlstate import explain
 from loader.operate.status import reject_counts
 from loader.service.daemon import UNWATCHABLE
+from spool.account import Statement
 from spool.segment import OPEN, SEALED
 
 _OLDEST_SERVER: Final = 13
@@ -38,6 +42,7 @@ _LITTLE_SPACE: Final = 1 << 30
 _LITTLE_SHARE: Final = 0.05
 _LONG_LAG: Final = 60.0
 _CLOCK_SECONDS: Final = 5.0
+_SHOWN_DROPS: Final = 5
 _SHORT_TIMEOUT: Final = 60_000
 """Milliseconds within which every statement of a load should end, also on a busy server."""
 _TABLES: Final = ("analytics_events", "analytics_metrics", "analytics_loads")
@@ -129,12 +134,14 @@ def _failed(check: str, finding: str, remedy: str) -> Finding:
 def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: int = 2) -> Iterator[Finding]:
     """Check the spool, the machine and the database, as given or set, for a loader with so many workers."""
     try:
-        where = settings.spool_directory(spool)
+        spool_directory: Path | None = settings.spool_directory(spool)
     except LoaderError as error:
+        spool_directory = None
         yield _failed("spool", str(error), "")
     else:
         for check in (_permissions, _segments, _lock, _backlog, _rejects, _inotify, _disk):
-            yield from _guarded(check, where)
+            yield from _guarded(check, spool_directory)
+    stated = _statements(spool_directory)
     if archive is not None:
         yield from _guarded(_archive, archive)
     try:
@@ -147,6 +154,8 @@ def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: 
                     yield from inspect(connection)
                 yield from _durability(connection, found)
                 yield from _limits(connection, found, workers)
+                yield from _drops(connection, stated)
+                yield from _conservation(connection, spool_directory, stated)
     except (psycopg.Error, LoaderError) as error:
         reason = explain(error)
         remedy = "is the server up, and are host, port, user and password right?"
@@ -465,6 +474,64 @@ def _limits(connection: Connection, found: dict[str, tuple[str, str]], workers: 
         )  # fmt: skip
     if not short and not few:
         yield _ok("limits", "no timeout and no connection limit is in the way")
+
+
+def _statements(spool: Path | None) -> list[tuple[Statement, bool]]:
+    with contextlib.suppress(OSError):  # which `_permissions` reports
+        return writer_files.statements(spool) if spool is not None else []
+    return []
+
+
+def _drops(connection: Connection, stated: Sequence[tuple[Statement, bool]]) -> Iterator[Finding]:
+    """Report the lines that emitters dropped in the last day, also those that are in no metric yet."""
+    found = Counter(dropped(connection, "24 hours")) if schema.schema_version(connection) else Counter()
+    found.update(unreported(report for statement, _ in stated for report in statement.unreported))
+    if not found:
+        yield _ok("drops", "no line was dropped in the last 24 h")
+        return
+    shown = ", ".join(f"{kind} {count}" for kind, count in found.most_common(_SHOWN_DROPS))
+    more = ", ..." if len(found) > _SHOWN_DROPS else ""
+    yield _warning(
+        "drops", f"emitters dropped {found.total()} lines in the last 24 h: {shown}{more}",
+        "see the warnings \"analytics line dropped\" in the application's log",
+    )  # fmt: skip
+
+
+def _conservation(
+    connection: Connection, spool: Path | None, stated: Sequence[tuple[Statement, bool]]
+) -> Iterator[Finding]:
+    """Compare what writers state with the ledger and the spool; what is recorded for that is rolled back."""
+    if schema.schema_version(connection) < writers.VERSION:
+        return
+    if not writers.may_record(connection):
+        user = connection.info.user
+        yield _warning(
+            "conservation", f"{user} may not record what writers state",
+            f"as the owner of the tables: `loader init --role {user}`",
+        )  # fmt: skip
+        return
+    now = writer_files.with_pending(spool, stated) if spool is not None else []
+    with connection.transaction(force_rollback=True):
+        if now and connection.execute("SHOW transaction_read_only").fetchone() != ("on",):
+            writers.record(connection, now)
+        total = writers.conservation(connection)
+    equation = (
+        f"{total.writers} writers emitted {total.emitted} lines = {total.rows} rows + {total.duplicates} duplicates + "
+        f"{total.rejects} rejects + {total.dropped} dropped + {total.pending} pending"
+    )
+    if total.holds:
+        yield _ok("conservation", equation)
+        return
+    names = list(total.missing_segments) or [
+        f"lines of {writer}" for writer in total.unbalanced[:_SHOWN_DROPS]
+    ]
+    more = f" and {total.missing_segment_count - len(names)} more" * (
+        total.missing_segment_count > len(names)
+    )
+    yield _warning(
+        "conservation", f"{equation} + {total.missing} missing: {', '.join(names)}{more}",
+        "look for these segments in the archive or a backup and load them with `loader backfill`",
+    )  # fmt: skip
 
 
 def _reset(connection: Connection, name: str, source: str, value: str) -> str:

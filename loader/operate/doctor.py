@@ -133,15 +133,16 @@ def _failed(check: str, finding: str, remedy: str) -> Finding:
 
 def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: int = 2) -> Iterator[Finding]:
     """Check the spool, the machine and the database, as given or set, for a loader with so many workers."""
+    known: Path | None = None
     try:
-        spool_directory: Path | None = settings.spool_directory(spool)
+        where = settings.spool_directory(spool)
     except LoaderError as error:
-        spool_directory = None
         yield _failed("spool", str(error), "")
     else:
+        known = where
         for check in (_permissions, _segments, _lock, _backlog, _rejects, _inotify, _disk):
-            yield from _guarded(check, spool_directory)
-    stated = _statements(spool_directory)
+            yield from _guarded(check, where)
+    stated = _statements(known)
     if archive is not None:
         yield from _guarded(_archive, archive)
     try:
@@ -155,7 +156,7 @@ def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: 
                 yield from _durability(connection, found)
                 yield from _limits(connection, found, workers)
                 yield from _drops(connection, stated)
-                yield from _conservation(connection, spool_directory, stated)
+                yield from _conservation(connection, known, stated)
     except (psycopg.Error, LoaderError) as error:
         reason = explain(error)
         remedy = "is the server up, and are host, port, user and password right?"

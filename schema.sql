@@ -309,7 +309,11 @@ BEGIN
         SELECT coalesce(stated.writer, located.writer) AS writer,
             coalesce(pg_catalog.min(stated.lines), 0::bigint)::numeric AS stated_lines,
             coalesce(pg_catalog.min(stated.dropped), 0::bigint)::numeric AS dropped,
-            greatest(pg_catalog.min(stated.segments), pg_catalog.min(stated.begun), pg_catalog.max(segment)) AS last,
+            -- Segments that a living writer began after its statement may be loaded in any order.
+            CASE WHEN NOT pg_catalog.bool_and(stated.ended)
+                THEN greatest(pg_catalog.min(stated.segments), pg_catalog.min(stated.begun))
+                ELSE greatest(pg_catalog.min(stated.segments), pg_catalog.min(stated.begun), pg_catalog.max(segment))
+            END AS last,
             pg_catalog.bool_and(stated.ended) AS ended,
             coalesce(pg_catalog.sum(located.lines) FILTER (WHERE segment <= stated.segments), 0::numeric) AS found,
             coalesce(pg_catalog.sum(located.lines) FILTER (WHERE segment > coalesce(stated.segments, 0::bigint)),

@@ -470,6 +470,10 @@ class Emitter:
         self._drops.log()
         self._account.close(self._appender.sealed_so_far(), self._drops)
 
+    def log_summary(self) -> None:
+        """Log what was dropped in all, at the end of the process."""
+        self._drops.log_summary()
+
     # ---- forks: see spool/fork.py ---------------------------------------------------------------------
 
     def before_fork(self) -> None:
@@ -495,7 +499,7 @@ _emitters: weakref.WeakSet[Emitter] = weakref.WeakSet()
 def _close_all() -> None:
     for emitter in list(_emitters):
         emitter.close()
-        emitter._drops.log_summary()
+        emitter.log_summary()
 
 
 atexit.register(_close_all)
@@ -528,6 +532,9 @@ class _MisconfiguredEmitter(Emitter):
 
     def close(self) -> None:
         """Do nothing: there is no segment to seal."""
+
+    def log_summary(self) -> None:
+        """Do nothing: the one warning was that everything is dropped."""
 
     def emit_event(self, *, event_type: object = None, **_: Any) -> None:
         """Count a drop."""

@@ -71,20 +71,47 @@ def _statements(directory: int) -> Iterator[tuple[Statement, bool]]:
 
 def with_pending(spool: Path, found: Sequence[tuple[Statement, bool]]) -> list[Stated] | None:
     """Add what of each writer waits in the spool; None if too much waits. Raises OSError."""
+    pending = _pending(spool) if found else {}
+    if pending is None:
+        return None
+    return [Stated(statement, ended, pending.get(statement.writer, {})) for statement, ended in found]
+
+
+def with_unstated(
+    spool: Path, found: Sequence[tuple[Statement, bool]], loaded: Mapping[str, int]
+) -> list[Stated] | None:
+    """As `with_pending`, and with what waits of writers that have stated nothing.
+
+    `loaded` is the last segment of each writer that the ledger had before. Later ones are not judged: a listing
+    may have a file that is made in the meantime and not the one before it.
+    """
+    if (pending := _pending(spool)) is None:
+        return None
+    known = {statement.writer for statement, _ in found}
+    unstated = [
+        (Statement(writer, 0, 0, 0, loaded.get(writer, 0), 0, ()), False)
+        for writer in pending
+        if writer not in known
+    ]
+    return [Stated(each, ended, pending.get(each.writer, {})) for each, ended in [*found, *unstated]]
+
+
+def _pending(spool: Path) -> dict[str, dict[int, int]] | None:
+    """Return the lines of each segment in the spool, by writer; None if there are too many to be counted."""
     pending: defaultdict[str, dict[int, int]] = defaultdict(dict)
-    if found:
-        wanted, size = {statement.writer for statement, _ in found}, 0
-        with nofollow.opened(spool) as directory:
-            for name in nofollow.names(directory, (OPEN, SEALED)):
-                segment = SegmentName.parse(os.path.splitext(name)[0])
-                if segment is None or segment.writer not in wanted:
-                    continue
-                with contextlib.suppress(FileNotFoundError), nofollow.open_file(name, directory) as file:
-                    if (size := size + os.fstat(file.fileno()).st_size) > LARGEST_BACKLOG:
-                        return None
-                    if lines := _count(file.fileno()):
-                        pending[segment.writer][segment.number] = lines
-    return [Stated(statement, ended, pending[statement.writer]) for statement, ended in found]
+    size = 0
+    with nofollow.opened(spool) as directory:
+        for name in nofollow.names(directory, (OPEN, SEALED)):
+            if (segment := SegmentName.parse(os.path.splitext(name)[0])) is None:
+                continue
+            with (
+                contextlib.suppress(FileNotFoundError, PermissionError),
+                nofollow.open_file(name, directory) as file,
+            ):
+                if (size := size + os.fstat(file.fileno()).st_size) > LARGEST_BACKLOG:
+                    return None
+                    pending[segment.writer][segment.number] = _count(file.fileno())
+    return dict(pending)
 
 
 def _count(fd: int) -> int:

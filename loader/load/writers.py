@@ -84,6 +84,14 @@ def record(connection: Connection, stated: Sequence[Stated]) -> None:
         connection.execute(_RECORD.encode(), [*values, numbers, lines, each.ended])
 
 
+def last_loaded(connection: Connection) -> dict[str, int]:
+    """Return the last segment of each writer in the ledger. Raises psycopg.Error."""
+    statement = (
+        "SELECT writer, pg_catalog.max(segment) FROM analytics_loads WHERE writer IS NOT NULL GROUP BY writer"
+    )
+    return dict(connection.execute(statement).fetchall())
+
+
 def conservation(connection: Connection) -> Conservation:
     """Return the sum over all writers. Raises psycopg.Error."""
     (row,) = connection.execute(_SUM.encode()).fetchall()

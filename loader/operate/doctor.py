@@ -26,6 +26,7 @@ from loader.files import nofollow, rejects
 from loader.files import writers as writer_files
 from loader.files.lock import LOCK, holder, is_foreign, lock_holders
 from loader.files.scan import STALE_SECONDS, Adopter, backlog, is_stale, segment_names
+from loader.files.writers import Stated
 from loader.load import deviations, schema, writers
 from loader.load.database import Connection, connect, transaction
 from loader.load.deviations import Severity
@@ -511,7 +512,10 @@ def _conservation(
             f"as the owner of the tables: `loader init --role {user}`",
         )  # fmt: skip
         return
-    now = writer_files.with_pending(spool, stated) if spool is not None else []
+    now: list[Stated] | None = None
+    with contextlib.suppress(OSError):  # which `_permissions` reports
+        if spool is not None:
+            now = writer_files.with_unstated(spool, stated, writers.last_loaded(connection))
     with connection.transaction(force_rollback=True):
         if now and connection.execute("SHOW transaction_read_only").fetchone() != ("on",):
             writers.record(connection, now)

@@ -148,7 +148,7 @@ def test_a_level_silences_the_package(tmp_path: Path) -> None:
     assert ended.stderr == ""
 
 
-def test_a_wrong_setting_is_summed_up_at_the_end(tmp_path: Path) -> None:
+def test_a_wrong_setting_counts_by_name_after_its_one_warning(tmp_path: Path) -> None:
     code = (
         "import spool; spool.get_emitter().emit_event(event_type='seen'); print(spool.get_emitter().stats())"
     )
@@ -157,5 +157,5 @@ def test_a_wrong_setting_is_summed_up_at_the_end(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
     )
     assert "dropped_by_name={('settings', 'seen'): 1}" in ended.stdout
-    assert "analytics lines dropped by this process: 1 (settings seen 1)" in ended.stderr
+    assert ended.stderr.count("\n") == 1 and "cannot emit analytics" in ended.stderr
     assert not os.listdir(tmp_path)

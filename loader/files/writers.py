@@ -104,13 +104,13 @@ def _pending(spool: Path) -> dict[str, dict[int, int]] | None:
         for name in nofollow.names(directory, (OPEN, SEALED)):
             if (segment := SegmentName.parse(os.path.splitext(name)[0])) is None:
                 continue
-            with (
-                contextlib.suppress(FileNotFoundError, PermissionError),
-                nofollow.open_file(name, directory) as file,
-            ):
-                if (size := size + os.fstat(file.fileno()).st_size) > LARGEST_BACKLOG:
-                    return None
+            # One that is sealed in between is found under its other name; one that is gone then is in the ledger.
+            for each in dict.fromkeys((name, segment.stem + SEALED)):
+                with contextlib.suppress(FileNotFoundError), nofollow.open_file(each, directory) as file:
+                    if (size := size + os.fstat(file.fileno()).st_size) > LARGEST_BACKLOG:
+                        return None
                     pending[segment.writer][segment.number] = _count(file.fileno())
+                    break
     return dict(pending)
 
 

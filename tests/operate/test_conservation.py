@@ -172,7 +172,7 @@ def test_what_is_pending_is_counted_while_writers_live(watched: Cli, one_connect
     assert emitter.emit_event(event_type="seen", user_id="x") is None
     eventually(lambda: sum(statement.dropped for statement, _ in writers.statements(watched.spool)) == 1)
     finding = examined(watched)["conservation"]
-    assert finding["verdict"] == "ok"
+    assert finding["verdict"] == "ok", finding
     assert (
         "1 writers emitted 16 lines = 0 rows + 0 duplicates + 0 rejects + 1 dropped + 15 pending"
         in finding["finding"]

@@ -57,6 +57,8 @@ _NUMBERS: Final = 3 * _WORD
 _LAST_NAMED: Final = BYTES - 32 * _ENTRY
 """From here on, entries are for the causes of names without an entry."""
 _RETRY_SECONDS: Final = 1.0
+_LOCK_ATTEMPTS: Final = 20
+_LOCK_SECONDS: Final = 0.002
 
 
 class Account:
@@ -133,9 +135,9 @@ class Account:
             drops.count_in(self)
 
     def _map(self, fd: int) -> None:
-        """Raises OSError, BlockingIOError if a loader reads the file just now."""
+        """Raises OSError."""
         kernel.share(fd, self._path.parent, FILE_MODE)
-        kernel.lock(fd)
+        _lock(fd)
         if not is_file(self._path, fd):
             raise FileNotFoundError
         if kernel.overwrites_in_place(fd):
@@ -177,6 +179,16 @@ class Account:
         self._entries[kind] = self._end
         self._end += _ENTRY
         return True
+
+
+def _lock(fd: int) -> None:
+    """Take the lock; a loader that asks whether the writer lives holds it for some microseconds."""
+    for _ in range(_LOCK_ATTEMPTS):
+        with contextlib.suppress(BlockingIOError):
+            kernel.lock(fd)
+            return
+        time.sleep(_LOCK_SECONDS)
+    kernel.lock(fd)
 
 
 def _opened(path: Path) -> int:

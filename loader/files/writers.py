@@ -1,6 +1,6 @@
 """What the writers of a spool state about themselves (spool/account.py), with what of theirs waits in the spool.
 
-The order makes a comparison with the ledger exact while everything goes on: first the statement is read, then
+The order makes a comparison with the ledger exact while lines come and are loaded: first the statement is read, then
 the spool is listed, then the ledger is asked. Of the segments that a statement covers, each is then in the
 list or in the ledger, unless it is missing: a file is removed only once the ledger has it.
 

@@ -1,4 +1,4 @@
--- Everything the loader needs, version 3. Idempotent; upgrades older versions; needs no extension.
+-- Everything the loader needs, version 4. Idempotent; upgrades older versions; needs no extension.
 --
 -- psql applies this file as it is (psql -f schema.sql). `loader init` runs its statements one by one, each in a
 -- transaction of its own, and repeats one that could not get a lock.
@@ -19,10 +19,13 @@ DECLARE
     home pg_catalog.name;
     is_versioned pg_catalog.bool;
     is_upgrade pg_catalog.bool;
+    is_optional pg_catalog.bool;
     version_before pg_catalog.int4;
     choice pg_catalog.text := pg_catalog.current_setting('analytics.foreign_keys', true);
+    identity_choice CONSTANT pg_catalog.text := pg_catalog.current_setting('analytics.identity', true);
     foreign_name pg_catalog.name;
     foreign_owner pg_catalog.name;
+    grantee_name pg_catalog.name;
 BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     PERFORM pg_catalog.set_config('lock_timeout', '1s', true);
@@ -49,7 +52,8 @@ BEGIN
         version INTEGER PRIMARY KEY,
         applied_at TIMESTAMPTZ NOT NULL DEFAULT pg_catalog.now()
     );
-    -- What was chosen when the schema was applied: foreign_keys is on or off.
+    -- What was chosen when the schema was applied: foreign_keys is on or off,
+    -- identity is required, also without a row, or optional.
     CREATE TABLE IF NOT EXISTS analytics_settings (
         name TEXT PRIMARY KEY,
         value TEXT NOT NULL
@@ -94,6 +98,22 @@ BEGIN
         CONSTRAINT every_line_is_accounted_for CHECK (lines = events + metrics + duplicates + rejected)
     );
 
+    -- What writers state about themselves (spool/account.py); the loader adds a row when that has changed. The last row
+    -- of a writer counts: `lines` in its first `segments`, `begun` is the last segment that got a line, and the segments
+    -- that were in the spool at that time with the lines in each.
+    CREATE TABLE IF NOT EXISTS analytics_writers (
+        writer TEXT NOT NULL,
+        reported_at TIMESTAMPTZ NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+        segments BIGINT NOT NULL,
+        lines BIGINT NOT NULL,
+        begun BIGINT NOT NULL,
+        dropped BIGINT NOT NULL,
+        pending_segments BIGINT[] NOT NULL,
+        pending_lines BIGINT[] NOT NULL,
+        ended BOOLEAN NOT NULL,
+        PRIMARY KEY (writer, reported_at)
+    );
+
     -- Triggers, defaults and checks of a table, and functions of a view, run with the rights of whoever uses it. From
     -- here on, tables are used: those that exist now cannot be exchanged by anybody but their owner.
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
@@ -103,7 +123,8 @@ BEGIN
         JOIN pg_roles AS table_owner ON table_owner.oid = relowner
         WHERE nspname = home AND NOT rolsuper
             AND relname IN ('analytics_schema', 'analytics_settings', 'analytics_events', 'analytics_metrics',
-                'analytics_loads', 'analytics_events_daily', 'analytics_metrics_hourly', 'analytics_missing_segments')
+                'analytics_loads', 'analytics_events_daily', 'analytics_metrics_hourly', 'analytics_missing_segments',
+                'analytics_writers', 'analytics_conservation')
             AND ((SELECT rolsuper FROM pg_roles WHERE rolname = current_user) OR NOT pg_has_role(relowner, 'USAGE'))
         ORDER BY relname
         LIMIT 1;
@@ -115,10 +136,10 @@ BEGIN
 
     version_before := CASE WHEN is_versioned THEN coalesce((SELECT pg_catalog.max(version) FROM analytics_schema), 1)
         WHEN is_upgrade THEN 1 ELSE 0 END;
-    IF version_before > 3 THEN
-        RAISE EXCEPTION 'the tables are newer than version 3, nothing was changed: upgrade the loader';
+    IF version_before > 4 THEN
+        RAISE EXCEPTION 'the tables are newer than version 4, nothing was changed: upgrade the loader';
     END IF;
-    INSERT INTO analytics_schema (version) VALUES (3) ON CONFLICT DO NOTHING;
+    INSERT INTO analytics_schema (version) VALUES (4) ON CONFLICT DO NOTHING;
 
     -- What exists is left alone: CREATE INDEX IF NOT EXISTS and ADD COLUMN IF NOT EXISTS lock the table first.
 
@@ -198,10 +219,144 @@ BEGIN
         ON CONFLICT (name) DO NOTHING;
     END IF;
 
+    -- ---- Since version 4: identity and conservation ----------------------------------------------------------------
+
+    -- The UUID of a person or family that the application knows by an integer or a text: the twin of
+    -- spool.analytics_uuid. A UUID of version 8: SHA-256 of the kind, a colon and the key in UTF-8.
+    SELECT proname, rolname INTO foreign_name, foreign_owner
+        FROM pg_catalog.pg_proc
+        JOIN pg_catalog.pg_roles AS function_owner ON function_owner.oid = proowner
+        WHERE NOT rolsuper
+            AND pg_proc.oid = pg_catalog.to_regprocedure('analytics_uuid(pg_catalog.text, pg_catalog.text)')::pg_catalog.oid
+            AND ((SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
+                OR NOT pg_catalog.pg_has_role(proowner, 'USAGE'))
+        LIMIT 1;
+    IF foreign_name IS NOT NULL THEN
+        RAISE EXCEPTION 'the function "%" belongs to the role "%", who may change what it does: connect as "%", or drop it',
+            foreign_name, foreign_owner, foreign_owner;
+    END IF;
+    CREATE OR REPLACE FUNCTION analytics_uuid(kind TEXT, key TEXT) RETURNS UUID
+        LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $function$
+        SELECT pg_catalog.encode(pg_catalog.set_byte(pg_catalog.set_byte(hash,
+                6, (pg_catalog.get_byte(hash, 6) OPERATOR(pg_catalog.&) 15) OPERATOR(pg_catalog.|) 128),
+                8, (pg_catalog.get_byte(hash, 8) OPERATOR(pg_catalog.&) 63) OPERATOR(pg_catalog.|) 128),
+            'hex')::pg_catalog.uuid
+        FROM (SELECT pg_catalog.substr(pg_catalog.sha256(pg_catalog.convert_to(
+            $1 OPERATOR(pg_catalog.||) ':'::pg_catalog.text OPERATOR(pg_catalog.||) $2, 'UTF8'
+        )), 1, 16) AS hash) AS hashed
+    $function$;
+
+    -- Whether events need a person and a family is remembered. Tables that exist already keep what they have.
+    IF identity_choice IN ('required', 'optional') THEN
+        INSERT INTO analytics_settings (name, value) VALUES ('identity', identity_choice)
+            ON CONFLICT (name) DO UPDATE SET value = excluded.value;
+    ELSIF coalesce(identity_choice, '') <> '' THEN
+        RAISE EXCEPTION 'analytics.identity is "%": set it to required or optional', identity_choice;
+    ELSE
+        INSERT INTO analytics_settings (name, value)
+        SELECT 'identity', 'optional' WHERE NOT EXISTS (
+            SELECT FROM pg_catalog.pg_attribute
+            WHERE attrelid = pg_catalog.to_regclass('analytics_events')::pg_catalog.oid
+                AND attname IN ('user_id', 'family_unit_id') AND attnotnull
+        ) ON CONFLICT (name) DO NOTHING;
+    END IF;
+    is_optional := EXISTS (SELECT FROM analytics_settings WHERE name = 'identity' AND value = 'optional');
+    IF (is_optional OR identity_choice = 'required') AND EXISTS (
+        SELECT FROM pg_catalog.pg_attribute
+        WHERE attrelid = pg_catalog.to_regclass('analytics_events')::pg_catalog.oid
+            AND attname IN ('user_id', 'family_unit_id') AND attnotnull = is_optional
+    ) THEN
+        IF is_optional THEN
+            ALTER TABLE analytics_events
+                ALTER COLUMN user_id DROP NOT NULL, ALTER COLUMN family_unit_id DROP NOT NULL;
+            RAISE NOTICE 'events may have no user and no family';
+        ELSIF EXISTS (SELECT FROM analytics_events WHERE user_id IS NULL OR family_unit_id IS NULL) THEN
+            RAISE EXCEPTION 'some events have no user or no family, nothing was changed: delete them, or leave identity optional';
+        ELSE
+            ALTER TABLE analytics_events
+                ALTER COLUMN user_id SET NOT NULL, ALTER COLUMN family_unit_id SET NOT NULL;
+            RAISE NOTICE 'events need a user and a family';
+        END IF;
+    END IF;
+
+    -- Where each line of each writer is: emitted = rows + duplicates + rejects + dropped + pending + missing. What a
+    -- writer states about its first segments is compared with the ledger; of its later ones the ledger and the spool
+    -- are the only witnesses. A segment that is neither in the ledger nor in the spool is missing. Of a chunk that was
+    -- loaded again the first time counts, so a reject that was loaded later is still a reject here.
+    CREATE OR REPLACE VIEW analytics_conservation AS
+    WITH stated AS (
+        SELECT DISTINCT ON (writer) * FROM analytics_writers ORDER BY writer, reported_at DESC
+    ), loaded AS (
+        SELECT writer, segment, pg_catalog.sum(lines) AS lines, pg_catalog.sum(events + metrics) AS rows,
+            pg_catalog.sum(duplicates) AS duplicates, pg_catalog.sum(rejected) AS rejects
+        FROM (
+            SELECT DISTINCT ON (writer, segment, byte_offset) * FROM analytics_loads
+            WHERE writer IS NOT NULL ORDER BY writer, segment, byte_offset, loaded_at
+        ) AS once
+        GROUP BY writer, segment
+    ), pending AS (
+        SELECT stated.writer, waiting.segment,
+            greatest(waiting.lines::numeric - coalesce(loaded.lines, 0::numeric), 0::numeric) AS lines
+        FROM stated
+        CROSS JOIN LATERAL ROWS FROM (pg_catalog.unnest(pending_segments), pg_catalog.unnest(pending_lines))
+            AS waiting (segment, lines)
+        LEFT JOIN loaded ON loaded.writer = stated.writer AND loaded.segment = waiting.segment
+    ), located AS (
+        SELECT writer, segment, lines, rows, duplicates, rejects, 0::numeric AS pending FROM loaded
+        UNION ALL
+        SELECT writer, segment, lines, 0::numeric, 0::numeric, 0::numeric, lines FROM pending
+    ), summed AS (
+        SELECT coalesce(stated.writer, located.writer) AS writer,
+            coalesce(pg_catalog.min(stated.lines), 0::bigint)::numeric AS stated_lines,
+            coalesce(pg_catalog.min(stated.dropped), 0::bigint)::numeric AS dropped,
+            -- Segments that a living writer began after its statement may be loaded in any order.
+            CASE WHEN NOT pg_catalog.bool_and(stated.ended)
+                THEN greatest(pg_catalog.min(stated.segments), pg_catalog.min(stated.begun))
+                ELSE greatest(pg_catalog.min(stated.segments), pg_catalog.min(stated.begun), pg_catalog.max(segment))
+            END AS last,
+            pg_catalog.bool_and(stated.ended) AS ended,
+            coalesce(pg_catalog.sum(located.lines) FILTER (WHERE segment <= stated.segments), 0::numeric) AS found,
+            coalesce(pg_catalog.sum(located.lines) FILTER (WHERE segment > coalesce(stated.segments, 0::bigint)),
+                0::numeric) AS found_later,
+            coalesce(pg_catalog.sum(rows), 0::numeric) AS rows,
+            coalesce(pg_catalog.sum(duplicates), 0::numeric) AS duplicates,
+            coalesce(pg_catalog.sum(rejects), 0::numeric) AS rejects,
+            coalesce(pg_catalog.sum(pending), 0::numeric) AS pending
+        FROM stated FULL JOIN located ON located.writer = stated.writer
+        GROUP BY 1
+    ), absent AS (
+        SELECT writer, pg_catalog.array_agg(
+            writer || '-'::text || pg_catalog.repeat('0', 6 - pg_catalog.length(number::text)) || number::text
+            ORDER BY number) AS segments
+        FROM summed CROSS JOIN LATERAL pg_catalog.generate_series(1::bigint, last) AS number
+        WHERE NOT EXISTS (SELECT FROM located WHERE located.writer = summed.writer AND segment = number)
+        GROUP BY writer
+    )
+    SELECT summed.writer, (stated_lines + found_later + dropped)::bigint AS emitted, rows::bigint AS rows,
+        duplicates::bigint AS duplicates, rejects::bigint AS rejects, dropped::bigint AS dropped,
+        pending::bigint AS pending, (stated_lines - found)::bigint AS missing,
+        coalesce(absent.segments, ARRAY[]::text[]) AS missing_segments, coalesce(ended, false) AS ended
+    FROM summed LEFT JOIN absent ON absent.writer = summed.writer;
+
+    -- Whoever may load may state what writers state, also if nobody names the role again at an upgrade.
+    FOR grantee_name IN
+        SELECT DISTINCT rolname FROM pg_catalog.pg_class
+        CROSS JOIN LATERAL pg_catalog.aclexplode(relacl) AS acl
+        JOIN pg_catalog.pg_roles AS grantee ON grantee.oid = acl.grantee
+        WHERE version_before BETWEEN 1 AND 3 AND acl.privilege_type = 'INSERT' AND acl.grantee <> relowner
+            AND pg_class.oid = pg_catalog.to_regclass('analytics_loads')::pg_catalog.oid
+    LOOP
+        EXECUTE pg_catalog.format('GRANT SELECT, INSERT ON analytics_writers TO %I', grantee_name);
+        EXECUTE pg_catalog.format('GRANT SELECT ON analytics_conservation TO %I', grantee_name);
+    END LOOP;
+
+    -- ---- End of version 4: identity and conservation ---------------------------------------------------------------
+
     -- For `loader init`.
     PERFORM pg_catalog.set_config('analytics.version_before', version_before::text, true);
     PERFORM pg_catalog.set_config('analytics.foreign_keys', value, true)
         FROM analytics_settings WHERE name = 'foreign_keys';
+    PERFORM pg_catalog.set_config('analytics.identity', CASE WHEN is_optional THEN 'optional' ELSE 'required' END, true);
     PERFORM pg_catalog.set_config('search_path', caller_path, true);
 END
 $tables$;

@@ -23,10 +23,12 @@ BEGIN
     ELSIF pg_has_role(loader, events_owner, 'MEMBER') THEN
         RAISE EXCEPTION 'the role "%" may act as the owner of the tables: give the loader a role of its own', loader;
     END IF;
-    loaded := format('%1$I.analytics_events, %1$I.analytics_metrics, %1$I.analytics_loads', home);
+    loaded := format(
+        '%1$I.analytics_events, %1$I.analytics_metrics, %1$I.analytics_loads, %1$I.analytics_writers', home);
     tables := format('%2$s, %1$I.analytics_schema, %1$I.analytics_settings', home, loaded);
     EXECUTE format('REVOKE ALL ON %s FROM %I', tables, loader);
-    EXECUTE format('GRANT SELECT ON %s, %I.analytics_missing_segments TO %I', tables, home, loader);
+    EXECUTE format('GRANT SELECT ON %1$s, %2$I.analytics_missing_segments, %2$I.analytics_conservation TO %3$I',
+        tables, home, loader);
     EXECUTE format('GRANT INSERT ON %s TO %I', loaded, loader);
     EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', home, loader);
     RAISE NOTICE 'granted to "%": USAGE on the schema %, SELECT on %, INSERT on %',

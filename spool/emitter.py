@@ -21,15 +21,13 @@ from __future__ import annotations
 
 import atexit
 import errno
-import logging
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from time import time_ns
 from types import SimpleNamespace
@@ -37,7 +35,8 @@ from typing import Any, Final, cast
 
 from orjson import dumps
 
-from spool import fork, ids, kernel, record
+from spool import fork, identity, ids, kernel, record
+from spool.account import Account, report_line
 from spool.appender import Appender
 from spool.context import scope as scope_in_force
 from spool.context import scope_to_redact
@@ -45,13 +44,11 @@ from spool.drops import Drops
 from spool.fork import NOTICED
 from spool.housekeeper import Housekeeper
 from spool.interruption import is_foreign
-from spool.metric_names import DROPPED_METRIC
+from spool.log import logger
 from spool.record import EVENT_NAMES, METRIC_NAMES, PLAIN_NUMBER_LIMIT
 from spool.redaction import Redaction
 from spool.settings import Settings
 from spool.timer import Timer
-
-log = logging.getLogger("spool")
 
 _NO_TICK: Final = (0, "", b"")
 _REHEARSALS: Final = 20
@@ -62,12 +59,17 @@ _MICROSECONDS: Final = tuple(b"%03dZ" % micro for micro in range(1000))
 
 @dataclass(frozen=True)
 class Stats:
-    """What an emitter did in this process: lines kept, lines dropped by cause, bytes and segments."""
+    """What an emitter did in this process: lines kept, lines dropped by cause, bytes and segments.
+
+    Lines kept include the metrics that report drops. `dropped_by_name` has the drops by cause and event type or
+    metric name, `other` for an invalid name and for all names but the first 100.
+    """
 
     emitted: int
     dropped: Mapping[str, int]
     bytes: int
     segments: int
+    dropped_by_name: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 class Emitter:
@@ -85,19 +87,20 @@ class Emitter:
     # Reading an attribute from a dictionary, which an object gets with the first `vars` or `copy` of it, makes
     # an emit 8 % slower than from a slot.
     __slots__ = (
-        "__weakref__", "_actor", "_appender", "_drops", "_harmless", "_harmless_beside_context",
-        "_housekeeper", "_prepared", "_redaction", "_reporter", "_scope_in_force", "_tick", "_was_running",
-        "settings",
+        "__weakref__", "_account", "_actor", "_appender", "_drops", "_encode_actor", "_harmless",
+        "_harmless_beside_context", "_housekeeper", "_prepared", "_redaction", "_scope_in_force", "_tick",
+        "_was_running", "settings",
     )  # fmt: skip
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, **settings: Any) -> None:
         self.settings = Settings.of(directory=directory, **settings)
         self._redaction = Redaction(self.settings.redact)
+        optional = self.settings.identity == "optional"
+        self._encode_actor = identity.encode_optional_actor if optional else record.encode_actor
         self._harmless = self._redaction.harmless
         self._harmless_beside_context = self._redaction.harmless_beside_context
         self._scope_in_force = scope_in_force if self._redaction.spares_context else scope_to_redact
         self._prepared = self._was_running = False
-        self._reporter = 0
         self._start_afresh()
         _emitters.add(self)
         fork.add(self)
@@ -111,6 +114,7 @@ class Emitter:
         self._drops = Drops()
         self._housekeeper = Housekeeper(self._keep_house)
         self._appender = Appender(self.settings, self._housekeeper.wake)
+        self._account = Account(self.settings.directory, self._appender.writer)
 
     def after_fork_in_child(self) -> None:
         """Begin as a new process; see `fork.Forked`. What the constructor made belongs to the parent."""
@@ -118,10 +122,13 @@ class Emitter:
         drops = Drops()
         housekeeper = Housekeeper(self._keep_house, threaded=self._housekeeper.is_surely_asleep())
         appender = Appender(self.settings, housekeeper.wake, parents)
+        account, parents_account = Account(self.settings.directory, appender.writer), self._account
         if NOTICED:
             return  # a handler that emitted in between has done it
         self._tick, self._drops, self._housekeeper, self._appender = _NO_TICK, drops, housekeeper, appender
+        self._account = account
         parents.leave_to_parent()
+        parents_account.abandon()
         if self._prepared:
             self._appender.begin()
             self._housekeeper.wake()
@@ -191,7 +198,7 @@ class Emitter:
                     or family_unit_id is not last_family
                     or session_id is not last_session
                 ):
-                    actor = record.encode_actor(user_id, family_unit_id, session_id)
+                    actor = self._encode_actor(user_id, family_unit_id, session_id)
                     self._actor = user_id, family_unit_id, session_id, actor
             elif metadata:
                 actor, data = encoded, data[1:]
@@ -208,7 +215,7 @@ class Emitter:
             self._drops.too_deep += 1  # there may be no room for a call
             return None
         except Exception as error:
-            self.refuse(error)
+            self.refuse(error, event_type)
             return None
         try:
             try:
@@ -263,7 +270,7 @@ class Emitter:
             self._drops.too_deep += 1  # there may be no room for a call
             return None
         except Exception as error:
-            self.refuse(error)
+            self.refuse(error, metric_name)
             return None
         try:
             try:
@@ -348,36 +355,31 @@ class Emitter:
             return True
         except Exception as failure:
             if isinstance(failure, OSError) and not is_foreign(failure):
-                self._drop(failure)
+                self._drop(failure, record.name_of(line))
             else:
-                self.refuse(failure)
+                self.refuse(failure, record.name_of(line))
         return False
 
-    def refuse(self, error: Exception) -> None:
-        """Count a line that could not be made. Raises ValueError with `strict`.
+    def refuse(self, error: Exception, name: object = None) -> None:
+        """Count a line of an event type or a metric that could not be made. Raises ValueError with `strict`.
 
         An exception that belongs to the application, such as one of its signal handlers, is raised again.
         """
         refused = record.refusal(error)
-        self._count_drop(refused.cause, str(refused), report=False)
+        self._count_drop(refused.cause, name, str(refused))
         if self.settings.strict:
             raise refused from None
 
-    def _drop(self, error: OSError) -> None:
+    def _drop(self, error: OSError, name: object) -> None:
         """Count a line that there was no room for, and have housekeeping report it once there is."""
         cause = "spool_full" if error.errno == errno.EDQUOT else "disk"
         if not kernel.SUPPORTED:
             cause = "unsupported"
-        self._count_drop(cause, f"could not write to {self.settings.directory}: {error}", report=True)
+        self._count_drop(cause, name, f"could not write to {self.settings.directory}: {error}")
 
-    def _count_drop(self, cause: str, message: str, *, report: bool) -> None:
+    def _count_drop(self, cause: str, name: object, message: str) -> None:
         """Count; what waits for a log handler is left to housekeeping."""
-        if threading.get_ident() == self._reporter:
-            return  # the report itself, which is kept for the next attempt
-        drops = self._drops
-        is_first = not drops.is_unlogged() or (report and not drops.is_waiting())
-        drops.add(cause, message, report=report)
-        if is_first:
+        if self._drops.add(cause, name, message, report=not self._appender.is_diverted()):
             self._housekeeper.wake()
 
     # ---- housekeeping -------------------------------------------------------------------------------
@@ -413,26 +415,29 @@ class Emitter:
         waits = [self._appender.tidy()]
         self._drops.log()
         if self._drops.is_waiting():
-            self._report_dropped()
-        waits.append(self._appender.refused_for() if self._drops.is_waiting() else None)
+            if not self._drops.seconds_until_report():
+                self._report_dropped()
+            waits.append(self._drops.seconds_until_report() if self._drops.is_waiting() else None)
         waits.append(self._drops.seconds_until_log())
+        self._account.update(self._appender.sealed_so_far(), self._drops)
         return min((wait for wait in waits if wait is not None), default=None)
 
     def _report_dropped(self) -> None:
-        """Say among the metrics how many lines were dropped, once there is room for that."""
+        """Report among the metrics how many lines were dropped, once there is room for that."""
         if not self._appender.has_room():
+            self._appender.prepare()
+        if not self._appender.has_room():
+            self._drops.postpone()
             return
-        self._reporter = threading.get_ident()
-        try:
-            self._report_each()
-        finally:
-            self._reporter = 0
-
-    def _report_each(self) -> None:
-        for cause, count in self._drops.take_unreported().items():
-            labels = {"cause": cause}
-            if self.increment_counter(metric_name=DROPPED_METRIC, value=count, labels=labels) is None:
-                self._drops.give_back(cause, count)
+        for report in self._drops.unreported():
+            self._account.announce(report)
+            try:
+                self._appender.append(report_line(self._account.writer, self._account.began, report))
+            except OSError:
+                self._drops.postpone()
+                return
+            self._drops.reported(report)
+            self._account.reported(report)
 
     # ---- for callers --------------------------------------------------------------------------------
 
@@ -443,7 +448,8 @@ class Emitter:
     def stats(self) -> Stats:
         """Return the counts of this process since it began to emit."""
         written = self._appender.written()
-        return Stats(written.lines, self._drops.counts(), written.bytes, written.segments)
+        by_name = {(kind.cause, kind.name): count for kind, count in self._drops.by_kind().items()}
+        return Stats(written.lines, self._drops.counts(), written.bytes, written.segments, by_name)
 
     @contextmanager
     def diverted(self, write: Callable[[bytes], int], *, strict: bool) -> Iterator[None]:
@@ -462,6 +468,11 @@ class Emitter:
         self._housekeeper.stop()
         self._appender.close()
         self._drops.log()
+        self._account.close(self._appender.sealed_so_far(), self._drops)
+
+    def log_summary(self) -> None:
+        """Log what was dropped in all, at the end of the process."""
+        self._drops.log_summary()
 
     # ---- forks: see spool/fork.py ---------------------------------------------------------------------
 
@@ -488,6 +499,7 @@ _emitters: weakref.WeakSet[Emitter] = weakref.WeakSet()
 def _close_all() -> None:
     for emitter in list(_emitters):
         emitter.close()
+        emitter.log_summary()
 
 
 atexit.register(_close_all)
@@ -504,7 +516,7 @@ def get_emitter() -> Emitter:
     try:
         return Emitter()
     except ValueError as error:
-        log.warning("cannot emit analytics: %s; correct it and start the process again", error)
+        logger().warning("cannot emit analytics: %s; correct it and start the process again", error)
         return _MisconfiguredEmitter(str(error))
 
 
@@ -514,28 +526,32 @@ class _MisconfiguredEmitter(Emitter):
     def __init__(self, problem: str) -> None:
         super().__init__(**vars(Settings()))
         self._problem = problem
-        self._lock = threading.RLock()
-        self._dropped = 0
 
     def prepare(self) -> None:
         """Do nothing: there is no segment to prepare."""
 
-    def emit_event(self, **_: Any) -> None:
-        """Count a drop."""
-        with self._lock:
-            self._dropped += 1
+    def close(self) -> None:
+        """Do nothing: there is no segment to seal."""
 
-    def _metric(self, *_: Any) -> None:
-        self.emit_event()
+    def log_summary(self) -> None:
+        """Do nothing: the one warning was that everything is dropped."""
 
-    def refuse(self, error: Exception) -> None:
+    def emit_event(self, *, event_type: object = None, **_: Any) -> None:
         """Count a drop."""
-        self.emit_event()
+        self._drops.add("settings", event_type, self._problem, report=False)
+
+    def _metric(self, metric_name: object, *_: Any) -> None:
+        self.emit_event(event_type=metric_name)
+
+    def refuse(self, error: Exception, name: object = None) -> None:
+        """Count a drop."""
+        self.emit_event(event_type=name)
 
     def stats(self) -> Stats:
         """Return the number of drops, under the cause `settings`."""
-        dropped = self._dropped + self._drops.too_deep
-        return Stats(0, {"settings": dropped} if dropped else {}, 0, 0)
+        by_name = {("settings", kind.name): count for kind, count in self._drops.by_kind().items()}
+        dropped = sum(by_name.values())
+        return Stats(0, {"settings": dropped} if dropped else {}, 0, 0, by_name)
 
     @contextmanager
     def diverted(self, write: Callable[[bytes], int], *, strict: bool) -> Iterator[None]:

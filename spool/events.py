@@ -88,7 +88,7 @@ class Event:
             try:
                 checked = self.validated(metadata)
             except Exception as error:
-                emitter.refuse(error)
+                emitter.refuse(error, self.name)
                 return None
             return emitter.emit_event(
                 event_type=self.name, user_id=user_id, family_unit_id=family_unit_id, session_id=session_id,
@@ -157,7 +157,7 @@ def emits(name: str, **sources: Source) -> Callable[[Function], Function]:
                 if is_foreign(error):
                     raise
                 problem = f"cannot take the metadata of {name} from the call: {type(error).__name__}: {error}"
-                emitter.refuse(Refused("invalid_metadata", problem))
+                emitter.refuse(Refused("invalid_metadata", problem), name)
             else:
                 wanted.emit(**values)
 

@@ -67,6 +67,16 @@ class Refused(ValueError):
         self.cause = cause
 
 
+_EVENT_NAME_AT: Final = len('{"event_id":"0190163d-8694-739b-aea5-966c26f8ad91","event_type":"')
+_METRIC_NAME_AT: Final = len('{"event_id":"0190163d-8694-739b-aea5-966c26f8ad91","metric_name":"')
+
+
+def name_of(line: bytes) -> str:
+    """Return the event type or the metric's name of an encoded line."""
+    start = _METRIC_NAME_AT if line.startswith(b"metric", _METRIC_NAME_AT - 14) else _EVENT_NAME_AT
+    return line[start : line.index(b'"', start)].decode()
+
+
 # ---- errors -------------------------------------------------------------------------------------------
 
 
@@ -130,7 +140,10 @@ def uuid_text(value: object, field: str) -> str:
     Raises `Refused` (cause `invalid_uuid`, or `missing` for None).
     """
     if value is None:
-        raise Refused("missing", f"{field} is missing: give it to the call or bind it to the context")
+        raise Refused(
+            "missing",
+            f"{field} is missing: give it to the call or bind it to the context, or set SPOOL_IDENTITY=optional",
+        )
     text = None
     if isinstance(value, UUID):
         # Not `UUID.__dict__["int"]`: asyncpg's UUID claims to be a subclass and has another layout in memory.
@@ -140,7 +153,8 @@ def uuid_text(value: object, field: str) -> str:
     elif isinstance(value, str):
         text = canonical_uuid(str.__str__(value))
     if text is None:
-        raise Refused("invalid_uuid", f"{field} is not a UUID: {_shown(value)}")
+        remedy = "; spool.analytics_uuid makes one of the application's own key"
+        raise Refused("invalid_uuid", f"{field} is not a UUID: {_shown(value)}{remedy}")
     return text
 
 

@@ -59,6 +59,9 @@ class Settings:
     redact: frozenset[str] = SENSITIVE_KEYS
     """Words; a value under a key that contains one is not written (see spool/redaction.py). In the
     environment, `nickname,school` replaces the list and `+nickname,school` adds to it."""
+    identity: str = "required"
+    """`optional` writes events without a user or a family, which the tables accept after
+    `loader init --optional-identity`; `required` drops and counts them, as new tables refuse them."""
     strict: bool = False
     """Raise ValueError for what cannot be written, for development and tests."""
 
@@ -72,6 +75,8 @@ class Settings:
         _check_bytes("max_line_bytes", self.max_line_bytes, _MIN_BYTES, MAX_LINE_BYTES)
         if self.max_spool_bytes != 0:
             _check_bytes("max_spool_bytes", self.max_spool_bytes, 2 * self.segment_bytes, None)
+        if self.identity not in ("required", "optional"):
+            raise SettingError("identity", f"must be required or optional, not {self.identity!r}")
         if "\0" in str(self.directory):
             raise SettingError(
                 "directory", f"must be a path, which has no NUL character: {str(self.directory)!r}"
@@ -146,6 +151,8 @@ def _parse(variable: str, text: str, kind: type) -> Any:
         if text.lower() in _TRUE | _FALSE:
             return text.lower() in _TRUE
         raise ValueError(f"{variable} must be 0 or 1, not {text!r}")
+    if kind is str:
+        return text.lower()
     if kind is int or kind is float:
         try:
             return kind(text)

@@ -64,6 +64,13 @@ _DELETE_LOADS: Final = (
     "SELECT pg_catalog.count(*), pg_catalog.max(loaded_at)::text FROM gone"
 )
 
+_DELETE_STATEMENTS: Final = (
+    "DELETE FROM analytics_writers AS each WHERE reported_at < %s AND (writer <> ALL(%s::text[]) OR EXISTS "
+    "(SELECT FROM analytics_writers AS later WHERE later.writer = each.writer "
+    "AND later.reported_at > each.reported_at)) RETURNING 1"
+)
+"""A living writer's last statement stays, as its ledger rows do."""
+
 
 _LOCK_SECONDS: Final = 5
 _PATIENCE: Final = 60.0
@@ -121,7 +128,16 @@ class Rows:
             sum(self._delete(_DELETE, table, kind, deleted) for kind in self._kinds(table))
             for table in (EVENTS, METRICS)
         )
-        return Pruned(events, metrics, self._delete(_DELETE_LOADS, EVENTS, self._writers(), deleted))
+        writers = self._writers()
+        self._delete_statements(
+            writers
+        )  # before the ledger's rows: without those, lines would seem to be missing
+        return Pruned(events, metrics, self._delete(_DELETE_LOADS, EVENTS, writers, deleted))
+
+    def _delete_statements(self, writers: list[str]) -> None:
+        """Remove the old statements of writers, all of those whose ledger rows are old."""
+        if self._run("SELECT pg_catalog.to_regclass('analytics_writers') IS NOT NULL", EVENTS) == [(True,)]:
+            self._run(_DELETE_STATEMENTS, EVENTS, self._before, writers)
 
     def _delete(
         self, statement: LiteralString, table: Table, which: object, deleted: Callable[[int], None]

@@ -29,15 +29,16 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from time import time_ns
 from types import SimpleNamespace
 from typing import Any, Final, cast
 
-from orjson import dumps
+from orjson import JSONEncodeError, dumps
 
 from spool import fork, ids, kernel, record
+from spool.alterations import Alterations
 from spool.appender import Appender
 from spool.context import scope as scope_in_force
 from spool.context import scope_to_redact
@@ -68,6 +69,10 @@ class Stats:
     dropped: Mapping[str, int]
     bytes: int
     segments: int
+    converted: int = 0
+    """Values that have no JSON form and were written as the name of their type."""
+    redacted: Mapping[str, int] = field(default_factory=dict)
+    """Values that were replaced by `[redacted]`, by key."""
 
 
 class Emitter:
@@ -85,7 +90,7 @@ class Emitter:
     # Reading an attribute from a dictionary, which an object gets with the first `vars` or `copy` of it, makes
     # an emit 8 % slower than from a slot.
     __slots__ = (
-        "__weakref__", "_actor", "_appender", "_drops", "_harmless", "_harmless_beside_context",
+        "__weakref__", "_actor", "_alterations", "_appender", "_drops", "_harmless", "_harmless_beside_context",
         "_housekeeper", "_prepared", "_redaction", "_reporter", "_scope_in_force", "_tick", "_was_running",
         "settings",
     )  # fmt: skip
@@ -109,6 +114,7 @@ class Emitter:
         self._tick: tuple[int, str, bytes] = _NO_TICK
         self._actor: tuple[object, object, object, bytes] = (object(), None, None, b"")
         self._drops = Drops()
+        self._alterations = Alterations()
         self._housekeeper = Housekeeper(self._keep_house)
         self._appender = Appender(self.settings, self._housekeeper.wake)
 
@@ -121,6 +127,7 @@ class Emitter:
         if NOTICED:
             return  # a handler that emitted in between has done it
         self._tick, self._drops, self._housekeeper, self._appender = _NO_TICK, drops, housekeeper, appender
+        self._alterations = Alterations()
         parents.leave_to_parent()
         if self._prepared:
             self._appender.begin()
@@ -174,16 +181,19 @@ class Emitter:
                     if kind is not str and kind is not int and kind is not bool and value is not None:
                         break
                 else:
-                    data = dumps(metadata)
-                    if _BACKSLASH in data or not harmless.issuperset(metadata):
-                        data = None
+                    try:
+                        data = dumps(metadata)
+                        if _BACKSLASH in data or not harmless.issuperset(metadata):
+                            data = None
+                    except JSONEncodeError:
+                        pass
             elif metadata is None:
                 data = b"{}"
             if data is None:
                 if encoded is not None:  # a key of the context may be among the event's own
                     user_id, family_unit_id, session_id = bound.actor()
                     encoded, metadata = None, bound.merged(metadata)
-                data = record.encode_object(metadata, "metadata", self._redaction)
+                data = record.encode_object(metadata, "metadata", self._redaction, self._alterations)
             if encoded is None:
                 last_user, last_family, last_session, actor = self._actor
                 if (
@@ -248,13 +258,16 @@ class Emitter:
                     if kind is not str and kind is not int and kind is not bool and label is not None:
                         break
                 else:
-                    data = dumps(labels)
-                    if _BACKSLASH in data or not self._harmless.issuperset(labels):
-                        data = None
+                    try:
+                        data = dumps(labels)
+                        if _BACKSLASH in data or not self._harmless.issuperset(labels):
+                            data = None
+                    except JSONEncodeError:
+                        pass
             elif labels is None:
                 data = b"{}"
             if data is None:
-                data = record.encode_object(labels, "labels", self._redaction)
+                data = record.encode_object(labels, "labels", self._redaction, self._alterations)
             line = b"".join(
                 (b'{"event_id":"', new_id.encode(), name, number, b',"labels":', data, b',"timestamp":"',
                  moment, _MICROSECONDS[past // 1000], b'"}\n')
@@ -412,6 +425,7 @@ class Emitter:
         """Do what is due. Returns the seconds after which to do so again, None if only a wake-up helps."""
         waits = [self._appender.tidy()]
         self._drops.log()
+        self._alterations.log()
         if self._drops.is_waiting():
             self._report_dropped()
         waits.append(self._appender.refused_for() if self._drops.is_waiting() else None)
@@ -443,7 +457,11 @@ class Emitter:
     def stats(self) -> Stats:
         """Return the counts of this process since it began to emit."""
         written = self._appender.written()
-        return Stats(written.lines, self._drops.counts(), written.bytes, written.segments)
+        alterations = self._alterations
+        return Stats(
+            written.lines, self._drops.counts(), written.bytes, written.segments, alterations.converted(),
+            alterations.redacted(),
+        )  # fmt: skip
 
     @contextmanager
     def diverted(self, write: Callable[[bytes], int], *, strict: bool) -> Iterator[None]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from spool.record import MAX_LINE_BYTES
-from spool.redaction import SENSITIVE_KEYS
 from spool.segment import DEFAULT_DIRECTORY
+from spool.sensitive import SENSITIVE_SETS
 
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"0", "false", "no", "off"})
@@ -56,9 +56,10 @@ class Settings:
     mapped: bool = True
     """Map segments where that is safe. Without, each line is one write: slower, beside busy threads by tens
     of milliseconds, but nobody who truncates an open segment ends the process."""
-    redact: frozenset[str] = SENSITIVE_KEYS
-    """Words; a value under a key that contains one is not written (see spool/redaction.py). In the
-    environment, `nickname,school` replaces the list and `+nickname,school` adds to it."""
+    redact: frozenset[str] = frozenset()
+    """Words that are added to the sets `secrets` and `personal_data` of spool/sensitive.py: a value under a
+    key that contains one is not written. `-secrets` and `-personal_data` switch a set off. In the
+    environment with commas between them: `nickname,school,-personal_data`."""
     strict: bool = False
     """Raise ValueError for what cannot be written, for development and tests."""
 
@@ -136,7 +137,17 @@ def _absolute(directory: str | os.PathLike[str]) -> Path:
 def _words(words: object) -> frozenset[str]:
     if isinstance(words, str) or not isinstance(words, list | tuple | set | frozenset):
         raise SettingError("redact", f"must be a list of words, not {type(words).__name__}")
+    for word in words:
+        _check_word(word)
     return frozenset(words)
+
+
+def _check_word(word: object) -> None:
+    if not isinstance(word, str):
+        raise SettingError("redact", f"must be a list of words, and {word!r} is not one")
+    if word.startswith("-") and word[1:] not in SENSITIVE_SETS:
+        known = " or ".join(f'"-{name}"' for name in SENSITIVE_SETS)
+        raise SettingError("redact", f'must switch off a set by its name, {known}, not "{word}"')
 
 
 def _parse(variable: str, text: str, kind: type) -> Any:
@@ -155,7 +166,7 @@ def _parse(variable: str, text: str, kind: type) -> Any:
 
 
 def _parse_words(variable: str, text: str) -> frozenset[str]:
-    words = frozenset(filter(None, text.removeprefix("+").replace(" ", "").split(",")))
+    words = frozenset(filter(None, (word.strip().removeprefix("+") for word in text.split(","))))
     if not words:
         raise ValueError(f"{variable} must be words with commas between them, not {text!r}")
-    return words | SENSITIVE_KEYS if text.startswith("+") else words
+    return words

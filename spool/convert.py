@@ -83,7 +83,7 @@ class Converter:
         """Return the JSON form of each item."""
         return [self.convert(item) for item in value]
 
-    def object(self, items: Iterable[tuple[object, object]]) -> dict[str, Any]:
+    def mapping(self, items: Iterable[tuple[object, object]]) -> dict[str, Any]:
         """Return an object of keys and values. A key that occurs twice is counted; the last value stays."""
         made: dict[str, Any] = {}
         for key, value in items:
@@ -168,7 +168,7 @@ def _tuple(converter: Converter, value: tuple[object, ...]) -> Any:
     items = tuple.__iter__(value)
     names = getattr(type(value), "_fields", None)
     if type(names) is tuple:
-        return converter.object(zip(names, items, strict=True))
+        return converter.mapping(zip(names, items, strict=True))
     return converter.array(items)
 
 
@@ -187,7 +187,7 @@ def _fields(converter: Converter, value: object, names: Iterable[str]) -> dict[s
             pairs.append((name, state[name]))
         elif hasattr(type(value), name):  # a slot
             pairs.append((name, object.__getattribute__(value, name)))
-    return converter.object(pairs)
+    return converter.mapping(pairs)
 
 
 def _numpy_scalar(converter: Converter, value: Any) -> Any:
@@ -219,10 +219,10 @@ _BY_BASE: Final[dict[type, Form]] = {
     UUID: _uuid,
     PurePath: lambda _, value: text(PurePath.__str__(value)),
     bytes: _bytes, bytearray: _bytes, memoryview: _bytes,
-    dict: lambda converter, value: converter.object(dict.items(value)),
-    MappingProxyType: lambda converter, value: converter.object(value.items()),
+    dict: lambda converter, value: converter.mapping(dict.items(value)),
+    MappingProxyType: lambda converter, value: converter.mapping(value.items()),
     collections.UserDict: lambda converter, value: converter.convert(value.data),
-    collections.ChainMap: lambda converter, value: converter.object(value.items()),
+    collections.ChainMap: lambda converter, value: converter.mapping(value.items()),
     list: lambda converter, value: converter.array(list.__iter__(value)),
     collections.deque: Converter.array,
     collections.UserList: lambda converter, value: converter.convert(value.data),
@@ -266,9 +266,9 @@ def _form_of(kind: type) -> Form | None:
         if form is not None:
             return form
         if "__dataclass_fields__" in base.__dict__:
-            return lambda converter, value: _fields(converter, value, kind.__dataclass_fields__)
+            return lambda converter, value: _fields(converter, value, value.__dataclass_fields__)
         if "__attrs_attrs__" in base.__dict__:
             return lambda converter, value: _fields(
-                converter, value, [each.name for each in kind.__attrs_attrs__]
+                converter, value, [each.name for each in value.__attrs_attrs__]
             )
     return None

@@ -33,12 +33,13 @@ from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from time import time_ns
 from types import SimpleNamespace
-from typing import Any, Final, cast
+from typing import Any, Final, Unpack, cast
 
-from orjson import JSONEncodeError, dumps
+from orjson import dumps
 
 from spool import fork, ids, kernel, record
 from spool.alterations import Alterations
+from spool.annotations import EventId, Id, Metadata, MetricType, Moment, Number
 from spool.appender import Appender
 from spool.context import scope as scope_in_force
 from spool.context import scope_to_redact
@@ -49,7 +50,7 @@ from spool.interruption import is_foreign
 from spool.metric_names import DROPPED_METRIC
 from spool.record import EVENT_NAMES, METRIC_NAMES, PLAIN_NUMBER_LIMIT
 from spool.redaction import Redaction
-from spool.settings import Settings
+from spool.settings import BeforeEmit, Options, Settings
 from spool.timer import Timer
 
 log = logging.getLogger("spool")
@@ -90,12 +91,15 @@ class Emitter:
     # Reading an attribute from a dictionary, which an object gets with the first `vars` or `copy` of it, makes
     # an emit 8 % slower than from a slot.
     __slots__ = (
-        "__weakref__", "_actor", "_alterations", "_appender", "_drops", "_harmless", "_harmless_beside_context",
-        "_housekeeper", "_prepared", "_redaction", "_reporter", "_scope_in_force", "_tick", "_was_running",
-        "settings",
+        "__weakref__", "_actor", "_alterations", "_appender", "_before_emit", "_drops", "_harmless",
+        "_harmless_beside_context", "_housekeeper", "_prepared", "_redaction", "_reporter", "_scope_in_force",
+        "_tick", "_was_running", "settings",
     )  # fmt: skip
 
-    def __init__(self, directory: str | os.PathLike[str] | None = None, **settings: Any) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str] | None = None, *, before_emit: BeforeEmit | None = None,
+        **settings: Unpack[Options],
+    ) -> None:  # fmt: skip
         self.settings = Settings.of(directory=directory, **settings)
         self._redaction = Redaction(self.settings.redact)
         self._harmless = self._redaction.harmless
@@ -103,10 +107,24 @@ class Emitter:
         self._scope_in_force = scope_in_force if self._redaction.spares_context else scope_to_redact
         self._prepared = self._was_running = False
         self._reporter = 0
+        self._before_emit: BeforeEmit | None = None
         self._start_afresh()
         _emitters.add(self)
         fork.add(self)
         fork.warn_about_server()
+        if before_emit is not None:
+            self.before_emit = before_emit
+
+    @property
+    def before_emit(self) -> BeforeEmit | None:
+        """A function that may change or drop each event; see spool/hook.py. It may be set at any time."""
+        return self._before_emit
+
+    @before_emit.setter
+    def before_emit(self, hook: BeforeEmit | None) -> None:
+        from spool.hook import install
+
+        install(self, hook)
 
     def _start_afresh(self) -> None:
         """The state of a process that has emitted nothing; also what a forked child begins with."""
@@ -136,8 +154,9 @@ class Emitter:
     # ---- the hot path -------------------------------------------------------------------------------
 
     def emit_event(
-        self, *, event_type: str, user_id: Any = None, family_unit_id: Any = None, session_id: Any = None,
-        metadata: dict[str, Any] | None = None, event_id: Any = None, timestamp: Any = None,
+        self, *, event_type: str, user_id: Id | None = None, family_unit_id: Id | None = None,
+        session_id: Id | None = None, metadata: Metadata | None = None, event_id: EventId | None = None,
+        timestamp: Moment | None = None,
     ) -> str | None:  # fmt: skip
         """Write one event and return its id, or None if it was dropped (see `stats`).
 
@@ -185,8 +204,9 @@ class Emitter:
                         data = dumps(metadata)
                         if _BACKSLASH in data or not harmless.issuperset(metadata):
                             data = None
-                    except JSONEncodeError:
-                        pass
+                    except TypeError as error:
+                        if is_foreign(error):
+                            raise
             elif metadata is None:
                 data = b"{}"
             if data is None:
@@ -231,7 +251,7 @@ class Emitter:
         return new_id
 
     def _metric(
-        self, metric_name: str, metric_type: str, value: Any, labels: dict[str, Any] | None
+        self, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None
     ) -> str | None:
         try:
             if not NOTICED:
@@ -262,8 +282,9 @@ class Emitter:
                         data = dumps(labels)
                         if _BACKSLASH in data or not self._harmless.issuperset(labels):
                             data = None
-                    except JSONEncodeError:
-                        pass
+                    except TypeError as error:
+                        if is_foreign(error):
+                            raise
             elif labels is None:
                 data = b"{}"
             if data is None:
@@ -289,7 +310,7 @@ class Emitter:
         return new_id
 
     def record_metric(
-        self, *, metric_name: str, metric_type: str, value: Any, labels: dict[str, Any] | None = None
+        self, *, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None = None
     ) -> str | None:
         """Write one metric and return its id, or None if it was dropped.
 
@@ -302,7 +323,7 @@ class Emitter:
             return None
 
     def increment_counter(
-        self, *, metric_name: str, value: Any = 1, labels: dict[str, Any] | None = None
+        self, *, metric_name: str, value: Number = 1, labels: Metadata | None = None
     ) -> str | None:
         """See `record_metric`; the value must not be below zero."""
         try:
@@ -311,9 +332,7 @@ class Emitter:
             self._drops.too_deep += 1
             return None
 
-    def record_gauge(
-        self, *, metric_name: str, value: Any, labels: dict[str, Any] | None = None
-    ) -> str | None:
+    def record_gauge(self, *, metric_name: str, value: Number, labels: Metadata | None = None) -> str | None:
         """See `record_metric`."""
         try:
             return self._metric(metric_name, "gauge", value, labels)
@@ -322,7 +341,7 @@ class Emitter:
             return None
 
     def record_timer(
-        self, *, metric_name: str, duration_ms: Any, labels: dict[str, Any] | None = None
+        self, *, metric_name: str, duration_ms: Number, labels: Metadata | None = None
     ) -> str | None:
         """See `record_metric`; the duration is in milliseconds."""
         try:
@@ -331,7 +350,7 @@ class Emitter:
             self._drops.too_deep += 1
             return None
 
-    def timer(self, metric_name: str, labels: dict[str, Any] | None = None) -> Timer:
+    def timer(self, metric_name: str, labels: Metadata | None = None) -> Timer:
         """Return a context manager and decorator that records a timer; see `Timer`."""
         return Timer(self, metric_name, labels)
 
@@ -415,6 +434,7 @@ class Emitter:
         """Run the code of an emit a few times without a spool: the very first run of it takes 0.2 ms."""
         rehearsal = copy(self)
         rehearsal._appender = cast(Appender, SimpleNamespace(write=len))
+        rehearsal._before_emit = None
         for _ in range(_REHEARSALS):
             rehearsal.emit_event(
                 event_type="rehearsal", user_id=_NOBODY, family_unit_id=_NOBODY, metadata={"n": 1}

@@ -242,7 +242,9 @@ def _decoded(value: object, alterations: Alterations) -> Any:
     """Return a value as it is read from JSON. Raises `Refused` and orjson.JSONDecodeError."""
     try:
         data = orjson.dumps(value)
-    except orjson.JSONEncodeError:
+    except TypeError as error:
+        if is_foreign(error):
+            raise
         return Converter(alterations).convert(value)
     decoded = orjson.loads(data)
     if b"null" in data and not _all_finite(value):

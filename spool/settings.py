@@ -8,10 +8,10 @@ once and drops.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from spool.record import MAX_LINE_BYTES
 from spool.segment import DEFAULT_DIRECTORY
@@ -25,6 +25,24 @@ _MAX_SEGMENT_BYTES: Final = 1 << 30
 """A process keeps two segments mapped; address space and `posix_fallocate` bear this on every platform."""
 _MAX_AGE: Final = 7 * 86_400.0
 """A week. Some multiples of it are waited for, and a wait is limited (`threading.TIMEOUT_MAX`)."""
+
+
+Event = dict[str, Any]
+BeforeEmit = Callable[[Event], Event | None]
+"""What may change or drop an event: see spool/hook.py."""
+
+
+class Options(TypedDict, total=False):
+    """The arguments of `Emitter` beside the directory: see `Settings`. None is as if it was not given."""
+
+    max_age: float | None
+    segment_bytes: int | None
+    max_line_bytes: int | None
+    max_spool_bytes: int | None
+    fsync: bool | None
+    mapped: bool | None
+    redact: list[str] | tuple[str, ...] | set[str] | frozenset[str] | None
+    strict: bool | None
 
 
 class SettingError(ValueError):

@@ -24,9 +24,7 @@ _INVISIBLE: Final = re.compile(
 )
 _UPPER: Final = "A-Z\xc0-\xd6\xd8-\xde"
 _LOWER: Final = "a-z\xdf-\xf6\xf8-\xff"
-_WORD: Final = re.compile(
-    rf"[{_UPPER}]+(?![{_LOWER}])|[{_UPPER}]?[{_LOWER}]+|\d+|[^\W\d_{_UPPER}{_LOWER}]+"
-)
+_WORD: Final = re.compile(rf"[{_UPPER}]+(?![{_LOWER}])|[{_UPPER}]?[{_LOWER}]+|\d+|[^\W\d_{_UPPER}{_LOWER}]+")
 
 
 def words(key: str) -> tuple[str, ...]:

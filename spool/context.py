@@ -25,6 +25,7 @@ from weakref import WeakSet
 
 import orjson
 
+from spool.annotations import Id
 from spool.interruption import is_foreign
 from spool.record import Refused, encode_actor
 
@@ -32,9 +33,9 @@ from spool.record import Refused, encode_actor
 class Values(TypedDict, total=False):
     """What can be bound."""
 
-    user_id: Any
-    family_unit_id: Any
-    session_id: Any
+    user_id: Id | None
+    family_unit_id: Id | None
+    session_id: Id | None
     role: str | None
     request_id: str | None
 
@@ -76,7 +77,7 @@ class Context:
         if metadata is None:
             return self.metadata()
         if not isinstance(metadata, dict):
-            return metadata  # `record.encode_object` refuses it
+            return metadata  # `record.encode_object` converts or refuses it
         return dict.__or__(dict(self.metadata()), metadata)
 
     def encode(self) -> None:

@@ -41,8 +41,8 @@ from spool.alterations import Alterations
 from spool.interruption import is_foreign
 from spool.refused import Refused
 
-_MAX_DEPTH: Final = 250
-"""As orjson's, which refuses what is nested deeper than 254."""
+_MAX_DEPTH: Final = 100
+"""A level takes four frames, and Python's default limit is 1000."""
 _MAX_ITEMS: Final = 1 << 20
 """A longer array of numpy is not tried: it could not fit into the longest line, of 4 MiB."""
 

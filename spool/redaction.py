@@ -111,13 +111,15 @@ class Redaction:
             self.harmless_beside_context.add(key)
 
     def _examine(self, key: str) -> Sensitivity:
-        split = words(key)
-        if not split:
+        found = max(
+            self._of_words(words(key)), self._of_words(words(key.casefold()))
+        )  # `passwordHash`, `PaSsWoRd`
+        return found or Sensitivity(key.casefold() in VALUE_KEYS)
+
+    def _of_words(self, split: tuple[str, ...]) -> Sensitivity:
+        if not split or split[0] in PREDICATES:
             return Sensitivity.NONE
-        found = Sensitivity.NONE
-        if split[0] not in PREDICATES:
-            found = max((self._of_runs_at(split, start) for start in range(len(split))), default=found)
-        return found or Sensitivity(split[0] in VALUE_KEYS and len(split) == 1)
+        return max(self._of_runs_at(split, start) for start in range(len(split)))
 
     def _of_runs_at(self, split: tuple[str, ...], start: int) -> Sensitivity:
         """Return the sensitivity of the runs that begin with the word at `start`."""

@@ -106,7 +106,9 @@ class Event(Generic[Parameters]):
 
     def _unknown(self, name: str) -> str:
         known = ", ".join(self.fields) or "none"
-        return f"{self.name} has no {name}{did_you_mean(name, self._arguments)}; its fields: {known}"
+        return (
+            f"{self.name} has no {name}{did_you_mean(name, self._arguments).rstrip('?')}; its fields: {known}"
+        )
 
 
 @overload

@@ -202,7 +202,9 @@ class Emitter:
                 else:
                     try:
                         data = dumps(metadata)
-                        if _BACKSLASH in data or not harmless.issuperset(metadata):
+                        if _BACKSLASH in data or not (
+                            harmless.issuperset(metadata) or self._redaction.spares(metadata, harmless)
+                        ):
                             data = None
                     except TypeError as error:
                         if is_foreign(error):
@@ -280,7 +282,10 @@ class Emitter:
                 else:
                     try:
                         data = dumps(labels)
-                        if _BACKSLASH in data or not self._harmless.issuperset(labels):
+                        if _BACKSLASH in data or not (
+                            self._harmless.issuperset(labels)
+                            or self._redaction.spares(labels, self._harmless)
+                        ):
                             data = None
                     except TypeError as error:
                         if is_foreign(error):

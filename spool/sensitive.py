@@ -90,6 +90,11 @@ ABOUT: Final = frozenset(_entries("""
 HARMLESS_RUNS: Final = ("i phone", "i phones")
 """Runs that contain a sensitive word and are not sensitive themselves."""
 
-NAME_KEYS: Final = frozenset({"name", "key", "header", "field", "k"})
-VALUE_KEYS: Final = frozenset({"value", "values", "val", "v"})
+
+def _spellings(text: str) -> frozenset[str]:
+    return frozenset(each for word in text.split(", ") for each in (word, word.title(), word.upper()))
+
+
+NAME_KEYS: Final = _spellings("name, key, header, field, k")
+VALUE_KEYS: Final = _spellings("value, values, val, v")
 """`{"name": "authorization", "value": ...}`: an object that has both holds what is named in it."""

@@ -51,9 +51,7 @@ class AnalyticsService:
         """See `Emitter.record_metric`; the value must not be below zero."""
         try:
             awaitable = Emitted()
-            awaitable.event_id = self.emitter.increment_counter(
-                metric_name=metric_name, value=value, labels=labels
-            )
+            awaitable.event_id = self.emitter._metric(metric_name, "counter", value, labels)
         except RecursionError:
             self.emitter._drops.too_deep += 1
             return NOT_EMITTED
@@ -63,9 +61,7 @@ class AnalyticsService:
         """See `Emitter.record_metric`."""
         try:
             awaitable = Emitted()
-            awaitable.event_id = self.emitter.record_gauge(
-                metric_name=metric_name, value=value, labels=labels
-            )
+            awaitable.event_id = self.emitter._metric(metric_name, "gauge", value, labels)
         except RecursionError:
             self.emitter._drops.too_deep += 1
             return NOT_EMITTED
@@ -77,9 +73,7 @@ class AnalyticsService:
         """See `Emitter.record_metric`; the duration is in milliseconds."""
         try:
             awaitable = Emitted()
-            awaitable.event_id = self.emitter.record_timer(
-                metric_name=metric_name, duration_ms=duration_ms, labels=labels
-            )
+            awaitable.event_id = self.emitter._metric(metric_name, "timer", duration_ms, labels)
         except RecursionError:
             self.emitter._drops.too_deep += 1
             return NOT_EMITTED
@@ -91,9 +85,7 @@ class AnalyticsService:
         """See `Emitter.record_metric`."""
         try:
             awaitable = Emitted()
-            awaitable.event_id = self.emitter.record_metric(
-                metric_name=metric_name, metric_type=metric_type, value=value, labels=labels
-            )
+            awaitable.event_id = self.emitter._metric(metric_name, metric_type, value, labels)
         except RecursionError:
             self.emitter._drops.too_deep += 1
             return NOT_EMITTED

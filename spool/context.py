@@ -25,7 +25,9 @@ from weakref import WeakSet
 
 import orjson
 
+from spool.alterations import Alterations
 from spool.annotations import Id
+from spool.convert import Converter
 from spool.interruption import is_foreign
 from spool.record import Refused, encode_actor
 
@@ -76,8 +78,13 @@ class Context:
         """Return an event's metadata with what is bound beside it; a key of the event's own wins."""
         if metadata is None:
             return self.metadata()
-        if not isinstance(metadata, dict):
-            return metadata  # `record.encode_object` converts or refuses it
+        if not issubclass(
+            type(metadata), dict
+        ):  # a model or dataclass, or what `record.encode_object` refuses
+            converted = Converter(Alterations()).convert(metadata)
+            if type(converted) is not dict:
+                return metadata
+            metadata = converted
         return dict.__or__(dict(self.metadata()), metadata)
 
     def encode(self) -> None:

@@ -24,6 +24,7 @@ from django.utils.functional import SimpleLazyObject, lazystr
 
 from loader.load.decode import Row, decode
 from spool import Emitter
+from spool.context import bind
 from spool.testing import Recorder, record
 from tests.emit.lines import emit
 from tests.processes import shown
@@ -270,6 +271,16 @@ def test_metadata_itself_may_be_a_model_a_dataclass_or_a_view(
 ) -> None:
     assert emitter.emit_event(event_type="odd", user_id=ID, family_unit_id=ID, metadata=metadata)
     assert recorder.events[0]["metadata"]
+
+
+@pytest.mark.parametrize("metadata", METADATA, ids=shown)
+def test_metadata_that_is_no_dictionary_keeps_what_is_bound(
+    emitter: Emitter, recorder: Recorder, metadata: Any
+) -> None:
+    with bind(user_id=ID, family_unit_id=ID, request_id="r"):
+        assert emitter.emit_event(event_type="odd", metadata=metadata)
+    assert len(recorder.events[0]["metadata"]) > 1
+    assert recorder.events[0]["metadata"]["request_id"] == "r"
 
 
 @pytest.mark.parametrize("metadata", ["text", [1], [("a", 1)], 3, object(), Person()], ids=shown)

@@ -44,7 +44,7 @@ class Field:
 
     @property
     def kind(self) -> type:
-        """The first of its types, which stands for the field in the reference."""
+        """The first of its types: the one that the reference shows."""
         if UUID in self.kinds:
             return UUID
         return self.kinds[0] if self.kinds else type(self.literals[0])

@@ -218,8 +218,8 @@ def test_secrets_at_any_depth_never_reach_the_spool(
     emitter = Emitter(directory)
     assert emit(emitter, **planted)
     assert emitter.increment_counter(metric_name="hits", labels=planted)
+    emitter.close()  # which ends the thread that renames files
     assert all(b"hunter2" not in file.read_bytes() for file in directory.iterdir())
-    emitter.close()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ from weakref import WeakSet
 
 import orjson
 
+from spool.alterations import Alterations
+from spool.annotations import Id
+from spool.convert import Converter
 from spool.interruption import is_foreign
 from spool.record import Refused, encode_actor
 
@@ -32,9 +35,9 @@ from spool.record import Refused, encode_actor
 class Values(TypedDict, total=False):
     """What can be bound."""
 
-    user_id: Any
-    family_unit_id: Any
-    session_id: Any
+    user_id: Id | None
+    family_unit_id: Id | None
+    session_id: Id | None
     role: str | None
     request_id: str | None
 
@@ -75,8 +78,13 @@ class Context:
         """Return an event's metadata with what is bound beside it; a key of the event's own wins."""
         if metadata is None:
             return self.metadata()
-        if not isinstance(metadata, dict):
-            return metadata  # `record.encode_object` refuses it
+        if not issubclass(
+            type(metadata), dict
+        ):  # a model or dataclass, or what `record.encode_object` refuses
+            converted = Converter(Alterations()).convert(metadata)
+            if type(converted) is not dict:
+                return metadata
+            metadata = converted
         return dict.__or__(dict(self.metadata()), metadata)
 
     def encode(self) -> None:

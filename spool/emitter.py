@@ -31,12 +31,14 @@ from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from time import time_ns
 from types import SimpleNamespace
-from typing import Any, Final, cast
+from typing import Any, Final, Unpack, cast
 
 from orjson import dumps
 
 from spool import fork, identity, ids, kernel, record
 from spool.account import Account, report_line
+from spool.alterations import Alterations
+from spool.annotations import EventId, Id, Metadata, MetricType, Moment, Number
 from spool.appender import Appender
 from spool.context import scope as scope_in_force
 from spool.context import scope_to_redact
@@ -47,7 +49,7 @@ from spool.interruption import is_foreign
 from spool.log import logger
 from spool.record import EVENT_NAMES, METRIC_NAMES, PLAIN_NUMBER_LIMIT
 from spool.redaction import Redaction
-from spool.settings import Settings
+from spool.settings import BeforeEmit, Options, Settings
 from spool.timer import Timer
 
 _NO_TICK: Final = (0, "", b"")
@@ -70,6 +72,10 @@ class Stats:
     bytes: int
     segments: int
     dropped_by_name: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    converted: int = 0
+    """Values that have no JSON form and were written as the name of their type."""
+    redacted: Mapping[str, int] = field(default_factory=dict)
+    """Values that were replaced by `[redacted]`, by key."""
 
 
 class Emitter:
@@ -87,12 +93,15 @@ class Emitter:
     # Reading an attribute from a dictionary, which an object gets with the first `vars` or `copy` of it, makes
     # an emit 8 % slower than from a slot.
     __slots__ = (
-        "__weakref__", "_account", "_actor", "_appender", "_drops", "_encode_actor", "_harmless",
-        "_harmless_beside_context", "_housekeeper", "_prepared", "_redaction", "_scope_in_force", "_tick",
-        "_was_running", "settings",
+        "__weakref__", "_account", "_actor", "_alterations", "_appender", "_before_emit", "_drops", "_encode_actor",
+        "_harmless", "_harmless_beside_context", "_housekeeper", "_prepared", "_redaction", "_scope_in_force",
+        "_tick", "_was_running", "settings",
     )  # fmt: skip
 
-    def __init__(self, directory: str | os.PathLike[str] | None = None, **settings: Any) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str] | None = None, *, before_emit: BeforeEmit | None = None,
+        **settings: Unpack[Options],
+    ) -> None:  # fmt: skip
         self.settings = Settings.of(directory=directory, **settings)
         self._redaction = Redaction(self.settings.redact)
         optional = self.settings.identity == "optional"
@@ -101,10 +110,24 @@ class Emitter:
         self._harmless_beside_context = self._redaction.harmless_beside_context
         self._scope_in_force = scope_in_force if self._redaction.spares_context else scope_to_redact
         self._prepared = self._was_running = False
+        self._before_emit: BeforeEmit | None = None
         self._start_afresh()
         _emitters.add(self)
         fork.add(self)
         fork.warn_about_server()
+        if before_emit is not None:
+            self.before_emit = before_emit
+
+    @property
+    def before_emit(self) -> BeforeEmit | None:
+        """A function that may change or drop each event; see spool/hook.py. It may be set at any time."""
+        return self._before_emit
+
+    @before_emit.setter
+    def before_emit(self, hook: BeforeEmit | None) -> None:
+        from spool.hook import install
+
+        install(self, hook)
 
     def _start_afresh(self) -> None:
         """The state of a process that has emitted nothing; also what a forked child begins with."""
@@ -112,6 +135,7 @@ class Emitter:
         self._tick: tuple[int, str, bytes] = _NO_TICK
         self._actor: tuple[object, object, object, bytes] = (object(), None, None, b"")
         self._drops = Drops()
+        self._alterations = Alterations()
         self._housekeeper = Housekeeper(self._keep_house)
         self._appender = Appender(self.settings, self._housekeeper.wake)
         self._account = Account(self.settings.directory, self._appender.writer)
@@ -127,6 +151,7 @@ class Emitter:
             return  # a handler that emitted in between has done it
         self._tick, self._drops, self._housekeeper, self._appender = _NO_TICK, drops, housekeeper, appender
         self._account = account
+        self._alterations = Alterations()
         parents.leave_to_parent()
         parents_account.abandon()
         if self._prepared:
@@ -136,8 +161,9 @@ class Emitter:
     # ---- the hot path -------------------------------------------------------------------------------
 
     def emit_event(
-        self, *, event_type: str, user_id: Any = None, family_unit_id: Any = None, session_id: Any = None,
-        metadata: dict[str, Any] | None = None, event_id: Any = None, timestamp: Any = None,
+        self, *, event_type: str, user_id: Id | None = None, family_unit_id: Id | None = None,
+        session_id: Id | None = None, metadata: Metadata | None = None, event_id: EventId | None = None,
+        timestamp: Moment | None = None,
     ) -> str | None:  # fmt: skip
         """Write one event and return its id, or None if it was dropped (see `stats`).
 
@@ -181,16 +207,22 @@ class Emitter:
                     if kind is not str and kind is not int and kind is not bool and value is not None:
                         break
                 else:
-                    data = dumps(metadata)
-                    if _BACKSLASH in data or not harmless.issuperset(metadata):
-                        data = None
+                    try:
+                        data = dumps(metadata)
+                        if _BACKSLASH in data or not (
+                            harmless.issuperset(metadata) or self._redaction.spares(metadata, harmless)
+                        ):
+                            data = None
+                    except TypeError as error:
+                        if is_foreign(error):
+                            raise
             elif metadata is None:
                 data = b"{}"
             if data is None:
                 if encoded is not None:  # a key of the context may be among the event's own
                     user_id, family_unit_id, session_id = bound.actor()
                     encoded, metadata = None, bound.merged(metadata)
-                data = record.encode_object(metadata, "metadata", self._redaction)
+                data = record.encode_object(metadata, "metadata", self._redaction, self._alterations)
             if encoded is None:
                 last_user, last_family, last_session, actor = self._actor
                 if (
@@ -228,7 +260,7 @@ class Emitter:
         return new_id
 
     def _metric(
-        self, metric_name: str, metric_type: str, value: Any, labels: dict[str, Any] | None
+        self, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None
     ) -> str | None:
         try:
             if not NOTICED:
@@ -255,13 +287,20 @@ class Emitter:
                     if kind is not str and kind is not int and kind is not bool and label is not None:
                         break
                 else:
-                    data = dumps(labels)
-                    if _BACKSLASH in data or not self._harmless.issuperset(labels):
-                        data = None
+                    try:
+                        data = dumps(labels)
+                        if _BACKSLASH in data or not (
+                            self._harmless.issuperset(labels)
+                            or self._redaction.spares(labels, self._harmless)
+                        ):
+                            data = None
+                    except TypeError as error:
+                        if is_foreign(error):
+                            raise
             elif labels is None:
                 data = b"{}"
             if data is None:
-                data = record.encode_object(labels, "labels", self._redaction)
+                data = record.encode_object(labels, "labels", self._redaction, self._alterations)
             line = b"".join(
                 (b'{"event_id":"', new_id.encode(), name, number, b',"labels":', data, b',"timestamp":"',
                  moment, _MICROSECONDS[past // 1000], b'"}\n')
@@ -283,7 +322,7 @@ class Emitter:
         return new_id
 
     def record_metric(
-        self, *, metric_name: str, metric_type: str, value: Any, labels: dict[str, Any] | None = None
+        self, *, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None = None
     ) -> str | None:
         """Write one metric and return its id, or None if it was dropped.
 
@@ -296,7 +335,7 @@ class Emitter:
             return None
 
     def increment_counter(
-        self, *, metric_name: str, value: Any = 1, labels: dict[str, Any] | None = None
+        self, *, metric_name: str, value: Number = 1, labels: Metadata | None = None
     ) -> str | None:
         """See `record_metric`; the value must not be below zero."""
         try:
@@ -305,9 +344,7 @@ class Emitter:
             self._drops.too_deep += 1
             return None
 
-    def record_gauge(
-        self, *, metric_name: str, value: Any, labels: dict[str, Any] | None = None
-    ) -> str | None:
+    def record_gauge(self, *, metric_name: str, value: Number, labels: Metadata | None = None) -> str | None:
         """See `record_metric`."""
         try:
             return self._metric(metric_name, "gauge", value, labels)
@@ -316,7 +353,7 @@ class Emitter:
             return None
 
     def record_timer(
-        self, *, metric_name: str, duration_ms: Any, labels: dict[str, Any] | None = None
+        self, *, metric_name: str, duration_ms: Number, labels: Metadata | None = None
     ) -> str | None:
         """See `record_metric`; the duration is in milliseconds."""
         try:
@@ -325,7 +362,7 @@ class Emitter:
             self._drops.too_deep += 1
             return None
 
-    def timer(self, metric_name: str, labels: dict[str, Any] | None = None) -> Timer:
+    def timer(self, metric_name: str, labels: Metadata | None = None) -> Timer:
         """Return a context manager and decorator that records a timer; see `Timer`."""
         return Timer(self, metric_name, labels)
 
@@ -404,6 +441,7 @@ class Emitter:
         """Run the code of an emit a few times without a spool: the very first run of it takes 0.2 ms."""
         rehearsal = copy(self)
         rehearsal._appender = cast(Appender, SimpleNamespace(write=len))
+        rehearsal._before_emit = None
         for _ in range(_REHEARSALS):
             rehearsal.emit_event(
                 event_type="rehearsal", user_id=_NOBODY, family_unit_id=_NOBODY, metadata={"n": 1}
@@ -414,6 +452,7 @@ class Emitter:
         """Do what is due. Returns the seconds after which to do so again, None if only a wake-up helps."""
         waits = [self._appender.tidy()]
         self._drops.log()
+        self._alterations.log()
         if self._drops.is_waiting():
             if not self._drops.seconds_until_report():
                 self._report_dropped()
@@ -449,7 +488,11 @@ class Emitter:
         """Return the counts of this process since it began to emit."""
         written = self._appender.written()
         by_name = {(kind.cause, kind.name): count for kind, count in self._drops.by_kind().items()}
-        return Stats(written.lines, self._drops.counts(), written.bytes, written.segments, by_name)
+        alterations = self._alterations
+        return Stats(
+            written.lines, self._drops.counts(), written.bytes, written.segments, by_name,
+            alterations.converted(), alterations.redacted(),
+        )  # fmt: skip
 
     @contextmanager
     def diverted(self, write: Callable[[bytes], int], *, strict: bool) -> Iterator[None]:

@@ -8,14 +8,14 @@ once and drops.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, TypedDict
 
 from spool.record import MAX_LINE_BYTES
-from spool.redaction import SENSITIVE_KEYS
 from spool.segment import DEFAULT_DIRECTORY
+from spool.sensitive import SENSITIVE_SETS
 
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"0", "false", "no", "off"})
@@ -25,6 +25,25 @@ _MAX_SEGMENT_BYTES: Final = 1 << 30
 """A process keeps two segments mapped; address space and `posix_fallocate` bear this on every platform."""
 _MAX_AGE: Final = 7 * 86_400.0
 """A week. Some multiples of it are waited for, and a wait is limited (`threading.TIMEOUT_MAX`)."""
+
+
+Event = dict[str, Any]
+BeforeEmit = Callable[[Event], Event | None]
+"""What may change or drop an event: see spool/hook.py."""
+
+
+class Options(TypedDict, total=False):
+    """The arguments of `Emitter` beside the directory: see `Settings`. None is as if it was not given."""
+
+    max_age: float | None
+    segment_bytes: int | None
+    max_line_bytes: int | None
+    max_spool_bytes: int | None
+    fsync: bool | None
+    mapped: bool | None
+    redact: list[str] | tuple[str, ...] | set[str] | frozenset[str] | None
+    identity: Literal["required", "optional"] | None
+    strict: bool | None
 
 
 class SettingError(ValueError):
@@ -56,9 +75,10 @@ class Settings:
     mapped: bool = True
     """Map segments where that is safe. Without, each line is one write: slower, beside busy threads by tens
     of milliseconds, but nobody who truncates an open segment ends the process."""
-    redact: frozenset[str] = SENSITIVE_KEYS
-    """Words; a value under a key that contains one is not written (see spool/redaction.py). In the
-    environment, `nickname,school` replaces the list and `+nickname,school` adds to it."""
+    redact: frozenset[str] = frozenset()
+    """Words that are added to the sets `secrets` and `personal_data` of spool/sensitive.py: a value under a
+    key that contains one is not written. `-secrets` and `-personal_data` switch a set off. In the
+    environment with commas between them: `nickname,school,-personal_data`."""
     identity: str = "required"
     """`optional` writes events without a user or a family, which the tables accept after
     `loader init --optional-identity`; `required` drops and counts them, as new tables refuse them."""
@@ -141,7 +161,17 @@ def _absolute(directory: str | os.PathLike[str]) -> Path:
 def _words(words: object) -> frozenset[str]:
     if isinstance(words, str) or not isinstance(words, list | tuple | set | frozenset):
         raise SettingError("redact", f"must be a list of words, not {type(words).__name__}")
+    for word in words:
+        _check_word(word)
     return frozenset(words)
+
+
+def _check_word(word: object) -> None:
+    if not isinstance(word, str):
+        raise SettingError("redact", f"must be a list of words, and {word!r} is not one")
+    if word.startswith("-") and word[1:] not in SENSITIVE_SETS:
+        known = " or ".join(f'"-{name}"' for name in SENSITIVE_SETS)
+        raise SettingError("redact", f'must switch off a set by its name, {known}, not "{word}"')
 
 
 def _parse(variable: str, text: str, kind: type) -> Any:
@@ -162,7 +192,7 @@ def _parse(variable: str, text: str, kind: type) -> Any:
 
 
 def _parse_words(variable: str, text: str) -> frozenset[str]:
-    words = frozenset(filter(None, text.removeprefix("+").replace(" ", "").split(",")))
+    words = frozenset(filter(None, (word.strip().removeprefix("+") for word in text.split(","))))
     if not words:
         raise ValueError(f"{variable} must be words with commas between them, not {text!r}")
-    return words | SENSITIVE_KEYS if text.startswith("+") else words
+    return words

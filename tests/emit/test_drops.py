@@ -41,7 +41,7 @@ def drop_some(emitter: Emitter) -> dict[tuple[str, str], int]:
     emitter.emit_event(event_type="large", user_id=user, family_unit_id=user, metadata={"a": "x" * (2 << 20)})
     emitter.increment_counter(metric_name="hits", value=-1)
     emitter.record_gauge(metric_name="a b", value=1)
-    emitter.record_metric(metric_name="size", metric_type="size", value=1)
+    emitter.record_metric(metric_name="size", metric_type="size", value=1)  # type: ignore[arg-type]  # on purpose
     return {
         ("invalid_uuid", "seen"): 2, ("missing", "seen"): 1, ("invalid_name", OTHER): 2, ("oversize", "large"): 1,
         ("invalid_value", "hits"): 1, ("invalid_type", "size"): 1,

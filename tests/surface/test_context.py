@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import uuid
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -110,7 +111,7 @@ def test_what_is_bound_is_spliced_into_each_line_and_what_the_call_gives_wins(
 
 @pytest.mark.parametrize(
     "bound",
-    [{"user_id": "nobody"}, {"role": "\ud800"}, {"role": object()}, {"request_id": b"r"}, {"user_id": 1}],
+    [{"user_id": "nobody"}, {"role": math.nan}, {"user_id": 1}],
     ids=shown,
 )
 def test_what_is_bound_and_cannot_be_written_is_refused_by_the_emit_and_never_raises_where_it_is_bound(

@@ -43,6 +43,7 @@ class Values(TypedDict, total=False):
 
 
 _UNCHANGED: Final[Any] = object()
+_NO_SCOPE: Final = "cannot bind outside of a scope; add AnalyticsMiddleware, or call update() within bind()"
 _TEXT: Final = frozenset({str, type(None)})
 
 
@@ -183,6 +184,15 @@ def begin(**values: Unpack[Values]) -> Begun:
     return Begun(inner, _scope.set(inner))
 
 
+def begin_empty(**values: Unpack[Values]) -> Begun:
+    """Begin a scope that inherits nothing, as each request does: its thread may have served another user.
+
+    Raises TypeError as `bind`.
+    """
+    inner = Scope(_encoded(Context(**values)))
+    return Begun(inner, _scope.set(inner))
+
+
 def _encoded(context: Context) -> Context:
     if context.user_id is not None and context.family_unit_id is not None:
         context.encode()
@@ -212,12 +222,16 @@ def _end_elsewhere(ended: Scope, old_value: object) -> None:
 
 
 def update(**values: Unpack[Values]) -> None:
-    """Bind for the rest of the scope in force, or of this task or thread if there is none.
+    """Bind for the rest of the scope in force.
 
-    Raises TypeError for another name.
+    Without a scope nothing is bound, because nothing would end it before the thread's next request or job:
+    the call is counted as `no_scope`. Raises ValueError for that with `strict`, TypeError for another name.
     """
     inner = _scope.get()
     if inner is None:
-        begin(**values)
+        Context(**values)
+        from spool.emitter import get_emitter  # which imports this module
+
+        get_emitter().refuse(Refused("no_scope", _NO_SCOPE))
     else:
         inner.context = _encoded(inner.context.replaced(**values))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -83,7 +84,8 @@ def test_events_join_with_the_applications_own_keys(cli: Cli, one_connection: Co
 
 
 def test_an_emitter_writes_null_only_if_it_is_set_so(tmp_path: Path) -> None:
-    for setting, emitted in (("required", 1), ("optional", 5)):
+    settings: tuple[tuple[Literal["required", "optional"], int], ...] = (("required", 1), ("optional", 5))
+    for setting, emitted in settings:
         emitter = Emitter(tmp_path / setting, identity=setting)
         emitter.emit_event(event_type="seen")
         emitter.emit_event(event_type="seen", user_id=ID)

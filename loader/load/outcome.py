@@ -31,6 +31,9 @@ class Outcome:
     metrics: int = 0
     duplicates: int = 0
     rejects: list[Rejected] = field(default_factory=list)
+    event_hours: set[str] = field(default_factory=set)
+    metric_hours: set[str] = field(default_factory=set)
+    """The hours of the rows that are new, as in `Row.hour`."""
 
     @property
     def counts(self) -> Counts:
@@ -45,11 +48,13 @@ class Outcome:
         return Entry(chunk.digest, chunk.file, chunk.offset, chunk.size, self.counts)
 
     def insert(self, row: Row) -> None:
-        """Count a row that is new."""
+        """Count a row that is new, and note its hour."""
         if row.table is EVENTS:
             self.events += 1
+            self.event_hours.add(row.hour)
         else:
             self.metrics += 1
+            self.metric_hours.add(row.hour)
 
     def reject(self, line: int, raw: bytes, reject: Reject) -> None:
         self.rejects.append(Rejected(self.chunk.file, line, reject.code, reject.reason, raw))

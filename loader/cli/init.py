@@ -20,25 +20,33 @@ from loader.cli import options, terminal
     "--role", metavar="NAME",
     help="A least-privilege role (SELECT and INSERT) for the loader, created if it does not exist.",
 )  # fmt: skip
+@click.option(
+    "--reader", metavar="NAME",
+    help="A role for dashboards and analysts (SELECT, the questions, statements of at most 30 s), created "
+    "if it does not exist.",
+)  # fmt: skip
 @options.as_json
-def command(dsn: str | None, foreign_keys: bool | None, role: str | None, as_json: bool) -> None:
+def command(
+    dsn: str | None, foreign_keys: bool | None, role: str | None, reader: str | None, as_json: bool
+) -> None:
     """Create or upgrade the tables; idempotent.
 
     \b
     Examples:
       loader init
-      loader init --role analytics_loader
+      loader init --role analytics_loader --reader analytics_reader
       loader init --no-foreign-keys
     """
     from loader.cli.loading import only_for
-    from loader.load import database, schema
+    from loader.load import database, indexes, schema
 
     actor = "the owner of the database, or a role that may create tables and roles in it"
     with only_for(actor), database.connect(settings.database_dsn(dsn)) as connection:
-        applied = schema.apply_schema(connection, foreign_keys=foreign_keys, role=role)
+        applied = schema.apply_schema(connection, foreign_keys=foreign_keys, role=role, reader=reader)
+        applied.notes += [f'built the index "{name}"' for name in indexes.build(connection)]
     if as_json:
         terminal.print_json(
-            {"version": applied.version, "before": applied.before, "role": role,
+            {"version": applied.version, "before": applied.before, "role": role, "reader": reader,
              "foreign_keys": applied.foreign_keys, "notes": applied.notes, "warnings": applied.warnings}
         )  # fmt: skip
         return

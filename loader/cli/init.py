@@ -25,33 +25,42 @@ from loader.cli import options, terminal
     "--role", metavar="NAME",
     help="A least-privilege role (SELECT and INSERT) for the loader, created if it does not exist.",
 )  # fmt: skip
+@click.option(
+    "--reader", metavar="NAME",
+    help="A role for dashboards and analysts (SELECT, the questions, statements of at most 30 s), created "
+    "if it does not exist.",
+)  # fmt: skip
 @options.as_json
 def command(
     dsn: str | None, foreign_keys: bool | None, optional_identity: bool | None, role: str | None,
-    as_json: bool,
+    reader: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Create or upgrade the tables; idempotent.
 
     \b
     Examples:
       loader init
-      loader init --role analytics_loader
+      loader init --role analytics_loader --reader analytics_reader
       loader init --no-foreign-keys
       loader init --optional-identity
     """
     from loader.cli.loading import only_for
-    from loader.load import database, schema
+    from loader.load import database, indexes, schema
 
     identity: schema.Identity | None = None
     if optional_identity is not None:
         identity = "optional" if optional_identity else "required"
     actor = "the owner of the database, or a role that may create tables and roles in it"
     with only_for(actor), database.connect(settings.database_dsn(dsn)) as connection:
-        applied = schema.apply_schema(connection, foreign_keys=foreign_keys, identity=identity, role=role)
+        applied = schema.apply_schema(
+            connection, foreign_keys=foreign_keys, identity=identity, role=role, reader=reader
+        )
+        applied.notes += [f'built the index "{name}"' for name in indexes.build(connection)]
     if as_json:
         terminal.print_json(
-            {"version": applied.version, "before": applied.before, "role": role,
-             "foreign_keys": applied.foreign_keys, "identity": applied.identity, "notes": applied.notes, "warnings": applied.warnings}
+            {"version": applied.version, "before": applied.before, "role": role, "reader": reader,
+             "foreign_keys": applied.foreign_keys, "identity": applied.identity,
+             "notes": applied.notes, "warnings": applied.warnings}
         )  # fmt: skip
         return
     upgraded = f", upgraded from version {applied.before}" if 0 < applied.before < applied.version else ""

@@ -24,6 +24,9 @@ COMMANDS: Final = {
     "status": "Show what waits, what was loaded and what was rejected.",
     "doctor": "Check all that the loader needs and print what to do.",
     "rejects": "List, show and retry the lines that were not loaded.",
+    "ask": "Answer a question about what was loaded.",
+    "report": "Summarize what was loaded, in the terminal or as a page.",
+    "export": "Write events or metrics to Parquet, CSV or NDJSON.",
     "prune": "Remove old rows, ledger rows, and rejected and archived files.",
     "demo": "Run the whole pipeline against a temporary Postgres.",
 }

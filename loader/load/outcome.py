@@ -41,6 +41,9 @@ class Outcome:
     duplicates: int = 0
     rejects: list[Rejected] = field(default_factory=list)
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
+    event_hours: set[str] = field(default_factory=set)
+    metric_hours: set[str] = field(default_factory=set)
+    """The hours of the rows that are new, as in `Row.hour`."""
 
     @property
     def counts(self) -> Counts:
@@ -55,11 +58,13 @@ class Outcome:
         return Entry(chunk.digest, chunk.file, chunk.offset, chunk.size, self.counts)
 
     def insert(self, row: Row) -> None:
-        """Count a row that is new."""
+        """Count a row that is new, and note its hour."""
         if row.table is EVENTS:
             self.events += 1
+            self.event_hours.add(row.hour)
         else:
             self.metrics += 1
+            self.metric_hours.add(row.hour)
             if row.copy.startswith(_DROPPED, _AFTER_ID):
                 self._count_dropped(row.copy)
 

@@ -22,7 +22,7 @@ from loader.load.database import Connection
 from loader.load.sqlstate import Action, action, explain
 from tests.load.lines import as_owner, chunk, event, is_number, metric, number, rejected, rows, segment
 from tests.processes import Cli, eventually
-from tests.servers import ROLE, VERSIONS
+from tests.servers import DROP_QUESTIONS, ROLE, VERSIONS
 
 EVENTS = "SELECT count(*) FROM analytics_events"
 SETTINGS = {
@@ -263,7 +263,7 @@ def test_nothing_of_the_settings_is_left_behind_in_a_session_that_a_pooler_share
 def test_staged_values_have_the_types_that_the_columns_have_now(
     connection: Connection, tmp_path: Path
 ) -> None:
-    as_owner(connection, "DROP VIEW analytics_metrics_hourly")
+    as_owner(connection, f"DROP VIEW analytics_metrics_hourly; {DROP_QUESTIONS}")
     as_owner(connection, "ALTER TABLE analytics_metrics ALTER value TYPE numeric(10, 1)")
     load(connection, [chunk(metric(1), metric(1))], tmp_path)
     as_owner(connection, "ALTER TABLE analytics_metrics ALTER value TYPE numeric")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,9 @@ def test_the_demo_finds_every_acknowledged_emit_once() -> None:
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "SIGKILL" in ended.stdout and "What arrived" in ended.stdout
+    (page,) = re.findall(r"a page without script: (\S+)", ended.stdout)
+    assert "Unusual hours" in Path(page).read_text("utf-8")
+    Path(page).unlink()
 
 
 def test_nothing_of_the_data_reaches_the_terminal_raw(cli: Cli) -> None:

@@ -68,8 +68,16 @@ def test_the_list_of_commands_has_their_short_help() -> None:
     assert shown == main.COMMANDS
 
 
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_the_options_of_a_command_are_known_without_a_driver(name: str) -> None:
+    """`--help`, completion and a wrong option answer at once."""
+    heavy = "{'psycopg', 'rich', 'pyarrow', 'vl_convert', 'jinja2'}"
+    code = f"import loader.cli.{name}, sys; print(*{heavy} & sys.modules.keys())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == []
+
+
 EXAMPLES = {each for command in COMMANDS.values() for each in examples(command)}
-ELSEWHERE = {"loader demo"}  # which has a test of its own
+ELSEWHERE = {"loader demo", "loader demo --keep"}  # which have tests of their own
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES - ELSEWHERE))

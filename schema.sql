@@ -527,10 +527,10 @@ CREATE TABLE IF NOT EXISTS @.analytics_hourly_events (
 -- because all offsets in use since 1972 are multiples of 15 minutes.
 CREATE TABLE IF NOT EXISTS @.analytics_user_days (
     day DATE NOT NULL,
-    user_id UUID NOT NULL,
-    family_unit_id UUID NOT NULL,
+    user_id UUID,
+    family_unit_id UUID,
     quarters BIT(96) NOT NULL,
-    PRIMARY KEY (day, user_id, family_unit_id)
+    UNIQUE NULLS NOT DISTINCT (day, user_id, family_unit_id)
 );
 
 -- Counts by logarithmic bucket (see analytics_value_bucket). Several rows may have the same hour, name and labels
@@ -744,6 +744,7 @@ BEGIN ATOMIC
 SELECT @.analytics_unit(who, u.user_id, u.family_unit_id), date_trunc(bucket, d.local::timestamp)::date
 FROM @.analytics_local_days(since, until, tz) d JOIN @.analytics_user_days u ON u.day = d.day
 WHERE types IS NULL AND (u.quarters & d.mask) <> 0::bit(96)
+    AND @.analytics_unit(who, u.user_id, u.family_unit_id) IS NOT NULL
     AND (d.frozen OR NOT d.dirty)
     AND NOT EXISTS (SELECT FROM @.analytics_touched t WHERE t.source = 'events' AND t.hour = '-infinity')
 UNION
@@ -753,11 +754,12 @@ FROM @.analytics_day_spans(since, until) s
         SELECT e.timestamp, e.user_id, e.family_unit_id FROM @.analytics_events e
         WHERE e.timestamp >= s.lo AND e.timestamp < s.hi OFFSET 0
     ) e
-WHERE types IS NULL
+WHERE types IS NULL AND @.analytics_unit(who, e.user_id, e.family_unit_id) IS NOT NULL
 UNION
 SELECT @.analytics_unit(who, e.user_id, e.family_unit_id), date_trunc(bucket, e.timestamp AT TIME ZONE tz)::date
 FROM @.analytics_events e
-WHERE e.timestamp >= since AND e.timestamp < until AND e.event_type = ANY (types);
+WHERE e.timestamp >= since AND e.timestamp < until AND e.event_type = ANY (types)
+    AND @.analytics_unit(who, e.user_id, e.family_unit_id) IS NOT NULL;
 END;
 COMMENT ON FUNCTION @.analytics_seen IS
 'Internal. In which buckets (day or longer) a user or family was active: from user days where they are exact, from rows elsewhere, and from rows alone for given event types.';
@@ -866,7 +868,8 @@ BEGIN ATOMIC
 SELECT s.unit, min(s.starts) FROM @.analytics_seen('-infinity', until, bucket, tz, who, NULL) s WHERE types IS NULL GROUP BY 1
 UNION ALL
 SELECT @.analytics_unit(who, e.user_id, e.family_unit_id), date_trunc(bucket, min(e.timestamp) AT TIME ZONE tz)::date
-FROM @.analytics_events e WHERE e.timestamp < until AND e.event_type = ANY (types) GROUP BY 1;
+FROM @.analytics_events e WHERE e.timestamp < until AND e.event_type = ANY (types)
+    AND @.analytics_unit(who, e.user_id, e.family_unit_id) IS NOT NULL GROUP BY 1;
 END;
 COMMENT ON FUNCTION @.analytics_first IS 'Internal. The bucket of the first event, or first event of given types, of each user or family.';
 
@@ -991,6 +994,7 @@ WITH walked AS (
     SELECT e.user_id, e.family_unit_id, e.timestamp, lag(e.timestamp) OVER w AS before, row_number() OVER w AS place,
         count(*) OVER p AS places, max(e.timestamp) OVER p AS last
     FROM @.analytics_events e WHERE e.timestamp >= since - gap AND e.timestamp < until + interval '24 hours'
+        AND e.user_id IS NOT NULL
     WINDOW w AS (PARTITION BY e.user_id ORDER BY e.timestamp), p AS (PARTITION BY e.user_id)
 ), begun AS (  -- a session ends at the event before the next one begins
     SELECT w.*, lead(w.before) OVER s AS ends, lead(w.place) OVER s AS next
@@ -1168,7 +1172,7 @@ SELECT e.user_id, e.metadata->>'memory_id', count(*) FILTER (WHERE e.event_type 
         * power(0.5, least(1000, extract(epoch FROM until - e.timestamp)::float8 / extract(epoch FROM half_life)::float8))),
     max(e.timestamp)
 FROM @.analytics_events e
-WHERE e.event_type IN ('memory_viewed', 'reaction_created', 'reaction_deleted', 'comment_created')
+WHERE e.user_id IS NOT NULL AND e.event_type IN ('memory_viewed', 'reaction_created', 'reaction_deleted', 'comment_created')
     AND e.timestamp >= since AND e.timestamp < until AND e.metadata ? 'memory_id'
 GROUP BY 1, 2;
 END;

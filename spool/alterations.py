@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Final
 
-from spool.drops import Warnings
+from spool.log import Warnings
 
 _NAMES: Final = 100
 """Distinct names that are counted; clients may choose keys. Others are counted as `other`."""

@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from spool import kernel
-from spool.drops import Warnings
 from spool.limit import SpoolLimit
+from spool.log import Warnings
 from spool.open_segment import Busy, Counts, Segment
 from spool.reentry import ReentryLock
 from spool.segment import DIRECTORY_MODE, Writer

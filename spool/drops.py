@@ -20,40 +20,18 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from spool.log import logger
+from spool.log import Warnings, logger
 from spool.record import NAME
 
 if TYPE_CHECKING:
     from spool.account import Account
 
-LOG_INTERVAL: Final = 60.0
-"""Seconds between two warnings of one kind."""
 REPORT_INTERVAL: Final = 1.0
 """Seconds that drops are gathered for before metrics report them."""
 MAX_NAMES: Final = 100
 OTHER: Final = "other"
 _SUMMARIZED: Final = 10
 """Kinds of drops that the summary names."""
-
-
-class Warnings:
-    """Logs at most one message per LOG_INTERVAL."""
-
-    def __init__(self) -> None:
-        self._logged_at = -LOG_INTERVAL
-
-    def log(self, message: str, *values: object) -> None:
-        if self.is_due():
-            self._logged_at = time.monotonic()
-            with contextlib.suppress(Exception):  # a handler that writes may not be interrupted by itself
-                logger().warning(message, *values)
-
-    def is_due(self) -> bool:
-        return self.seconds() <= 0
-
-    def seconds(self) -> float:
-        """Return the seconds after which the next message may be logged."""
-        return self._logged_at + LOG_INTERVAL - time.monotonic()
 
 
 class Kind(NamedTuple):

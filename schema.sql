@@ -239,6 +239,8 @@ BEGIN
             $1 OPERATOR(pg_catalog.||) ':'::pg_catalog.text OPERATOR(pg_catalog.||) $2, 'UTF8'
         )), 1, 16) AS hash) AS hashed
     $function$;
+    COMMENT ON FUNCTION analytics_uuid IS
+        'The UUID of a person or family that the application knows by an integer or a text: spool.analytics_uuid.';
 
     -- Whether events need a person and a family is remembered. Tables that exist already keep what they have.
     IF identity_choice IN ('required', 'optional') THEN

@@ -81,7 +81,7 @@ KINDS: list[tuple[Any, Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "value", "form"), KINDS)
+@pytest.mark.parametrize(("kind", "value", "form"), KINDS, ids=lambda value: type(value).__name__)
 def test_a_field_takes_what_has_the_form_of_its_type(
     recorder: Recorder, kind: Any, value: Any, form: Any
 ) -> None:

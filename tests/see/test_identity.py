@@ -34,9 +34,9 @@ def test_questions_count_nobody_as_no_user_and_no_family(one_connection: Connect
         (30, 2, 1)
     ]
     for who, count in (("user", 2), ("family", 1)):
-        assert ask(f"SELECT max(d1), max(d7) FROM analytics_active({{}}, who => '{who}')") == [(count, count)]
+        assert ask(f"SELECT max(dau), max(wau) FROM analytics_active({{}}, who => '{who}')") == [(count, count)]
         assert ask(f"SELECT max(size) FROM analytics_retention({{}}, who => '{who}')") == [(count,)]
-        assert ask(f"SELECT sum(arrived) FROM analytics_lifecycle({{}}, who => '{who}')") == [(count,)]
+        assert ask(f"SELECT sum(new) FROM analytics_lifecycle({{}}, who => '{who}')") == [(count,)]
     assert ask("SELECT count(DISTINCT user_id), bool_or(user_id IS NULL) FROM analytics_sessions_by_gap({})") == [
         (2, False)
     ]

@@ -14,6 +14,7 @@ from loader.files import rejects
 from loader.files.lock import holder
 from loader.files.scan import Backlog, backlog
 from loader.files.waiting import waiting
+from loader.load import rollups
 from loader.load.counts import Counts
 from loader.load.database import Connection
 
@@ -89,3 +90,11 @@ def ledger(connection: Connection) -> Ledger:
     assert row is not None  # an aggregate has one row
     chunks, *counts, last_loaded_at, recent_rows, retried = row
     return Ledger(chunks, Counts(*counts), retried, last_loaded_at, recent_rows / (60 * _RATE_MINUTES))
+
+
+def touched(connection: Connection) -> rollups.Touched | None:
+    """Return the touched hours of the rollups; None for tables of a version without. Raises psycopg.Error."""
+    ((exists,),) = connection.execute(
+        "SELECT pg_catalog.to_regclass('analytics_touched') IS NOT NULL"
+    ).fetchall()
+    return rollups.touched(connection) if exists else None

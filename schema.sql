@@ -1485,10 +1485,37 @@ $function$;
 COMMENT ON FUNCTION @.analytics_refresh IS
 'Computes the rollups of touched hours and days that have ended, at most so many of each; returns how many: call it until 0. Returns 0 at once while another one runs. REPEATABLE READ only, and a serialization failure means: try again.';
 
+CREATE OR REPLACE FUNCTION @.analytics_row_hours(wanted TEXT, before TIMESTAMPTZ) RETURNS SETOF TIMESTAMPTZ
+LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    name CONSTANT TEXT := CASE wanted WHEN 'events' THEN 'event_type' WHEN 'metrics' THEN 'metric_name' END;
+BEGIN
+    RETURN QUERY EXECUTE format($q$
+        WITH RECURSIVE kinds AS (
+            (SELECT %1$I AS kind FROM @.analytics_%2$s ORDER BY 1 LIMIT 1)
+            UNION ALL
+            SELECT (SELECT %1$I FROM @.analytics_%2$s WHERE %1$I > k.kind ORDER BY 1 LIMIT 1) FROM kinds k WHERE k.kind IS NOT NULL
+        ), leaps AS (
+            SELECT k.kind, (SELECT min(timestamp) FROM @.analytics_%2$s
+                WHERE %1$I = k.kind AND timestamp > '-infinity' AND timestamp < $1) AS at
+            FROM kinds k WHERE k.kind IS NOT NULL
+            UNION ALL
+            SELECT l.kind, (SELECT min(timestamp) FROM @.analytics_%2$s
+                WHERE %1$I = l.kind AND timestamp >= date_trunc('hour', l.at, 'UTC') + interval '1 hour' AND timestamp < $1)
+            FROM leaps l WHERE l.at IS NOT NULL
+        )
+        SELECT DISTINCT date_trunc('hour', l.at, 'UTC') FROM leaps l WHERE l.at IS NOT NULL $q$, name, wanted) USING before;
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_row_hours IS
+'Internal. The hours before a moment that have rows, by leaps through the index that begins with their kind.';
+
 CREATE OR REPLACE FUNCTION @.analytics_prunable(wanted TEXT, before TIMESTAMPTZ) RETURNS SETOF TIMESTAMPTZ
 LANGUAGE sql STABLE
 BEGIN ATOMIC
 SELECT h.hour FROM (
+    SELECT r AS hour FROM @.analytics_row_hours(wanted, before) r
+    UNION
     SELECT t.hour FROM @.analytics_touched t WHERE t.source = wanted AND isfinite(t.hour)
     UNION
     (SELECT r.hour FROM @.analytics_hourly_events r WHERE wanted = 'events'
@@ -1500,8 +1527,11 @@ END;
 COMMENT ON FUNCTION @.analytics_prunable IS
 'Hours that lie before a moment as a whole and have rows of the source events or metrics: for analytics_prune_hour.';
 
-CREATE OR REPLACE FUNCTION @.analytics_prune_hour(wanted TEXT, pruned TIMESTAMPTZ) RETURNS BIGINT
-LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
+CREATE OR REPLACE FUNCTION @.analytics_prune_hour(wanted TEXT, pruned TIMESTAMPTZ, at_most INT DEFAULT 5000) RETURNS BIGINT
+LANGUAGE plpgsql SECURITY DEFINER SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp
+AS $function$
+-- A batch moves rows into the rollup of their hour, which is sealed: readers add what is left in rows, as the mark of
+-- the hour is deleted with its last row.
 DECLARE
     the_day CONSTANT TIMESTAMPTZ := date_trunc('day', pruned, 'UTC');
     already BOOLEAN;
@@ -1509,8 +1539,10 @@ DECLARE
 BEGIN
     IF wanted NOT IN ('events', 'metrics') THEN
         RAISE EXCEPTION 'cannot prune "%": events or metrics', wanted;
-    ELSIF pruned <> date_trunc('hour', pruned, 'UTC') THEN
-        RAISE EXCEPTION '% is not the beginning of an hour', pruned;
+    ELSIF pruned <> date_trunc('hour', pruned, 'UTC') OR pruned > now() - interval '1 hour' THEN
+        RAISE EXCEPTION '% is not the beginning of an hour that has ended', pruned;
+    ELSIF at_most < 1 THEN
+        RAISE EXCEPTION 'at_most must be 1 or more, not %', at_most;
     END IF;
     PERFORM pg_advisory_xact_lock(hashtext('analytics_rollup'));
     IF EXISTS (SELECT FROM @.analytics_touched WHERE source = wanted AND hour = '-infinity') THEN
@@ -1528,11 +1560,25 @@ BEGIN
         IF NOT already THEN
             DELETE FROM @.analytics_hourly_events WHERE hour = pruned;
         END IF;
-        WITH marks AS (
-            DELETE FROM @.analytics_touched WHERE source = wanted AND hour = pruned
+        WITH RECURSIVE kinds AS (  -- by leaps: BRIN finds an hour only if rows lie in the order of their time
+            (SELECT event_type AS kind FROM @.analytics_events ORDER BY 1 LIMIT 1)
+            UNION ALL
+            SELECT (SELECT event_type FROM @.analytics_events WHERE event_type > k.kind ORDER BY 1 LIMIT 1)
+            FROM kinds k WHERE k.kind IS NOT NULL
+        ), old AS MATERIALIZED (
+            SELECT found.event_id FROM kinds k CROSS JOIN LATERAL (
+                SELECT event_id FROM @.analytics_events
+                WHERE event_type = k.kind AND timestamp >= pruned AND timestamp < pruned + interval '1 hour' LIMIT at_most
+            ) found LIMIT at_most
         ), rows AS (
-            DELETE FROM @.analytics_events WHERE timestamp >= pruned AND timestamp < pruned + interval '1 hour'
-            RETURNING event_type, user_id, family_unit_id, timestamp
+            DELETE FROM @.analytics_events e USING old WHERE e.event_id = old.event_id
+            RETURNING e.event_type, e.user_id, e.family_unit_id, e.timestamp
+        ), unmarked AS (
+            DELETE FROM @.analytics_touched
+            WHERE source = wanted AND hour = pruned AND (SELECT count(*) FROM old) < at_most
+        ), marked AS (
+            INSERT INTO @.analytics_touched (hour, source) SELECT pruned, wanted WHERE (SELECT count(*) FROM old) = at_most
+                AND NOT EXISTS (SELECT FROM @.analytics_touched WHERE source = wanted AND hour = pruned)
         ), users AS (
             INSERT INTO @.analytics_user_days AS old (day, user_id, family_unit_id, quarters)
             SELECT (pruned AT TIME ZONE 'UTC')::date, user_id, family_unit_id,
@@ -1549,11 +1595,24 @@ BEGIN
         IF NOT already THEN
             DELETE FROM @.analytics_hourly_metrics WHERE hour = pruned;
         END IF;
-        WITH marks AS (
-            DELETE FROM @.analytics_touched WHERE source = wanted AND hour = pruned
+        WITH RECURSIVE kinds AS (  -- by leaps: BRIN finds an hour only if rows lie in the order of their time
+            (SELECT metric_name AS kind FROM @.analytics_metrics ORDER BY 1 LIMIT 1)
+            UNION ALL
+            SELECT (SELECT metric_name FROM @.analytics_metrics WHERE metric_name > k.kind ORDER BY 1 LIMIT 1)
+            FROM kinds k WHERE k.kind IS NOT NULL
+        ), old AS MATERIALIZED (
+            SELECT found.id FROM kinds k CROSS JOIN LATERAL (
+                SELECT id FROM @.analytics_metrics
+                WHERE metric_name = k.kind AND timestamp >= pruned AND timestamp < pruned + interval '1 hour' LIMIT at_most
+            ) found LIMIT at_most
         ), rows AS (
-            DELETE FROM @.analytics_metrics WHERE timestamp >= pruned AND timestamp < pruned + interval '1 hour'
-            RETURNING metric_name, labels, value
+            DELETE FROM @.analytics_metrics m USING old WHERE m.id = old.id RETURNING m.metric_name, m.labels, m.value
+        ), unmarked AS (
+            DELETE FROM @.analytics_touched
+            WHERE source = wanted AND hour = pruned AND (SELECT count(*) FROM old) < at_most
+        ), marked AS (
+            INSERT INTO @.analytics_touched (hour, source) SELECT pruned, wanted WHERE (SELECT count(*) FROM old) = at_most
+                AND NOT EXISTS (SELECT FROM @.analytics_touched WHERE source = wanted AND hour = pruned)
         ), bucketed AS (
             SELECT metric_name, labels, @.analytics_value_bucket(value) AS bucket, count(*) AS n, sum(value) AS sum,
                 min(value) AS min, max(value) AS max
@@ -1571,7 +1630,7 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_prune_hour IS
-'Deletes the rows of one hour and keeps its rollup, which is final from here on: rows that arrive later are read beside it, and added at the next call. Returns the rows deleted. One call per transaction, by the owner of the tables.';
+'Deletes rows of one hour, at most so many, and keeps its rollup, which is final from here on: rows that arrive later are read beside it, and added at the next call. Returns the rows deleted: call it until that is less than at_most, each time in a transaction of its own, READ COMMITTED.';
 
 CREATE OR REPLACE FUNCTION @.analytics_check_rollups(since TIMESTAMPTZ, until TIMESTAMPTZ DEFAULT now())
 RETURNS TABLE (source TEXT, hour TIMESTAMPTZ, in_rows BIGINT, in_rollup BIGINT)
@@ -1599,7 +1658,8 @@ END;
 COMMENT ON FUNCTION @.analytics_check_rollups IS
 'Hours whose rollup has another count than their rows: rows that others changed without analytics_mark. Reads all rows of the range.';
 
--- Who may insert events may mark hours and refresh; who may read the events may read their rollups.
+-- Who may insert events may mark hours and refresh; who may read the events may read their rollups; who may delete
+-- them may prune.
 DO $$
 DECLARE
     grantee TEXT;
@@ -1610,11 +1670,17 @@ BEGIN
     FOR grantee, privilege IN
         SELECT DISTINCT coalesce(quote_ident(r.rolname), 'PUBLIC'), a.privilege_type
         FROM pg_class c CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
-        WHERE c.oid = '@.analytics_events'::regclass AND a.privilege_type IN ('SELECT', 'INSERT') AND a.grantee <> c.relowner
+        WHERE c.oid = '@.analytics_events'::regclass AND a.privilege_type IN ('SELECT', 'INSERT', 'DELETE') AND a.grantee <> c.relowner
+            AND (a.privilege_type <> 'DELETE' OR EXISTS (
+                SELECT FROM pg_class m CROSS JOIN aclexplode(m.relacl) b
+                WHERE m.oid = '@.analytics_metrics'::regclass AND b.grantee = a.grantee AND b.privilege_type = 'DELETE'
+            ))
     LOOP
         IF privilege = 'SELECT' THEN
             EXECUTE 'GRANT SELECT ON @.analytics_touched, @.analytics_sealed, @.analytics_hourly_events, @.analytics_hourly_metrics, '
                 '@.analytics_user_days TO ' || grantee;
+        ELSIF privilege = 'DELETE' THEN
+            EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh, @.analytics_prune_hour TO ' || grantee;
         ELSE
             EXECUTE 'GRANT INSERT ON @.analytics_touched TO ' || grantee;
             EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_mark TO ' || grantee;

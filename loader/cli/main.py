@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "ask": "Answer a question about what was loaded.",
     "report": "Summarize what was loaded, in the terminal or as a page.",
     "export": "Write events or metrics to Parquet, CSV or NDJSON.",
+    "rollup": "Compute the rollups of the hours that loads touched.",
     "prune": "Remove old rows, ledger rows, and rejected and archived files.",
     "demo": "Run the whole pipeline against a temporary Postgres.",
 }

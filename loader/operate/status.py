@@ -15,6 +15,7 @@ from loader.files.lock import holder
 from loader.files.scan import Backlog, backlog
 from loader.files.waiting import waiting
 from loader.files.writers import statements
+from loader.load import rollups
 from loader.load.counts import Counts
 from loader.load.database import Connection
 from loader.load.dropped import dropped, unreported
@@ -106,3 +107,11 @@ def ledger(connection: Connection) -> Ledger:
         recent_rows / (60 * _RATE_MINUTES),
         dropped(connection),
     )
+
+
+def touched(connection: Connection) -> rollups.Touched | None:
+    """Return the touched hours of the rollups; None for tables of a version without. Raises psycopg.Error."""
+    ((exists,),) = connection.execute(
+        "SELECT pg_catalog.to_regclass('analytics_touched') IS NOT NULL"
+    ).fetchall()
+    return rollups.touched(connection) if exists else None

@@ -125,7 +125,8 @@ class History:
                 ).fetchall()
                 if not found:
                     return False
-                self.owner.execute("SELECT analytics_prune_hour(%s, %s)", [source, self.rng.choice(found)[0]])
+                hour, at_most = self.rng.choice(found)[0], self.rng.choice((1, 3, 5000))
+                self.owner.execute("SELECT analytics_prune_hour(%s, %s, %s)", [source, hour, at_most])
         except psycopg.errors.LockNotAvailable:
             return False
         self._count(f"prune {source}")

@@ -31,6 +31,7 @@ from hypothesis.stateful import (
 
 from loader.files.scan import scan
 from spool import Emitter
+from spool.emitter import _emitters
 from spool.metrics import DROPPED_METRIC
 from spool.segment import recover
 from tests import histories
@@ -64,9 +65,11 @@ def serve(spool: Path, orders: Connection) -> None:
 def fork_in_c(emitter: Emitter) -> int:
     """Fork without hooks, as uWSGI does, without a housekeeping thread that might want the GIL.
 
-    A child of a process in which one does may hang, before any code of ours runs (spool/housekeeper.py).
+    A child of a process in which one does may hang, before any code of ours runs (spool/housekeeper.py). Other
+    tests have left emitters with threads to this process.
     """
-    emitter._housekeeper.stop()
+    for each in [emitter, *_emitters]:
+        each._housekeeper.stop()
     if child := int(ctypes.PyDLL(None).fork()):
         emitter._housekeeper.wake()
     return child

@@ -19,11 +19,12 @@ from loader.load.database import Connection, transaction
 SLICE_HOURS: Final = 168
 """Hours that one transaction computes: some seconds of a server's work at 10 events a second."""
 _TOUCHED: Final = (
-    "SELECT count(DISTINCT hour) FILTER (WHERE isfinite(hour)), min(hour) FILTER (WHERE isfinite(hour)), "
-    "coalesce(bool_or(NOT isfinite(hour)), false), now() - min(hour) FILTER (WHERE isfinite(hour)) "
+    "SELECT pg_catalog.count(DISTINCT hour) FILTER (WHERE pg_catalog.isfinite(hour)), "
+    "pg_catalog.min(hour) FILTER (WHERE pg_catalog.isfinite(hour)), "
+    "coalesce(pg_catalog.bool_or(NOT pg_catalog.isfinite(hour)), false), "
+    "pg_catalog.now() - pg_catalog.min(hour) FILTER (WHERE pg_catalog.isfinite(hour)) "
     "FROM analytics_touched WHERE source <> 'users'"
 )
-
 _WAITING: Final = (
     "SELECT EXISTS (SELECT FROM analytics_touched AS mark "
     "WHERE source <> 'users' AND hour <= pg_catalog.now() - interval '1 hour' AND NOT EXISTS ("

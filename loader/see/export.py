@@ -19,6 +19,7 @@ from psycopg import sql
 
 from loader.errors import LoaderError, UsageError
 from loader.load.database import Connection
+from loader.see import names
 from loader.see.catalogue import Format
 from loader.see.period import midnight
 from loader.see.whole import whole_file
@@ -193,7 +194,9 @@ class Export:
 
     def _days(self, connection: Connection, rows: Range, zone: tzinfo) -> Iterator[tuple[date, Range]]:
         statement = sql.SQL("SELECT min(timestamp), max(timestamp) FROM {} WHERE {}")
-        ((first, last),) = connection.execute(statement.format(self._table(), rows.condition())).fetchall()
+        ((first, last),) = connection.execute(
+            statement.format(self._table(connection), rows.condition())
+        ).fetchall()
         if first is None and (rows.since is None or rows.until is None):
             return
         begin = rows.since or first
@@ -206,30 +209,34 @@ class Export:
 
     def _has_rows(self, connection: Connection, rows: Range) -> bool:
         statement = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE {})")
-        ((exists,),) = connection.execute(statement.format(self._table(), rows.condition())).fetchall()
+        ((exists,),) = connection.execute(
+            statement.format(self._table(connection), rows.condition())
+        ).fetchall()
         return bool(exists)
 
-    def _table(self) -> sql.Identifier:
-        return sql.Identifier(self._source.table)
+    def _table(self, connection: Connection) -> sql.Identifier:
+        return names.table(connection, self._source.table)
 
     def _write(self, connection: Connection, rows: Range, file: IO[bytes]) -> None:
         write = {"parquet": self._parquet, "csv": self._csv, "ndjson": self._ndjson}[self._form]
         write(connection, rows, file)
 
-    def _select(self, rows: Range, extra: Sequence[sql.Composable] = ()) -> sql.Composed:
+    def _select(
+        self, connection: Connection, rows: Range, extra: Sequence[sql.Composable] = ()
+    ) -> sql.Composed:
         named = [*self._source.columns, *((each.name, each.value()) for each in self._columns)]
         listed = [sql.SQL("{} AS {}").format(value, sql.Identifier(name)) for name, value in named]
         parts = sql.SQL(", ").join([*listed, *extra])
-        return sql.SQL("SELECT {} FROM {} WHERE {}").format(parts, self._table(), rows.condition())
+        return sql.SQL("SELECT {} FROM {} WHERE {}").format(parts, self._table(connection), rows.condition())
 
     def _ndjson(self, connection: Connection, rows: Range, file: IO[bytes]) -> None:
         # JSON has no control character, so CSV with these two as quote and delimiter is the text itself.
         select = sql.SQL("SELECT row_to_json(line) FROM (SELECT {} FROM {} WHERE {}) AS line")
-        query = select.format(self._source.line, self._table(), rows.condition())
+        query = select.format(self._source.line, self._table(connection), rows.condition())
         self._copy(connection, query, "FORMAT csv, QUOTE E'\\x01', ESCAPE E'\\x01', DELIMITER E'\\x02'", file)
 
     def _csv(self, connection: Connection, rows: Range, file: IO[bytes]) -> None:
-        self._copy(connection, self._select(rows), "FORMAT csv, HEADER", file)
+        self._copy(connection, self._select(connection, rows), "FORMAT csv, HEADER", file)
         for each in self._columns:
             self._count_misfits(connection, rows, each)
 
@@ -243,7 +250,7 @@ class Export:
 
     def _count_misfits(self, connection: Connection, rows: Range, each: Column) -> None:
         statement = sql.SQL("SELECT coalesce(sum({}), 0) FROM {} WHERE {}")
-        query = statement.format(each.misfits(), self._table(), rows.condition())
+        query = statement.format(each.misfits(), self._table(connection), rows.condition())
         ((found,),) = connection.execute(query).fetchall()
         self._misfits(each, found)
 
@@ -257,7 +264,7 @@ class Export:
             for number, each in enumerate(self._columns)
         ]
         ((snapshot,),) = connection.execute("SELECT pg_export_snapshot()").fetchall()
-        query = self._select(rows, extra).as_string(connection)
+        query = self._select(connection, rows, extra).as_string(connection)
         with _arrow(connection, str(snapshot), query) as reader:
             self._write_groups(reader, file)
 
@@ -307,6 +314,7 @@ def _arrow(connection: Connection, snapshot: str, query: str) -> Iterator[Any]:
         sql.SQL("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"),
         sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)),
         sql.SQL("SET LOCAL TIME ZONE 'UTC'"),
+        sql.SQL("SET LOCAL jit = off"),
         sql.SQL("SELECT pg_catalog.set_config('search_path', {}, true)").format(sql.Literal(path)),
     )
     try:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Final, LiteralString
 
 import psycopg
-from psycopg import sql
 
 from loader.errors import LoaderError, UsageError
-from loader.load.database import Connection, connect, search_path
+from loader.load.database import Connection, connect
+from loader.see.names import fetch, pin
 from loader.see.period import Period
 
 _SESSIONS: Final[LiteralString] = (
@@ -151,10 +151,7 @@ def reading(dsn: str) -> Iterator[Connection]:
     with connect(dsn) as connection:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
-        # Compiling the plans of these statements takes longer than running them on a small table.
-        connection.execute("SET TIME ZONE 'UTC'; SET LOCAL jit = off")
-        path = sql.SQL(search_path(connection))
-        connection.execute(sql.SQL("SET LOCAL search_path = {}").format(path))
+        pin(connection)
         with _explained():
             yield connection
         connection.rollback()
@@ -178,12 +175,12 @@ def _explained() -> Iterator[None]:
 def ask(connection: Connection, question: str, period: Period, **parameters: Any) -> Answer:
     """Answer a question; its parameters are those of STATEMENTS. Raises psycopg.Error."""
     values = {"since": period.since, "until": period.until, "tz": period.tz, **parameters}
-    return Answer(question, period, connection.execute(STATEMENTS[question], values).fetchall())
+    return Answer(question, period, fetch(connection, STATEMENTS[question], values))
 
 
 def unknown_types(connection: Connection, names: Sequence[str]) -> Iterator[str]:
     """Yield a sentence for each name that no event has, with the name that was probably meant."""
-    known = [name for (name,) in connection.execute(_TYPES)] if names else []
+    known = [name for (name,) in fetch(connection, _TYPES)] if names else []
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from loader.load.database import Connection
 from loader.see.catalogue import FUNNEL
+from loader.see.names import fetch
 from loader.see.period import Period, midnight
 from loader.see.questions import Answer, ask
 
@@ -166,17 +167,17 @@ def _whole_weeks(period: Period, weeks: int) -> Period:
 def pipeline(connection: Connection, period: Period) -> Pipeline:
     """Read how the rows came here. Raises psycopg.Error."""
     values = {"since": period.since, "until": period.until}
-    ((lag, _),) = connection.execute(_LAG, values).fetchall()
-    ((lines, events, metrics, duplicates, rejected, last),) = connection.execute(_LEDGER, values).fetchall()
-    ((missing, writers),) = connection.execute(_MISSING).fetchall()
-    ((touched, oldest, without_rollups),) = connection.execute(_TOUCHED).fetchall()
+    ((lag, _),) = fetch(connection, _LAG, values)
+    ((lines, events, metrics, duplicates, rejected, last),) = fetch(connection, _LEDGER, values)
+    ((missing, writers),) = fetch(connection, _MISSING)
+    ((touched, oldest, without_rollups),) = fetch(connection, _TOUCHED)
     half, most = lag or (None, None)
     return Pipeline(
         half, most, lines, events, metrics, duplicates, rejected, last,
-        connection.execute(_DROPS, values).fetchall(), missing, writers, touched, oldest, without_rollups,
+        fetch(connection, _DROPS, values), missing, writers, touched, oldest, without_rollups,
     )  # fmt: skip
 
 
 def _count(connection: Connection, period: Period) -> int:
-    ((events,),) = connection.execute(_EVENTS, {"since": period.since, "until": period.until}).fetchall()
+    ((events,),) = fetch(connection, _EVENTS, {"since": period.since, "until": period.until})
     return int(events)

@@ -79,6 +79,12 @@ def new_role(connection: Connection) -> str:
     return name
 
 
+QUESTIONS = (
+    "trend", "trend --bucket week x", "active", "lifecycle", "retention", "funnel x y", "sessions",
+    "sessions --gap 30m", "requests", "anomalies", "interactions", f"user {uuid.UUID(int=1)}",
+)  # fmt: skip
+
+
 @pytest.fixture
 def planted(one_connection: Connection) -> Connection:
     """The owner's connection to a database without our tables, where mallory planted what she could."""
@@ -139,6 +145,13 @@ def test_rows_that_were_loaded_are_pruned_and_read_without_what_was_planted(
         "SELECT * FROM analytics_events_daily; SELECT * FROM analytics_metrics_hourly; SELECT * FROM analytics_missing_segments"
     )
     planted.commit()
+    for question in QUESTIONS:
+        owner("ask", *question.split(), "--since", "2019-12-01")
+    owner("report")
+    owner("rollup", "--rebuild")
+    assert "agree" in owner("rollup", "--verify")
+    for form in ("ndjson", "csv", "parquet"):
+        owner("export", str(cli.spool.parent / f"events.{form}"))
     assert "events 10" in owner("prune", "--older-than", "1d")
     assert number(planted, "SELECT pg_catalog.count(*) FROM analytics_events") == 0
 

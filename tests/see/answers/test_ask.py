@@ -22,7 +22,7 @@ from loader.errors import UsageError
 from loader.see import figures
 from loader.see.period import instant, midnight, period
 from loader.see.questions import COLUMNS, STATEMENTS
-from tests.processes import LOADER, environment
+from tests.processes import HANGS_AFTER, LOADER, environment
 from tests.see.answers.conftest import HOSTILE, READER, Reader, World
 
 USER = "SELECT user_id FROM analytics_events WHERE event_type = 'memory_posted' ORDER BY event_id LIMIT 1"
@@ -192,7 +192,7 @@ def test_nothing_is_written_by_a_question(world: World) -> None:
     from loader.see.questions import reading
 
     with reading(world.dsn) as connection, pytest.raises(Exception, match="read-only transaction"):
-        connection.execute("DELETE FROM analytics_events")
+        connection.execute("DELETE FROM public.analytics_events")
 
 
 def test_every_statement_has_its_columns() -> None:
@@ -276,3 +276,17 @@ def test_a_length_of_time_is_in_its_largest_sensible_unit(seconds: float, shown:
 def test_a_sparkline_is_never_wider_than_asked() -> None:
     for number in (0, 1, 5, 36, 37, 500):
         assert len(figures.spark([1.0] * number, 36)) <= 36
+
+
+@pytest.mark.parametrize("form", [[], ["--csv"], ["--json"]])
+def test_a_reader_that_has_enough_is_no_error(world: World, form: list[str]) -> None:
+    """As `loader ask ... | head`: the answer is shorter than a buffer, or longer."""
+    for bucket in ("day", "hour"):
+        command = [*LOADER, "ask", "trend", "--bucket", bucket, *form]
+        asking = subprocess.Popen(
+            command, env=environment(LOADER_DSN=world.dsn), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert asking.stdout is not None
+        asking.stdout.close()
+        _, errors = asking.communicate(timeout=HANGS_AFTER)
+        assert (errors, asking.returncode) == (b"", 1)

@@ -95,7 +95,8 @@ class Segment:
     """
 
     def __init__(self, directory: Path, stem: str) -> None:
-        self.path = directory / (stem + UNFINISHED)
+        # Not `/`, which turns a TypeError of an application's signal handler into one of its own (pathlib).
+        self.path = directory.joinpath(stem + UNFINISHED)
         self.write: Callable[[bytes], int] = _not_created
         self.busy = ReentryLock()
         self.due = 0.0

@@ -307,9 +307,7 @@ def _arrow(connection: Connection, snapshot: str, query: str) -> Iterator[Any]:
     import pyarrow as pa
 
     ((path,),) = connection.execute("SELECT current_setting('search_path')").fetchall()
-    dsn = connection.info.dsn
-    if connection.info.password:
-        dsn += f" password={_quoted(connection.info.password)}"
+    dsn = _pinned(connection)
     settings = (
         sql.SQL("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"),
         sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)),
@@ -331,6 +329,19 @@ def _arrow(connection: Connection, snapshot: str, query: str) -> Iterator[Any]:
                     yield reader
     except adbc.Error as error:
         raise LoaderError(f"the export ended: {error}") from error
+
+
+def _pinned(connection: Connection) -> str:
+    """Return the DSN of the connection with a search path: the driver looks types up before we can set one.
+
+    Its query compares types that have no operator of their own, so that one planted in a schema of ours is a better
+    match (adbc-driver-postgresql 1.13). A pooler may refuse the parameter; then only CSV and NDJSON are possible.
+    """
+    info = connection.info
+    dsn = info.dsn
+    if info.password:
+        dsn += f" password={_quoted(info.password)}"
+    return dsn + f" options={_quoted(f'{info.options} -csearch_path=pg_catalog,pg_temp'.strip())}"
 
 
 def _quoted(value: str) -> str:

@@ -70,7 +70,7 @@ def test_the_reader_asks_every_question_and_changes_nothing(reader: Connection) 
             reader.execute(statement.encode())
 
 
-@pytest.mark.parametrize("kind", ["role", "reader"])
+@pytest.mark.parametrize("kind", [pytest.param("role", marks=pytest.mark.long), "reader"])
 def test_a_role_may_be_created_for_another_database_at_the_same_time(
     one_connection: Connection, kind: str
 ) -> None:

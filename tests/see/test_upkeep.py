@@ -38,7 +38,7 @@ def answers(connection: Connection) -> object:
     return found
 
 
-@pytest.mark.parametrize("refreshed", [False, True])
+@pytest.mark.parametrize("refreshed", [pytest.param(False, marks=pytest.mark.long), True])
 def test_prune_keeps_every_answer(cli: Cli, loaded: Connection, *, refreshed: bool) -> None:
     if refreshed:
         cli("rollup")

@@ -169,7 +169,7 @@ VOLATILE = (
     (r"(?<=@)/\S*/analytics-pg-\w+", "HOST"),
     (r"PostgreSQL \d+", "PostgreSQL N"),
     (r"(lag_seconds\W+|lag seconds\W+|rows_per_second\W+|rows per second\W+)[\d.]+", r"\1N"),
-    (r"(touched_seconds\W+|touched seconds )\d+", r"\1N"),
+    (r"(touched_seconds\W+|touched seconds +)\d+", r"\1N"),
     (r"[\d.]+ GB of [\d.]+ GB", "N GB of N GB"),
     (r"\d+ instances and \d+ watches", "N instances and N watches"),
     (r"\S+:\S+, mode 2770", "OWNER:GROUP, mode 2770"),

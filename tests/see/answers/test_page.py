@@ -27,6 +27,10 @@ pytestmark = pytest.mark.skipif(PROGRAM is None, reason="Chromium is not install
 ZONE = ZoneInfo("America/New_York")
 STEPS = f"feed_viewed,memory_viewed,{HOSTILE}"
 LOOKS = [(width, dark) for width in (1100, 390) for dark in (False, True)]
+SOME_LOOKS = [
+    pytest.param(*look, marks=[] if look in ((1100, False), (390, True)) else pytest.mark.long)
+    for look in LOOKS
+]
 MANY_ROWS = (
     "SELECT (timestamp AT TIME ZONE 'America/New_York')::date, {} FROM analytics_events "
     "WHERE timestamp >= %s AND timestamp < %s"
@@ -108,7 +112,7 @@ def label(day: date) -> str:
     return f"{day.day} {day:%b}"
 
 
-@pytest.mark.parametrize(("width", "dark"), LOOKS)
+@pytest.mark.parametrize(("width", "dark"), SOME_LOOKS)
 def test_the_page_makes_no_request_and_the_browser_has_nothing_to_say(
     made: Made, page: Page, width: int, dark: bool, tmp_path: Path
 ) -> None:
@@ -123,7 +127,7 @@ def test_the_page_makes_no_request_and_the_browser_has_nothing_to_say(
     assert file.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(("width", "dark"), LOOKS)
+@pytest.mark.parametrize(("width", "dark"), SOME_LOOKS)
 def test_axe_finds_no_serious_fault(made: Made, page: Page, axe: str, width: int, dark: bool) -> None:
     page.open(made.address, width, dark=dark)
     page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")

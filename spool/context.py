@@ -5,6 +5,9 @@
 
     update(user_id=user.id)      # for the rest of the request, as a dependency that knows the user does
 
+    with scope():                # a job, a message, a thread: begins with nobody
+        run(job)
+
 A scope is held in a context variable: asyncio tasks, threads of Starlette's pool and background tasks inherit
 it, siblings never see it. What is bound to a scope can be replaced in it, so an endpoint sees what a
 dependency bound that ran in a thread, in a copy of the request's context.
@@ -20,7 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypedDict, Unpack
+from typing import Any, Final, NamedTuple, TypedDict, Unpack, cast
+from uuid import UUID
 from weakref import WeakSet
 
 import orjson
@@ -43,8 +47,9 @@ class Values(TypedDict, total=False):
 
 
 _UNCHANGED: Final[Any] = object()
-_NO_SCOPE: Final = "cannot bind outside of a scope; add AnalyticsMiddleware, or call update() within bind()"
+_NO_SCOPE: Final = "cannot bind outside of a scope; add AnalyticsMiddleware, or call update() within scope()"
 _TEXT: Final = frozenset({str, type(None)})
+_CARRIED: Final = frozenset({str, int})
 
 
 @dataclass(slots=True)
@@ -133,8 +138,8 @@ class Scope:
 
 
 _scope: ContextVar[Scope | None] = ContextVar("analytics", default=None)
-scope = _scope.get
-"""The scope in force, or None."""
+in_force = _scope.get
+"""Return the scope in force, or None."""
 
 
 def scope_to_redact() -> Scope | None:
@@ -165,6 +170,51 @@ def bind(**values: Unpack[Values]) -> Iterator[Context]:
         yield begun.scope.context
     finally:
         end(begun)
+
+
+@contextmanager
+def scope(**values: Unpack[Values]) -> Iterator[Context]:
+    """Open a scope that inherits nothing, for one job, message or piece of work, until the block ends.
+
+        with scope():
+            update(user_id=job.user_id)
+            work(job)
+
+    It begins with what is named, as `with scope(**carried)` in a job does. Raises TypeError as `bind`.
+    """
+    begun = begin_empty(**values)
+    try:
+        yield begun.scope.context
+    finally:
+        end(begun)
+
+
+def carried() -> Values:
+    """Return what is bound in a form that a job can carry: text, numbers and no key for what is not bound.
+
+        queue.enqueue("report", analytics=carried())        # and in the job: with scope(**analytics)
+
+    A value that is no id becomes the name of its type, which the job's events are refused for as others are.
+    """
+    bound = current()
+    values = {name: getattr(bound, name) for name in Values.__annotations__}
+    return cast(Values, {name: _portable(value) for name, value in values.items() if value is not None})
+
+
+def _portable(value: object) -> str | int:
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int.__int__(value)
+    return str(value) if isinstance(value, UUID) else type(value).__name__
+
+
+def arrived(values: object) -> Values:
+    """Return what of a job's message was carried; any process that reaches the queue can have written it."""
+    if not isinstance(values, dict):
+        return {}
+    known = {name: values[name] for name in Values.__annotations__ if type(values.get(name)) in _CARRIED}
+    return cast(Values, known)
 
 
 class Begun(NamedTuple):

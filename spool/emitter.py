@@ -40,8 +40,7 @@ from spool.account import Account, report_line
 from spool.alterations import Alterations
 from spool.annotations import EventId, Id, Metadata, MetricType, Moment, Number
 from spool.appender import Appender
-from spool.context import scope as scope_in_force
-from spool.context import scope_to_redact
+from spool.context import in_force, scope_to_redact
 from spool.drops import Drops
 from spool.fork import NOTICED
 from spool.housekeeper import Housekeeper
@@ -108,7 +107,7 @@ class Emitter:
         self._encode_actor = identity.encode_optional_actor if optional else record.encode_actor
         self._harmless = self._redaction.harmless
         self._harmless_beside_context = self._redaction.harmless_beside_context
-        self._scope_in_force = scope_in_force if self._redaction.spares_context else scope_to_redact
+        self._scope_in_force = in_force if self._redaction.spares_context else scope_to_redact
         self._prepared = self._was_running = False
         self._before_emit: BeforeEmit | None = None
         self._start_afresh()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from spool import Emitter, asgi, emitter, wsgi
-from spool.context import begin, current, end, scope, update
+from spool.context import begin, current, end, in_force, update
 
 
 def test_update_outside_of_a_scope_binds_nothing_and_is_counted(
@@ -20,7 +20,7 @@ def test_update_outside_of_a_scope_binds_nothing_and_is_counted(
     with closing(Emitter(directory=tmp_path, strict=False)) as lenient:
         monkeypatch.setattr(emitter, "get_emitter", lambda: lenient)
         update(user_id="somebody")
-        assert scope() is None
+        assert in_force() is None
         assert lenient.stats().dropped == {"no_scope": 1}
 
 

@@ -41,6 +41,7 @@ from spool.alterations import Alterations
 from spool.annotations import EventId, Id, Metadata, MetricType, Moment, Number
 from spool.appender import Appender
 from spool.context import in_force, scope_to_redact
+from spool.defaults import Defaults
 from spool.drops import Drops
 from spool.fork import NOTICED
 from spool.housekeeper import Housekeeper
@@ -92,9 +93,9 @@ class Emitter:
     # Reading an attribute from a dictionary, which an object gets with the first `vars` or `copy` of it, makes
     # an emit 8 % slower than from a slot.
     __slots__ = (
-        "__weakref__", "_account", "_actor", "_alterations", "_appender", "_before_emit", "_drops", "_encode_actor",
-        "_harmless", "_harmless_beside_context", "_housekeeper", "_prepared", "_redaction", "_scope_in_force",
-        "_tick", "_was_running", "settings",
+        "__weakref__", "_account", "_actor", "_alterations", "_appender", "_before_emit", "_defaults",
+        "_drops", "_encode_actor", "_harmless", "_harmless_beside_context", "_housekeeper", "_prepared",
+        "_redaction", "_scope_in_force", "_tick", "_was_running", "settings",
     )  # fmt: skip
 
     def __init__(
@@ -108,6 +109,9 @@ class Emitter:
         self._harmless = self._redaction.harmless
         self._harmless_beside_context = self._redaction.harmless_beside_context
         self._scope_in_force = in_force if self._redaction.spares_context else scope_to_redact
+        self._defaults = Defaults.of(self.settings, self._scope_in_force)
+        if self._defaults is not None:
+            self._scope_in_force = self._defaults.scope_in_force
         self._prepared = self._was_running = False
         self._before_emit: BeforeEmit | None = None
         self._start_afresh()
@@ -269,6 +273,8 @@ class Emitter:
             if not 0 <= past < 1_000_000:
                 prefix, moment, past = self._new_tick(start + past)
             new_id = prefix + next(ids.tails)
+            if self._defaults is not None:
+                labels = self._defaults.beside(labels)
             try:
                 if type(metric_name) is not str or type(metric_type) is not str:
                     raise KeyError

@@ -263,8 +263,9 @@ class Emitter:
         return new_id
 
     def _metric(
-        self, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None
-    ) -> str | None:
+        self, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None,
+        timestamp: Moment | None,
+    ) -> str | None:  # fmt: skip
         try:
             if not NOTICED:
                 fork.notice()
@@ -272,7 +273,10 @@ class Emitter:
             past = time_ns() - start
             if not 0 <= past < 1_000_000:
                 prefix, moment, past = self._new_tick(start + past)
+            micros = _MICROSECONDS[past // 1000]
             new_id = prefix + next(ids.tails)
+            if timestamp is not None:
+                moment, micros = record.encode_timestamp(timestamp), b""
             if self._defaults is not None:
                 labels = self._defaults.beside(labels)
             try:
@@ -308,7 +312,7 @@ class Emitter:
                 data = record.encode_object(labels, "labels", self._redaction, self._alterations)
             line = b"".join(
                 (b'{"event_id":"', new_id.encode(), name, number, b',"labels":', data, b',"timestamp":"',
-                 moment, _MICROSECONDS[past // 1000], b'"}\n')
+                 moment, micros, b'"}\n')
             )  # fmt: skip
         except RecursionError:
             self._drops.too_deep += 1  # there may be no room for a call
@@ -327,42 +331,48 @@ class Emitter:
         return new_id
 
     def record_metric(
-        self, *, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None = None
-    ) -> str | None:
+        self, *, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> str | None:  # fmt: skip
         """Write one metric and return its id, or None if it was dropped.
 
-        `metric_type` is counter (never below zero), gauge, timer (milliseconds) or histogram.
+        `metric_type` is counter (never below zero), gauge, timer (milliseconds) or histogram. `timestamp` is an
+        aware datetime, for what was measured earlier.
         """
         try:
-            return self._metric(metric_name, metric_type, value, labels)
+            return self._metric(metric_name, metric_type, value, labels, timestamp)
         except RecursionError:
             self._drops.too_deep += 1
             return None
 
     def increment_counter(
-        self, *, metric_name: str, value: Number = 1, labels: Metadata | None = None
-    ) -> str | None:
+        self, *, metric_name: str, value: Number = 1, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> str | None:  # fmt: skip
         """See `record_metric`; the value must not be below zero."""
         try:
-            return self._metric(metric_name, "counter", value, labels)
+            return self._metric(metric_name, "counter", value, labels, timestamp)
         except RecursionError:
             self._drops.too_deep += 1
             return None
 
-    def record_gauge(self, *, metric_name: str, value: Number, labels: Metadata | None = None) -> str | None:
+    def record_gauge(
+        self, *, metric_name: str, value: Number, labels: Metadata | None = None, timestamp: Moment | None = None
+    ) -> str | None:  # fmt: skip
         """See `record_metric`."""
         try:
-            return self._metric(metric_name, "gauge", value, labels)
+            return self._metric(metric_name, "gauge", value, labels, timestamp)
         except RecursionError:
             self._drops.too_deep += 1
             return None
 
     def record_timer(
-        self, *, metric_name: str, duration_ms: Number, labels: Metadata | None = None
-    ) -> str | None:
+        self, *, metric_name: str, duration_ms: Number, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> str | None:  # fmt: skip
         """See `record_metric`; the duration is in milliseconds."""
         try:
-            return self._metric(metric_name, "timer", duration_ms, labels)
+            return self._metric(metric_name, "timer", duration_ms, labels, timestamp)
         except RecursionError:
             self._drops.too_deep += 1
             return None

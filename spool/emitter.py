@@ -42,6 +42,7 @@ from spool.annotations import EventId, Id, Metadata, MetricType, Moment, Number
 from spool.appender import Appender
 from spool.context import in_force, scope_to_redact
 from spool.defaults import Defaults
+from spool.directory import DirectoryError, check_directory
 from spool.drops import Drops
 from spool.fork import NOTICED
 from spool.housekeeper import Housekeeper
@@ -115,9 +116,11 @@ class Emitter:
         self._prepared = self._was_running = False
         self._before_emit: BeforeEmit | None = None
         self._start_afresh()
+        self._check_start()
         _emitters.add(self)
         fork.add(self)
-        fork.warn_about_server()
+        if not self.settings.disabled:
+            fork.warn_about_server()
         if before_emit is not None:
             self.before_emit = before_emit
 
@@ -140,15 +143,30 @@ class Emitter:
         self._drops = Drops()
         self._alterations = Alterations()
         self._housekeeper = Housekeeper(self._keep_house)
-        self._appender = Appender(self.settings, self._housekeeper.wake)
+        self._appender = self._appender_class()(self.settings, self._housekeeper.wake)
         self._account = Account(self.settings.directory, self._appender.writer)
+
+    def _check_start(self) -> None:
+        if self.settings.disabled:
+            from spool.disabled import disable
+
+            disable(self)
+        else:
+            check_directory(self.settings)
+
+    def _appender_class(self) -> type[Appender]:
+        if self.settings.console:
+            from spool.console import ConsoleAppender
+
+            return ConsoleAppender
+        return Appender
 
     def after_fork_in_child(self) -> None:
         """Begin as a new process; see `fork.Forked`. What the constructor made belongs to the parent."""
         parents = self._appender
         drops = Drops()
         housekeeper = Housekeeper(self._keep_house, threaded=self._housekeeper.is_surely_asleep())
-        appender = Appender(self.settings, housekeeper.wake, parents)
+        appender = self._appender_class()(self.settings, housekeeper.wake, parents)
         account, parents_account = Account(self.settings.directory, appender.writer), self._account
         if NOTICED:
             return  # a handler that emitted in between has done it
@@ -569,10 +587,12 @@ def get_emitter() -> Emitter:
 
     Never raises, because it is first called inside a request: with a setting that is invalid, the emitter it
     returns drops everything under the cause `settings`, after one warning. An application that wants to fail
-    at its start creates an `Emitter` there.
+    at its start creates an `Emitter` there. In strict mode, raises ValueError if the spool cannot be created.
     """
     try:
         return Emitter()
+    except DirectoryError:  # only in strict mode
+        raise
     except ValueError as error:
         logger().warning("cannot emit analytics: %s; correct it and start the process again", error)
         return _MisconfiguredEmitter(str(error))
@@ -584,6 +604,9 @@ class _MisconfiguredEmitter(Emitter):
     def __init__(self, problem: str) -> None:
         super().__init__(**vars(Settings()))
         self._problem = problem
+
+    def _check_start(self) -> None:
+        pass  # one warning is enough
 
     def prepare(self) -> None:
         """Do nothing: there is no segment to prepare."""

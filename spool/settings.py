@@ -49,6 +49,8 @@ class Options(TypedDict, total=False):
     release: str | None
     environment: str | None
     strict: bool | None
+    disabled: bool | None
+    console: bool | None
 
 
 class SettingError(ValueError):
@@ -94,6 +96,10 @@ class Settings:
     environment: str = ""
     strict: bool = False
     """Raise ValueError for what cannot be written, for development and tests."""
+    disabled: bool = False
+    """Keep, count, log and create nothing; see spool/disabled.py."""
+    console: bool = False
+    """Also print each line to standard error, for development; see spool/console.py."""
 
     def __post_init__(self) -> None:
         _check_type("max_age", self.max_age, int, float)

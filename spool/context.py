@@ -49,7 +49,6 @@ class Values(TypedDict, total=False):
 
 
 _UNCHANGED: Final[Any] = object()
-_NO_SCOPE: Final = "cannot bind outside of a scope; add AnalyticsMiddleware, or call update() within scope()"
 _TEXT: Final = frozenset({str, type(None)})
 _CARRIED: Final = frozenset({str, int})
 _SCALARS: Final = ("user_id", "family_unit_id", "session_id", "role", "request_id", "trace_id")
@@ -334,13 +333,14 @@ def update(**values: Unpack[Values]) -> None:
     """Bind for the rest of the scope in force.
 
     Without a scope nothing is bound, because nothing would end it before the thread's next request or job:
-    the call is counted as `no_scope`. Raises ValueError for that with `strict`, TypeError for another name.
+    the call is counted (`Stats.unbound`) and logged. Raises ValueError for that with `strict`, and TypeError for
+    another name.
     """
     inner = _scope.get()
     if inner is None:
         _NOBODY.replaced(**values)
         from spool.emitter import get_emitter  # which imports this module
 
-        get_emitter().refuse(Refused("no_scope", _NO_SCOPE))
+        get_emitter().count_unbound()
     else:
         inner.context = _encoded(inner.context.replaced(**values))

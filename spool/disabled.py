@@ -28,6 +28,9 @@ class DisabledEmitter(Emitter):
     def refuse(self, error: Exception, name: object = None) -> None:
         """Do nothing, also in strict mode."""
 
+    def count_unbound(self) -> None:
+        """Do nothing, also in strict mode."""
+
     def prepare(self) -> None:
         """Do nothing."""
 

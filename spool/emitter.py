@@ -37,7 +37,7 @@ from orjson import dumps
 
 from spool import fork, identity, ids, kernel, record
 from spool.account import Account, report_line
-from spool.alterations import Alterations
+from spool.alterations import NO_SCOPE, Alterations
 from spool.annotations import EventId, Id, Metadata, MetricType, Moment, Number
 from spool.appender import Appender
 from spool.context import in_force, scope_to_redact
@@ -77,6 +77,8 @@ class Stats:
     """Values that have no JSON form and were written as the name of their type."""
     redacted: Mapping[str, int] = field(default_factory=dict)
     """Values that were replaced by `[redacted]`, by key."""
+    unbound: int = 0
+    """Calls of `spool.context.update` outside of a scope, which bound nothing."""
 
 
 class Emitter:
@@ -440,6 +442,16 @@ class Emitter:
         if self.settings.strict:
             raise refused from None
 
+    def count_unbound(self) -> None:
+        """Count a call of `spool.context.update` that bound nothing. Raises ValueError with `strict`.
+
+        It is no drop: no line was emitted, so no sum of lines includes it.
+        """
+        self._alterations.count_unbound()
+        self._housekeeper.wake()
+        if self.settings.strict:
+            raise ValueError(NO_SCOPE)
+
     def _drop(self, error: OSError, name: object) -> None:
         """Count a line that there was no room for, and have housekeeping report it once there is."""
         cause = "spool_full" if error.errno == errno.EDQUOT else "disk"
@@ -524,7 +536,7 @@ class Emitter:
         alterations = self._alterations
         return Stats(
             written.lines, self._drops.counts(), written.bytes, written.segments, by_name,
-            alterations.converted(), alterations.redacted(),
+            alterations.converted(), alterations.redacted(), alterations.unbound(),
         )  # fmt: skip
 
     @contextmanager
@@ -544,6 +556,7 @@ class Emitter:
         self._housekeeper.stop()
         self._appender.close()
         self._drops.log()
+        self._alterations.log()
         self._account.close(self._appender.sealed_so_far(), self._drops)
 
     def log_summary(self) -> None:
@@ -623,6 +636,9 @@ class _MisconfiguredEmitter(Emitter):
 
     def _metric(self, metric_name: object, *_: Any) -> None:
         self.emit_event(event_type=metric_name)
+
+    def count_unbound(self) -> None:
+        """Do nothing: nothing is emitted either."""
 
     def refuse(self, error: Exception, name: object = None) -> None:
         """Count a drop."""

@@ -18,6 +18,9 @@ _NAME_LENGTH: Final = 100
 OTHER: Final = "other"
 
 
+NO_SCOPE: Final = "cannot bind outside of a scope: add AnalyticsMiddleware, or call update() within scope()"
+
+
 class Alterations:
     """Counts of one process. Safe to use from any thread, signal handler or finalizer."""
 
@@ -25,6 +28,9 @@ class Alterations:
         self._redacted: defaultdict[str, int] = defaultdict(int)
         self._converted: defaultdict[str, int] = defaultdict(int)
         self._logged = 0
+        self._unbound: defaultdict[str, int] = defaultdict(int)
+        self._unbound_logged = 0
+        self._unbound_warnings = Warnings()
         self._warnings = Warnings()
 
     def count_redacted(self, key: str) -> None:
@@ -43,8 +49,23 @@ class Alterations:
         """Return how many values were written as the name of their type."""
         return sum(dict(self._converted).values())
 
+    def count_unbound(self) -> None:
+        """Count a call of `update` outside of a scope."""
+        _count(self._unbound, "update")
+
+    def unbound(self) -> int:
+        """Return how many calls of `update` bound nothing."""
+        return sum(dict(self._unbound).values())
+
     def log(self) -> None:
-        """Log the types without a JSON form, at most once a minute. Not for the thread that emits."""
+        """Log calls that bound nothing, and the types without a JSON form, each at most once a minute.
+
+        Not for the thread that emits.
+        """
+        unbound = self.unbound()
+        if unbound > self._unbound_logged and self._unbound_warnings.is_due():
+            self._unbound_logged = unbound
+            self._unbound_warnings.log("analytics %s; %d calls so far", NO_SCOPE, unbound)
         total = self.converted()
         if total > self._logged and self._warnings.is_due():
             self._logged = total

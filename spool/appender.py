@@ -128,6 +128,8 @@ class Appender:
         """Lines of sealed segments by number, if one before is not sealed yet."""
         self._sealed_first = (0, 0)
         """How many segments are sealed without a gap from 1, and their lines."""
+        if before is not None and before._diverted is not None:  # the child of a test that records
+            self._divert(before._diverted)
 
     # ---- finding room -------------------------------------------------------------------------------
 
@@ -546,12 +548,13 @@ class Appender:
 
     @contextmanager
     def diverted(self, write: Callable[[bytes], int]) -> Iterator[None]:
-        """Have lines written elsewhere until the block ends."""
+        """Have lines written elsewhere until the block ends, and then where they were written before."""
+        before = self._diverted
         self._lock.run(lambda: self._divert(write))
         try:
             yield
         finally:
-            self._lock.run(lambda: self._divert(None))
+            self._lock.run(lambda: self._divert(before))
 
     def is_diverted(self) -> bool:
         """Whether lines go elsewhere, as in a test that records."""

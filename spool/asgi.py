@@ -19,7 +19,7 @@ from typing import Any, Final
 from spool.context import begin_empty, end
 from spool.emitter import Emitter
 from spool.interruption import is_foreign
-from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id
+from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id, trace_id
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -27,6 +27,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _HEADER: Final = b"x-request-id"
+_TRACEPARENT: Final = b"traceparent"
 _LONGEST_ROUTE: Final = 1024
 _CONVERTER: Final = re.compile(r"\{(\w+):\w+\}")
 
@@ -43,15 +44,15 @@ class AnalyticsMiddleware(Middleware[Application]):
         if scope["type"] not in {"http", "websocket"}:
             await self._app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == _HEADER), None)
-        identifier = request_id(None if given is None else given.decode("latin-1"))
+        identifier = request_id(_header(scope, _HEADER))
+        trace = trace_id(_header(scope, _TRACEPARENT))
         if scope["type"] == "websocket":
-            await self._websocket(scope, receive, send, identifier)
+            await self._websocket(scope, receive, send, identifier, trace)
             return
         exchange = _Exchange(self._emitter, scope, receive, send, identifier)
         if self._excluded(scope["path"]):
             exchange.omit_metrics()
-        begun = begin_empty(request_id=exchange.request_id)
+        begun = begin_empty(request_id=exchange.request_id, trace_id=trace)
         try:
             await self._app(scope, exchange.receive, exchange.send)
         except Exception:
@@ -61,12 +62,18 @@ class AnalyticsMiddleware(Middleware[Application]):
             exchange.abandon()
             end(begun)
 
-    async def _websocket(self, scope: Message, receive: Receive, send: Send, identifier: str) -> None:
-        begun = begin_empty(request_id=identifier)
+    async def _websocket(
+        self, scope: Message, receive: Receive, send: Send, identifier: str, trace: str | None
+    ) -> None:
+        begun = begin_empty(request_id=identifier, trace_id=trace)
         try:
             await self._app(scope, receive, send)
         finally:
             end(begun)
+
+
+def _header(scope: Message, wanted: bytes) -> str | None:
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), None)
 
 
 class _Exchange:

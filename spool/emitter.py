@@ -37,11 +37,12 @@ from orjson import dumps
 
 from spool import fork, identity, ids, kernel, record
 from spool.account import Account, report_line
-from spool.alterations import Alterations
+from spool.alterations import NO_SCOPE, Alterations
 from spool.annotations import EventId, Id, Metadata, MetricType, Moment, Number
 from spool.appender import Appender
-from spool.context import scope as scope_in_force
-from spool.context import scope_to_redact
+from spool.context import in_force, scope_to_redact
+from spool.defaults import Defaults
+from spool.directory import DirectoryError, check_directory
 from spool.drops import Drops
 from spool.fork import NOTICED
 from spool.housekeeper import Housekeeper
@@ -76,6 +77,8 @@ class Stats:
     """Values that have no JSON form and were written as the name of their type."""
     redacted: Mapping[str, int] = field(default_factory=dict)
     """Values that were replaced by `[redacted]`, by key."""
+    unbound: int = 0
+    """Calls of `spool.context.update` outside of a scope, which bound nothing."""
 
 
 class Emitter:
@@ -93,9 +96,9 @@ class Emitter:
     # Reading an attribute from a dictionary, which an object gets with the first `vars` or `copy` of it, makes
     # an emit 8 % slower than from a slot.
     __slots__ = (
-        "__weakref__", "_account", "_actor", "_alterations", "_appender", "_before_emit", "_drops", "_encode_actor",
-        "_harmless", "_harmless_beside_context", "_housekeeper", "_prepared", "_redaction", "_scope_in_force",
-        "_tick", "_was_running", "settings",
+        "__weakref__", "_account", "_actor", "_alterations", "_appender", "_before_emit", "_defaults",
+        "_drops", "_encode_actor", "_harmless", "_harmless_beside_context", "_housekeeper", "_prepared",
+        "_redaction", "_scope_in_force", "_tick", "_was_running", "settings",
     )  # fmt: skip
 
     def __init__(
@@ -108,13 +111,18 @@ class Emitter:
         self._encode_actor = identity.encode_optional_actor if optional else record.encode_actor
         self._harmless = self._redaction.harmless
         self._harmless_beside_context = self._redaction.harmless_beside_context
-        self._scope_in_force = scope_in_force if self._redaction.spares_context else scope_to_redact
+        self._scope_in_force = in_force if self._redaction.spares_context else scope_to_redact
+        self._defaults = Defaults.of(self.settings, self._scope_in_force)
+        if self._defaults is not None:
+            self._scope_in_force = self._defaults.scope_in_force
         self._prepared = self._was_running = False
         self._before_emit: BeforeEmit | None = None
         self._start_afresh()
+        self._check_start()
         _emitters.add(self)
         fork.add(self)
-        fork.warn_about_server()
+        if not self.settings.disabled:
+            fork.warn_about_server()
         if before_emit is not None:
             self.before_emit = before_emit
 
@@ -137,15 +145,30 @@ class Emitter:
         self._drops = Drops()
         self._alterations = Alterations()
         self._housekeeper = Housekeeper(self._keep_house)
-        self._appender = Appender(self.settings, self._housekeeper.wake)
+        self._appender = self._appender_class()(self.settings, self._housekeeper.wake)
         self._account = Account(self.settings.directory, self._appender.writer)
+
+    def _check_start(self) -> None:
+        if self.settings.disabled:
+            from spool.disabled import disable
+
+            disable(self)
+        else:
+            check_directory(self.settings)
+
+    def _appender_class(self) -> type[Appender]:
+        if self.settings.console:
+            from spool.console import ConsoleAppender
+
+            return ConsoleAppender
+        return Appender
 
     def after_fork_in_child(self) -> None:
         """Begin as a new process; see `fork.Forked`. What the constructor made belongs to the parent."""
         parents = self._appender
         drops = Drops()
         housekeeper = Housekeeper(self._keep_house, threaded=self._housekeeper.is_surely_asleep())
-        appender = Appender(self.settings, housekeeper.wake, parents)
+        appender = self._appender_class()(self.settings, housekeeper.wake, parents)
         account, parents_account = Account(self.settings.directory, appender.writer), self._account
         if NOTICED:
             return  # a handler that emitted in between has done it
@@ -260,8 +283,9 @@ class Emitter:
         return new_id
 
     def _metric(
-        self, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None
-    ) -> str | None:
+        self, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None,
+        timestamp: Moment | None,
+    ) -> str | None:  # fmt: skip
         try:
             if not NOTICED:
                 fork.notice()
@@ -269,7 +293,12 @@ class Emitter:
             past = time_ns() - start
             if not 0 <= past < 1_000_000:
                 prefix, moment, past = self._new_tick(start + past)
+            micros = _MICROSECONDS[past // 1000]
             new_id = prefix + next(ids.tails)
+            if timestamp is not None:
+                moment, micros = record.encode_timestamp(timestamp), b""
+            if self._defaults is not None:
+                labels = self._defaults.beside(labels)
             try:
                 if type(metric_name) is not str or type(metric_type) is not str:
                     raise KeyError
@@ -303,7 +332,7 @@ class Emitter:
                 data = record.encode_object(labels, "labels", self._redaction, self._alterations)
             line = b"".join(
                 (b'{"event_id":"', new_id.encode(), name, number, b',"labels":', data, b',"timestamp":"',
-                 moment, _MICROSECONDS[past // 1000], b'"}\n')
+                 moment, micros, b'"}\n')
             )  # fmt: skip
         except RecursionError:
             self._drops.too_deep += 1  # there may be no room for a call
@@ -322,42 +351,48 @@ class Emitter:
         return new_id
 
     def record_metric(
-        self, *, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None = None
-    ) -> str | None:
+        self, *, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> str | None:  # fmt: skip
         """Write one metric and return its id, or None if it was dropped.
 
-        `metric_type` is counter (never below zero), gauge, timer (milliseconds) or histogram.
+        `metric_type` is counter (never below zero), gauge, timer (milliseconds) or histogram. `timestamp` is an
+        aware datetime, for what was measured earlier.
         """
         try:
-            return self._metric(metric_name, metric_type, value, labels)
+            return self._metric(metric_name, metric_type, value, labels, timestamp)
         except RecursionError:
             self._drops.too_deep += 1
             return None
 
     def increment_counter(
-        self, *, metric_name: str, value: Number = 1, labels: Metadata | None = None
-    ) -> str | None:
+        self, *, metric_name: str, value: Number = 1, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> str | None:  # fmt: skip
         """See `record_metric`; the value must not be below zero."""
         try:
-            return self._metric(metric_name, "counter", value, labels)
+            return self._metric(metric_name, "counter", value, labels, timestamp)
         except RecursionError:
             self._drops.too_deep += 1
             return None
 
-    def record_gauge(self, *, metric_name: str, value: Number, labels: Metadata | None = None) -> str | None:
+    def record_gauge(
+        self, *, metric_name: str, value: Number, labels: Metadata | None = None, timestamp: Moment | None = None
+    ) -> str | None:  # fmt: skip
         """See `record_metric`."""
         try:
-            return self._metric(metric_name, "gauge", value, labels)
+            return self._metric(metric_name, "gauge", value, labels, timestamp)
         except RecursionError:
             self._drops.too_deep += 1
             return None
 
     def record_timer(
-        self, *, metric_name: str, duration_ms: Number, labels: Metadata | None = None
-    ) -> str | None:
+        self, *, metric_name: str, duration_ms: Number, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> str | None:  # fmt: skip
         """See `record_metric`; the duration is in milliseconds."""
         try:
-            return self._metric(metric_name, "timer", duration_ms, labels)
+            return self._metric(metric_name, "timer", duration_ms, labels, timestamp)
         except RecursionError:
             self._drops.too_deep += 1
             return None
@@ -406,6 +441,16 @@ class Emitter:
         self._count_drop(refused.cause, name, str(refused))
         if self.settings.strict:
             raise refused from None
+
+    def count_unbound(self) -> None:
+        """Count a call of `spool.context.update` that bound nothing. Raises ValueError with `strict`.
+
+        It is no drop: no line was emitted, so no sum of lines includes it.
+        """
+        self._alterations.count_unbound()
+        self._housekeeper.wake()
+        if self.settings.strict:
+            raise ValueError(NO_SCOPE)
 
     def _drop(self, error: OSError, name: object) -> None:
         """Count a line that there was no room for, and have housekeeping report it once there is."""
@@ -491,7 +536,7 @@ class Emitter:
         alterations = self._alterations
         return Stats(
             written.lines, self._drops.counts(), written.bytes, written.segments, by_name,
-            alterations.converted(), alterations.redacted(),
+            alterations.converted(), alterations.redacted(), alterations.unbound(),
         )  # fmt: skip
 
     @contextmanager
@@ -511,6 +556,7 @@ class Emitter:
         self._housekeeper.stop()
         self._appender.close()
         self._drops.log()
+        self._alterations.log()
         self._account.close(self._appender.sealed_so_far(), self._drops)
 
     def log_summary(self) -> None:
@@ -554,10 +600,12 @@ def get_emitter() -> Emitter:
 
     Never raises, because it is first called inside a request: with a setting that is invalid, the emitter it
     returns drops everything under the cause `settings`, after one warning. An application that wants to fail
-    at its start creates an `Emitter` there.
+    at its start creates an `Emitter` there. In strict mode, raises ValueError if the spool cannot be created.
     """
     try:
         return Emitter()
+    except DirectoryError:  # only in strict mode
+        raise
     except ValueError as error:
         logger().warning("cannot emit analytics: %s; correct it and start the process again", error)
         return _MisconfiguredEmitter(str(error))
@@ -569,6 +617,9 @@ class _MisconfiguredEmitter(Emitter):
     def __init__(self, problem: str) -> None:
         super().__init__(**vars(Settings()))
         self._problem = problem
+
+    def _check_start(self) -> None:
+        pass  # one warning is enough
 
     def prepare(self) -> None:
         """Do nothing: there is no segment to prepare."""
@@ -585,6 +636,9 @@ class _MisconfiguredEmitter(Emitter):
 
     def _metric(self, metric_name: object, *_: Any) -> None:
         self.emit_event(event_type=metric_name)
+
+    def count_unbound(self) -> None:
+        """Do nothing: nothing is emitted either."""
 
     def refuse(self, error: Exception, name: object = None) -> None:
         """Count a drop."""

@@ -30,7 +30,9 @@ from spool.words import words
 
 REDACTED: Final = "[redacted]"
 
-CONTEXT_KEYS: Final = frozenset({"role", "request_id"})
+DEFAULTS: Final = ("service", "release", "environment")
+"""The settings that an emitter adds to the metadata of events and the labels of metrics."""
+CONTEXT_KEYS: Final = frozenset({"role", "request_id", "trace_id", *DEFAULTS})
 """The keys that a bound context adds to the metadata of events (spool/context.py)."""
 
 _MEMO_SIZE: Final = 4096

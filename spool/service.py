@@ -46,46 +46,51 @@ class AnalyticsService:
         return self.emitter.timer(metric_name, labels)
 
     def increment_counter(
-        self, *, metric_name: str, value: Number = 1, labels: Metadata | None = None
-    ) -> Emitted:
+        self, *, metric_name: str, value: Number = 1, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> Emitted:  # fmt: skip
         """See `Emitter.record_metric`; the value must not be below zero."""
         try:
             awaitable = Emitted()
-            awaitable.event_id = self.emitter._metric(metric_name, "counter", value, labels)
+            awaitable.event_id = self.emitter._metric(metric_name, "counter", value, labels, timestamp)
         except RecursionError:
             self.emitter._drops.too_deep += 1
             return NOT_EMITTED
         return awaitable
 
-    def record_gauge(self, *, metric_name: str, value: Number, labels: Metadata | None = None) -> Emitted:
+    def record_gauge(
+        self, *, metric_name: str, value: Number, labels: Metadata | None = None, timestamp: Moment | None = None
+    ) -> Emitted:  # fmt: skip
         """See `Emitter.record_metric`."""
         try:
             awaitable = Emitted()
-            awaitable.event_id = self.emitter._metric(metric_name, "gauge", value, labels)
+            awaitable.event_id = self.emitter._metric(metric_name, "gauge", value, labels, timestamp)
         except RecursionError:
             self.emitter._drops.too_deep += 1
             return NOT_EMITTED
         return awaitable
 
     def record_timer(
-        self, *, metric_name: str, duration_ms: Number, labels: Metadata | None = None
-    ) -> Emitted:
+        self, *, metric_name: str, duration_ms: Number, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> Emitted:  # fmt: skip
         """See `Emitter.record_metric`; the duration is in milliseconds."""
         try:
             awaitable = Emitted()
-            awaitable.event_id = self.emitter._metric(metric_name, "timer", duration_ms, labels)
+            awaitable.event_id = self.emitter._metric(metric_name, "timer", duration_ms, labels, timestamp)
         except RecursionError:
             self.emitter._drops.too_deep += 1
             return NOT_EMITTED
         return awaitable
 
     def record_metric(
-        self, *, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None = None
-    ) -> Emitted:
+        self, *, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> Emitted:  # fmt: skip
         """See `Emitter.record_metric`."""
         try:
             awaitable = Emitted()
-            awaitable.event_id = self.emitter._metric(metric_name, metric_type, value, labels)
+            awaitable.event_id = self.emitter._metric(metric_name, metric_type, value, labels, timestamp)
         except RecursionError:
             self.emitter._drops.too_deep += 1
             return NOT_EMITTED

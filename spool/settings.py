@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypedDict
 
 from spool.record import MAX_LINE_BYTES
+from spool.redaction import DEFAULTS
 from spool.segment import DEFAULT_DIRECTORY
 from spool.sensitive import SENSITIVE_SETS
 
@@ -23,6 +24,7 @@ _FALSE: Final = frozenset({"0", "false", "no", "off"})
 _MIN_BYTES: Final = 4096
 _MAX_SEGMENT_BYTES: Final = 1 << 30
 """A process keeps two segments mapped; address space and `posix_fallocate` bear this on every platform."""
+_MAX_TEXT: Final = 200
 _MAX_AGE: Final = 7 * 86_400.0
 """A week. Some multiples of it are waited for, and a wait is limited (`threading.TIMEOUT_MAX`)."""
 
@@ -43,7 +45,12 @@ class Options(TypedDict, total=False):
     mapped: bool | None
     redact: list[str] | tuple[str, ...] | set[str] | frozenset[str] | None
     identity: Literal["required", "optional"] | None
+    service: str | None
+    release: str | None
+    environment: str | None
     strict: bool | None
+    disabled: bool | None
+    console: bool | None
 
 
 class SettingError(ValueError):
@@ -82,8 +89,17 @@ class Settings:
     identity: str = "required"
     """`optional` writes events without a user or a family, which the tables accept after
     `loader init --optional-identity`; `required` drops and counts them, as new tables refuse them."""
+    service: str = ""
+    """With `release` and `environment`: what all events have in their metadata and all metrics in their
+    labels, as `service`, `release` and `environment`. Empty is left out. At most 200 characters."""
+    release: str = ""
+    environment: str = ""
     strict: bool = False
     """Raise ValueError for what cannot be written, for development and tests."""
+    disabled: bool = False
+    """Keep, count, log and create nothing; see spool/disabled.py."""
+    console: bool = False
+    """Also print each line to standard error, for development; see spool/console.py."""
 
     def __post_init__(self) -> None:
         _check_type("max_age", self.max_age, int, float)
@@ -97,13 +113,15 @@ class Settings:
             _check_bytes("max_spool_bytes", self.max_spool_bytes, 2 * self.segment_bytes, None)
         if self.identity not in ("required", "optional"):
             raise SettingError("identity", f"must be required or optional, not {self.identity!r}")
+        for name in DEFAULTS:
+            _check_text(name, getattr(self, name))
         if "\0" in str(self.directory):
             raise SettingError(
                 "directory", f"must be a path, which has no NUL character: {str(self.directory)!r}"
             )
 
     @classmethod
-    def of(cls, environment: Mapping[str, str] = os.environ, **given: Any) -> Settings:
+    def of(cls, environment: Mapping[str, str] = os.environ, /, **given: Any) -> Settings:
         """Return what was given, else what the environment says (`SPOOL_DIR`, `SPOOL_MAX_AGE`, ...).
 
         Raises ValueError that names the variable or the argument that cannot be read or cannot work, and
@@ -134,6 +152,23 @@ def _variable(name: str) -> str:
 def _check_type(name: str, value: object, *kinds: type) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise SettingError(name, f"must be a number, not {value!r}")
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise SettingError(name, f"must be text, not {value!r}")
+    if len(value) > _MAX_TEXT or "\0" in value or not _is_unicode(value):
+        raise SettingError(
+            name, f"must be at most {_MAX_TEXT} characters of Unicode without NUL: {value[:_MAX_TEXT]!r}"
+        )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, or a byte of the environment that is not UTF-8
+        return False
+    return True
 
 
 def _check_bytes(name: str, value: int, least: int, most: int | None) -> None:
@@ -182,7 +217,7 @@ def _parse(variable: str, text: str, kind: type) -> Any:
             return text.lower() in _TRUE
         raise ValueError(f"{variable} must be 0 or 1, not {text!r}")
     if kind is str:
-        return text.lower()
+        return text.lower() if variable == _variable("identity") else text
     if kind is int or kind is float:
         try:
             return kind(text)

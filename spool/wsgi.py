@@ -17,7 +17,7 @@ from typing import Any
 from spool.context import begin_empty
 from spool.emitter import Emitter
 from spool.interruption import is_foreign
-from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id
+from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id, trace_id
 
 Environment = dict[str, Any]
 Application = Callable[[Environment, Callable[..., Any]], Iterable[bytes]]
@@ -63,7 +63,8 @@ class _Exchange:
         self._timer.ended = True
 
     def begin(self, app: Application) -> _Exchange:
-        self._context.run(begin_empty, request_id=self._request_id)
+        trace = trace_id(self._environ.get("HTTP_TRACEPARENT"))
+        self._context.run(begin_empty, request_id=self._request_id, trace_id=trace)
         self._app = app
         try:
             self._pieces = self._context.run(app, self._environ, self._start)

@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "run": "Watch a spool and load what is sealed, until SIGTERM.",
     "backfill": "Load files, directories, or - for standard input.",
     "status": "Show what waits, what was loaded and what was rejected.",
+    "tail": "Print the last lines of the spool, also of open segments.",
     "doctor": "Check all that the loader needs and print what to do.",
     "rejects": "List, show and retry the lines that were not loaded.",
     "ask": "Answer a question about what was loaded.",

@@ -16,7 +16,7 @@ import orjson
 import pytest
 
 from spool import Emitter
-from spool.context import begin, bind, current, end, scope, update
+from spool.context import begin, bind, current, end, in_force, update
 from spool.testing import Recorder, record
 from tests.processes import shown
 
@@ -67,7 +67,7 @@ def test_a_block_that_ends_in_a_copy_of_its_own_context_ends_there() -> None:
     first.run(next, running)
     later = first.copy()
     later.run(running.close)
-    assert later.run(scope) is None
+    assert later.run(in_force) is None
     assert first.run(current).user_id is None
 
 
@@ -79,7 +79,7 @@ def test_blocks_that_end_elsewhere_take_no_memory() -> None:
         inner = begun.scope
         del begun
         gc.collect()
-        outside = scope()
+        outside = in_force()
         assert outside is not None and outside.followers is not None
         assert set(outside.followers) == {inner} and inner.context is outer
 

@@ -11,17 +11,22 @@ from typing import Any
 import pytest
 
 from spool import Emitter, asgi, emitter, wsgi
-from spool.context import begin, current, end, scope, update
+from spool.context import begin, current, end, in_force, update
+from tests.emit.lines import lines, recover_all
 
 
 def test_update_outside_of_a_scope_binds_nothing_and_is_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with closing(Emitter(directory=tmp_path, strict=False)) as lenient:
         monkeypatch.setattr(emitter, "get_emitter", lambda: lenient)
         update(user_id="somebody")
-        assert scope() is None
-        assert lenient.stats().dropped == {"no_scope": 1}
+        assert in_force() is None
+        assert (lenient.stats().unbound, lenient.stats().dropped) == (1, {})
+    (message,) = caplog.messages
+    assert "outside of a scope" in message and "1 calls so far" in message
+    recover_all(tmp_path)
+    assert lines(tmp_path) == [], "no line was emitted, so none is counted as dropped"
 
 
 def test_update_outside_of_a_scope_is_an_error_in_strict_mode(

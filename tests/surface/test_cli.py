@@ -116,3 +116,12 @@ def test_loader_runs_as_a_module_and_as_a_script() -> None:
     script = Path(sys.executable).with_name("loader")
     for command in ([*LOADER, "--version"], [str(script), "--version"]):
         assert "0.1.0" in subprocess.check_output(command, text=True)
+
+
+def test_the_rejects_that_are_shown_can_be_limited(cli: Cli) -> None:
+    segment(cli.spool, 1, b"one", b"two")
+    segment(cli.spool, 2, b"three")
+    cli("run", "--once", code=3)
+    assert len(cli("rejects", "show", "--json").splitlines()) == 3
+    shown = cli("rejects", "show", "--limit", "2", "--json").splitlines()
+    assert [json.loads(line)["raw"] for line in shown] == ["one", "two"]

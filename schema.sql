@@ -1544,6 +1544,11 @@ BEGIN
     ELSIF at_most < 1 THEN
         RAISE EXCEPTION 'at_most must be 1 or more, not %', at_most;
     END IF;
+    -- It runs as the owner, for whoever may delete the rows itself; current_user is the owner here.
+    IF NOT has_table_privilege(session_user, format('@.analytics_%I', wanted)::regclass, 'DELETE') THEN
+        RAISE EXCEPTION 'permission denied to prune: "%" may not DELETE from analytics_%', session_user, wanted
+            USING ERRCODE = 'insufficient_privilege';
+    END IF;
     PERFORM pg_advisory_xact_lock(hashtext('analytics_rollup'));
     IF EXISTS (SELECT FROM @.analytics_touched WHERE source = wanted AND hour = '-infinity') THEN
         RAISE EXCEPTION 'the rollups of % are not computed yet', wanted USING HINT = 'Run "loader rollup".';
@@ -1659,28 +1664,24 @@ COMMENT ON FUNCTION @.analytics_check_rollups IS
 'Hours whose rollup has another count than their rows: rows that others changed without analytics_mark. Reads all rows of the range.';
 
 -- Who may insert events may mark hours and refresh; who may read the events may read their rollups; who may delete
--- them may prune.
+-- them may refresh before that.
 DO $$
 DECLARE
     grantee TEXT;
     privilege TEXT;
 BEGIN
-    REVOKE ALL ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_prune_hour, @.analytics_mark, @.analytics_roll_events,
+    REVOKE ALL ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_mark, @.analytics_roll_events,
         @.analytics_roll_metrics, @.analytics_roll_users FROM PUBLIC;
     FOR grantee, privilege IN
         SELECT DISTINCT coalesce(quote_ident(r.rolname), 'PUBLIC'), a.privilege_type
         FROM pg_class c CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
         WHERE c.oid = '@.analytics_events'::regclass AND a.privilege_type IN ('SELECT', 'INSERT', 'DELETE') AND a.grantee <> c.relowner
-            AND (a.privilege_type <> 'DELETE' OR EXISTS (
-                SELECT FROM pg_class m CROSS JOIN aclexplode(m.relacl) b
-                WHERE m.oid = '@.analytics_metrics'::regclass AND b.grantee = a.grantee AND b.privilege_type = 'DELETE'
-            ))
     LOOP
         IF privilege = 'SELECT' THEN
             EXECUTE 'GRANT SELECT ON @.analytics_touched, @.analytics_sealed, @.analytics_hourly_events, @.analytics_hourly_metrics, '
                 '@.analytics_user_days TO ' || grantee;
         ELSIF privilege = 'DELETE' THEN
-            EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh, @.analytics_prune_hour TO ' || grantee;
+            EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh TO ' || grantee;
         ELSE
             EXECUTE 'GRANT INSERT ON @.analytics_touched TO ' || grantee;
             EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_mark TO ' || grantee;

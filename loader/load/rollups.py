@@ -22,7 +22,7 @@ _TOUCHED: Final = (
     "SELECT pg_catalog.count(DISTINCT hour) FILTER (WHERE pg_catalog.isfinite(hour)), "
     "pg_catalog.min(hour) FILTER (WHERE pg_catalog.isfinite(hour)), "
     "coalesce(pg_catalog.bool_or(NOT pg_catalog.isfinite(hour)), false), "
-    "pg_catalog.now() - pg_catalog.min(hour) FILTER (WHERE pg_catalog.isfinite(hour)) "
+    "pg_catalog.date_part('epoch', pg_catalog.now() - pg_catalog.min(hour) FILTER (WHERE pg_catalog.isfinite(hour))) "
     "FROM analytics_touched WHERE source <> 'users'"
 )
 _WAITING: Final = (
@@ -60,8 +60,11 @@ class Touched:
 
 def touched(connection: Connection) -> Touched:
     """Return which hours are touched. Raises psycopg.Error."""
-    (row,) = connection.execute(_TOUCHED).fetchall()
-    return Touched(*row)
+    ((hours, oldest, unbuilt, seconds),) = connection.execute(_TOUCHED).fetchall()
+    age = (
+        None if seconds is None else timedelta(seconds=seconds)
+    )  # not an interval, whose form a role may set
+    return Touched(hours, oldest, unbuilt, age)
 
 
 def refresh(connection: Connection, stopped: Callable[[], bool] = lambda: False) -> int:

@@ -35,7 +35,8 @@ def pin(connection: Connection) -> None:
     connection.execute(sql.SQL("SET LOCAL search_path = {}").format(path))
     for (home,) in connection.execute(_HOME):
         _homes[connection] = home
-    connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
+    # psycopg reads intervals, such as the time to convert, in one form alone.
+    connection.execute("SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL IntervalStyle = 'postgres'")
     connection.execute("SELECT pg_catalog.set_config('statement_timeout', %s, true)", [timeout])
 
 

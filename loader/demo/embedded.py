@@ -27,7 +27,7 @@ from loader.errors import LoaderError
 _PDEATHSIG: Final = 1
 _START_SECONDS: Final = 60.0
 _STILL_IN_USE: Final = "pre-existing shared memory block"
-_LAST: Final = 400
+_LAST: Final = 4000
 """Characters of the log that are about the last attempt to start."""
 _WHEEL: Final = {16: "pginstall", 18: "pginstall18"}
 _SPEED: Final = ("-c", "fsync=off", "-c", "full_page_writes=off")

@@ -187,14 +187,13 @@ def test_drops_are_told_even_if_nothing_more_is_emitted(tmp_path: Path) -> None:
 
 def measured(directory: Path) -> int:
     """What the spool takes; a segment that is renamed in between is counted twice, so the least of some."""
-    return min(written_bytes(directory) for _ in range(50))
+    return min(written_bytes(directory) for _ in range(5))
 
 
 def test_a_spool_never_grows_beyond_its_limit(tmp_path: Path) -> None:
     emitter = Emitter(tmp_path, max_age=MAX_AGE, segment_bytes=8192, max_spool_bytes=65536)
     kept = [emit(emitter, text="x" * 500) for _ in range(1000)]
-    # Until the first measurement, the current segment and its spare may be beyond.
-    assert measured(tmp_path) <= 65536 + 2 * 8192
+    assert measured(tmp_path) <= 65536
     assert emitter.stats().dropped == {"spool_full": kept.count(None)}
     for file in tmp_path.glob("*.ndjson"):
         file.unlink()

@@ -37,7 +37,7 @@ def fork_in_c():
     keeper = emitter._housekeeper
     while running := keeper._running:
         asleep_until = running.asleep_until
-        time.sleep(0.01)
+        time.sleep(0.01)  # gives up the GIL, so that it can go to sleep
         if keeper.is_surely_asleep() and running.asleep_until == asleep_until > time.monotonic() + 0.01:
             break
     return ctypes.PyDLL(None).fork()
@@ -393,7 +393,7 @@ def test_an_exception_of_an_unknown_kind_is_the_applications_unless_a_value_rais
 ) -> None:
     """One that another thread set may be raised in the standard library, which an emit calls."""
     with pytest.raises(SoftTimeLimitExceeded) as raised:
-        exec(compile("raise error", place, "exec"), {"error": SoftTimeLimitExceeded()})  # noqa: S102  # lies there
+        exec(compile("raise error", place, "exec"), {"error": SoftTimeLimitExceeded()})  # noqa: S102  # ends there
     raised.value.__traceback__ = raised.tb.tb_next
     assert is_foreign(raised.value) is foreign
 
@@ -483,7 +483,6 @@ def test_a_platform_without_segments_imports_drops_counts_and_warns_once(tmp_pat
 import sys
 sys.platform = "win32"
 sys.modules["fcntl"] = None
-import gc
 import os
 for name in ("register_at_fork", "posix_fallocate", "pread", "pwrite", "fchmod", "fork", "O_NOFOLLOW", "O_CLOEXEC",
              "O_NONBLOCK", "O_DIRECTORY"):
@@ -586,7 +585,7 @@ def test_a_prepared_process_has_a_segment_and_a_thread_before_its_first_emit(tmp
     if (child := os.fork()) == 0:
         deadline = time.monotonic() + 20
         while not list(tmp_path.glob(f"*-{os.getpid()}-*.open")) and time.monotonic() < deadline:
-            time.sleep(0.01)
+            time.sleep(0.01)  # gives up the GIL, so that it can go to sleep
         os._exit(not list(tmp_path.glob(f"*-{os.getpid()}-*.open")))
     assert os.waitpid(child, 0)[1] == 0
     emitter.close()

@@ -32,7 +32,7 @@ from spool.limit import SpoolLimit
 from spool.log import Warnings
 from spool.open_segment import Busy, Counts, Segment
 from spool.reentry import ReentryLock
-from spool.segment import DIRECTORY_MODE, Writer
+from spool.segment import DIRECTORY_MODE, Writer, written_bytes
 from spool.settings import Settings
 
 FIRST_BYTES: Final = 1 << 16
@@ -118,7 +118,7 @@ class Appender:
         self._creating = ReentryLock()
         self._making: Segment | None = None
         self._capacity = min(FIRST_BYTES, settings.segment_bytes)
-        self._limit: SpoolLimit = SpoolLimit(settings.directory, settings.max_spool_bytes, parents)
+        self._limit: SpoolLimit = SpoolLimit(settings.max_spool_bytes, parents)
         self._refusal: tuple[int | None, str | None] = (None, None)
         self._refused_until = 0.0
 
@@ -424,10 +424,16 @@ class Appender:
             return  # the line that needs it is counted; `_keep_house` tries again
 
     def _measure(self) -> None:
+        """Measure between two creations: what is reserved, but has no file yet, would be missed."""
+        if not self._limit.is_due(self._capacity):
+            return
+        begun = self._creating.run(self._limit.begin)
         try:
-            self._limit.measure_if_due(self._capacity, self._writer.token)
+            measured = written_bytes(self.settings.directory, self._writer.token)
         except OSError as error:
             self._measure_warnings.log("could not measure %s: %s", self.settings.directory, error)
+            return
+        self._creating.run(lambda: self._limit.finish(begun, measured))
 
     def _until_due(self) -> float | None:
         if self._state.retired or self._alone:

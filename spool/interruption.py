@@ -7,6 +7,7 @@ hot path pays nothing.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from types import CodeType, FunctionType, MethodType, TracebackType
 from typing import Final
 
 _OURS: Final = str(Path(__file__).parent)
+_CALLED: Final = (_OURS, str(Path(os.__file__).parent), "<frozen ", "<string>")
+"""Where the code of an emit lies: this package and the standard library, with its frozen and generated code."""
 _KNOWN: Final = ("builtins", "orjson")
 """Modules of the exceptions that the code of this package raises or that are raised in it."""
 
@@ -27,9 +30,11 @@ def is_foreign(error: BaseException) -> bool:
         handlers = {code for number in signal.valid_signals() if (code := _handler_code(number)) is not None}
         if not handlers.isdisjoint(frames):
             return True
-    # PyThreadState_SetAsyncExc: raised in a frame of ours, though nothing there raises this kind.
-    module = type(error).__module__
-    return frames[-1].co_filename.startswith(_OURS) and not module.startswith(("spool", *_KNOWN))
+    # PyThreadState_SetAsyncExc: raised in a frame in which nothing raises this kind. Code of the application, of
+    # a value that it gave, may raise any.
+    place, module = frames[-1].co_filename, type(error).__module__
+    is_called = place.startswith(_CALLED) and (place.startswith(_OURS) or "site-packages" not in place)
+    return is_called and not module.startswith(("spool", *_KNOWN))
 
 
 def _codes(trace: TracebackType | None) -> Iterator[CodeType]:

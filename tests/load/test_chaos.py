@@ -131,7 +131,9 @@ class Chaos:
         self.log.close()
         cli = Cli(self.spool, self.dsn)
         cli("run", "--once")
-        assert not list(self.spool.glob("2*")), cli("status")
+        # A writer that was killed before it locked its new file leaves that: it has no line, and no loader's name.
+        left = [path for path in self.spool.glob("2*") if path.suffix in (".open", ".ndjson")]
+        assert not left, cli("status")
         return {line for path in self.acknowledged if path.exists() for line in path.read_text().splitlines()}
 
 

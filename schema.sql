@@ -653,8 +653,13 @@ CREATE OR REPLACE FUNCTION @.analytics_row_spans(
 ) RETURNS TABLE (lo TIMESTAMPTZ, hi TIMESTAMPTZ)
 LANGUAGE sql STABLE
 BEGIN ATOMIC
-SELECT greatest(h.hour, since), least(h.hour + interval '1 hour', until)
-FROM @.analytics_hours(wanted, since, until, bucket, tz) h WHERE h.from_rows
+-- Hours in a row are one span: each span is a scan, of the whole table if nothing is known about it yet.
+SELECT greatest(min(h.hour), since), least(max(h.hour) + interval '1 hour', until)
+FROM (
+    SELECT h.hour, h.hour - row_number() OVER (ORDER BY h.hour) * interval '1 hour' AS run
+    FROM @.analytics_hours(wanted, since, until, bucket, tz) h WHERE h.from_rows
+) h
+GROUP BY h.run
 UNION ALL
 SELECT since, until
 WHERE bucket = 'minute' OR EXISTS (SELECT FROM @.analytics_touched t WHERE t.source = wanted AND t.hour = '-infinity');
@@ -722,9 +727,13 @@ WITH touched AS MATERIALIZED (
     UNION SELECT date_trunc('day', until, 'UTC')  -- the bits do not cut within a quarter hour
     WHERE until <> date_bin('15 minutes', until, timestamptz '2000-01-01 00:00+00')
 )
-SELECT greatest(d.day, since), least(d.day + interval '24 hours', until) FROM days d
-WHERE d.day < until AND d.day + interval '24 hours' > since
-    AND NOT EXISTS (SELECT FROM touched t WHERE t.hour = '-infinity')
+SELECT greatest(min(r.day), since), least(max(r.day) + interval '24 hours', until)
+FROM (  -- days in a row are one span, as in analytics_row_spans
+    SELECT d.day, d.day - row_number() OVER (ORDER BY d.day) * interval '24 hours' AS run FROM days d
+    WHERE d.day < until AND d.day + interval '24 hours' > since
+        AND NOT EXISTS (SELECT FROM touched t WHERE t.hour = '-infinity')
+) r
+GROUP BY r.run
 UNION ALL
 SELECT since, until WHERE EXISTS (SELECT FROM touched t WHERE t.hour = '-infinity');
 END;

@@ -32,11 +32,16 @@ def load(environment: Mapping[str, str], console: Console) -> None:
         file = Path(name) / "history.ndjson"
         with file.open("wb") as lines:
             lines.writelines(month.lines(datetime.now(UTC)))
-        command = [sys.executable, "-m", "loader", "backfill", str(file)]
-        loaded = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if loaded.returncode:
-        raise LoaderError(f"the history was not loaded: {loaded.stderr.strip()}")
-    console.print(f"  {loaded.stdout.strip()}")
+        console.print(f"  {_loader(environment, 'backfill', str(file))}")
+    _loader(environment, "rollup")
+
+
+def _loader(environment: Mapping[str, str], *arguments: str) -> str:
+    command = [sys.executable, "-m", "loader", *arguments]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if ended.returncode:
+        raise LoaderError(f"loader {arguments[0]} of the history failed: {ended.stderr.strip()}")
+    return ended.stdout.strip()
 
 
 def rendered(dsn: str) -> str:

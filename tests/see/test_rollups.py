@@ -332,6 +332,23 @@ def test_no_value_stops_a_refresh(one_connection: Connection) -> None:
     assert new == (0,)  # the year 1 was first
 
 
+@pytest.mark.parametrize("source", ["events", "metrics"])
+def test_hours_in_a_row_are_read_by_one_scan(one_connection: Connection, source: str) -> None:
+    """A scan for each took 10 s for a month of a freshly loaded table, whose statistics are not known yet."""
+    refresh(one_connection)
+    start = datetime(2026, 3, 1, 0, 30, tzinfo=UTC)
+    hours = [start + timedelta(hours=hour, minutes=-30) for hour in (0, 1, 2, *range(24, 24 * 7))]
+    one_connection.cursor().executemany(
+        "INSERT INTO analytics_touched VALUES (%s, %s)", [(hour, source) for hour in hours]
+    )
+    spans = one_connection.execute(
+        "SELECT lo, hi FROM analytics_row_spans(%s, %s, %s, 'hour', 'UTC') ORDER BY lo",
+        [source, start, start + timedelta(days=9)],
+    ).fetchall()
+    at = [start.replace(minute=0) + timedelta(hours=hour) for hour in (3, 24, 24 * 7, 24 * 9)]
+    assert spans == [(start, at[0]), (at[1], at[2]), (at[3], start + timedelta(days=9))]
+
+
 def test_a_refresh_needs_one_snapshot(one_connection: Connection) -> None:
     with pytest.raises(psycopg.errors.RaiseException, match="analytics_refresh needs one snapshot"):
         one_connection.execute("SELECT analytics_refresh()")

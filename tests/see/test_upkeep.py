@@ -92,7 +92,9 @@ def test_a_role_that_may_delete_may_prune(cli: Cli, loaded: Connection) -> None:
     name = f"pruner_{loaded.info.backend_pid}"
     role = sql.Identifier(name)
     loaded.execute(sql.SQL("CREATE ROLE {} LOGIN").format(role))
-    grant = sql.SQL("GRANT SELECT, DELETE ON analytics_events, analytics_metrics, analytics_loads TO {}")
+    grant = sql.SQL(
+        "GRANT SELECT, DELETE ON analytics_events, analytics_metrics, analytics_loads, analytics_writers TO {}"
+    )
     loaded.execute(grant.format(role))
     loaded.commit()
     try:

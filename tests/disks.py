@@ -14,7 +14,7 @@ import pytest
 def small_disk(where: Path, options: str) -> Iterator[Path]:
     """Mount a tmpfs, with options such as `size=1m`, at a directory that is made; skip the test if that is not allowed."""
     where.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", where]
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a tmpfs takes a privilege that is not here")
     try:

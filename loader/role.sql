@@ -18,19 +18,33 @@ BEGIN
     SELECT nspname, relowner INTO home, events_owner
         FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = events;
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = loader) THEN
-        EXECUTE format('CREATE ROLE %I LOGIN', loader);
-        RAISE NOTICE 'created the role "%", without a password', loader;
+        BEGIN
+            EXECUTE format('CREATE ROLE %I LOGIN', loader);
+            RAISE NOTICE 'created the role "%", without a password', loader;
+        EXCEPTION WHEN duplicate_object OR unique_violation THEN
+            RAISE EXCEPTION 'the role "%" was created for another database at the same time: try again', loader
+                USING ERRCODE = 'lock_not_available';  -- `loader init` does
+        END;
     ELSIF pg_has_role(loader, events_owner, 'MEMBER') THEN
         RAISE EXCEPTION 'the role "%" may act as the owner of the tables: give the loader a role of its own', loader;
     END IF;
-    loaded := format('%1$I.analytics_events, %1$I.analytics_metrics, %1$I.analytics_loads', home);
+    loaded := format(
+        '%1$I.analytics_events, %1$I.analytics_metrics, %1$I.analytics_loads, %1$I.analytics_writers', home);
     tables := format('%2$s, %1$I.analytics_schema, %1$I.analytics_settings', home, loaded);
     EXECUTE format('REVOKE ALL ON %s FROM %I', tables, loader);
-    EXECUTE format('GRANT SELECT ON %s, %I.analytics_missing_segments TO %I', tables, home, loader);
+    EXECUTE format('GRANT SELECT ON %1$s, %2$I.analytics_missing_segments, %2$I.analytics_conservation TO %3$I',
+        tables, home, loader);
     EXECUTE format('GRANT INSERT ON %s TO %I', loaded, loader);
     EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', home, loader);
     RAISE NOTICE 'granted to "%": USAGE on the schema %, SELECT on %, INSERT on %',
         loader, quote_ident(home), tables, loaded;
+    -- Marks of touched hours, the daemon's refresh, and the questions, which are often asked with the loader's DSN.
+    EXECUTE format('GRANT SELECT, INSERT ON %I.analytics_touched TO %I', home, loader);
+    EXECUTE format('GRANT SELECT ON %1$I.analytics_sealed, %1$I.analytics_hourly_events, %1$I.analytics_hourly_metrics, '
+        '%1$I.analytics_user_days TO %2$I', home, loader);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION %1$I.analytics_refresh, %1$I.analytics_rebuild, %1$I.analytics_mark TO %2$I',
+        home, loader);
+    RAISE NOTICE 'granted to "%": SELECT on the rollups, INSERT on their marks, EXECUTE on their refresh', loader;
     -- Rows that may exist are compared in a temporary table. Everybody may connect and create one unless that was
     -- revoked.
     IF NOT has_database_privilege(loader, current_database(), 'CONNECT')

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from spool.emitter import Emitter, Stats, get_emitter
+    from spool.identity import analytics_uuid
     from spool.service import AnalyticsService, get_analytics_service
     from spool.settings import Settings
 else:
     _MODULES = {
         "Emitter": "emitter", "Stats": "emitter", "get_emitter": "emitter",
         "AnalyticsService": "service", "get_analytics_service": "service", "Settings": "settings",
+        "analytics_uuid": "identity",
     }  # fmt: skip
 
     def __getattr__(name):  # noqa: ANN001, ANN202  # hidden from type checkers: it would accept every name
@@ -28,4 +30,12 @@ else:
         return sorted({*globals(), *_MODULES})
 
 
-__all__ = ["AnalyticsService", "Emitter", "Settings", "Stats", "get_analytics_service", "get_emitter"]
+__all__ = [
+    "AnalyticsService",
+    "Emitter",
+    "Settings",
+    "Stats",
+    "analytics_uuid",
+    "get_analytics_service",
+    "get_emitter",
+]

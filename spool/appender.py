@@ -25,11 +25,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from spool import kernel
-from spool.drops import Warnings
 from spool.limit import SpoolLimit
+from spool.log import Warnings
 from spool.open_segment import Busy, Counts, Segment
 from spool.reentry import ReentryLock
 from spool.segment import DIRECTORY_MODE, Writer, written_bytes
@@ -47,6 +47,14 @@ _UNSUPPORTED: Final = 3600.0
 """The same where the platform cannot write segments at all."""
 _ANY_TIME: Final = float("inf")
 _NOT_PERMITTED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+class SealedSoFar(NamedTuple):
+    """The segments that are sealed without a gap from 1, their lines, and the last that got a line."""
+
+    segments: int
+    lines: int
+    begun: int
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class Appender:
         self.settings = settings
         self._wake = wake
         self._writer = Writer.here()
+        self.writer: Final = self._writer.name
         self._warnings, self._measure_warnings = Warnings(), Warnings()
 
         # Replaced by single assignments; read without a lock.
@@ -115,6 +124,12 @@ class Appender:
 
         # Held while segments are sealed; who holds it may take _lock.
         self._sealing = ReentryLock()
+        self._sealed_beyond: dict[int, int] = {}
+        """Lines of sealed segments by number, if one before is not sealed yet."""
+        self._sealed_first = (0, 0)
+        """How many segments are sealed without a gap from 1, and their lines."""
+        if before is not None and before._diverted is not None:  # the child of a test that records
+            self._divert(before._diverted)
 
     # ---- finding room -------------------------------------------------------------------------------
 
@@ -339,6 +354,8 @@ class Appender:
 
     def has_room(self) -> bool:
         """Whether a short line would be kept at once."""
+        if self.is_diverted():
+            return False
         state = self._state
         current = state.current
         return state.spare is not None or (current is not None and current.end() < current.capacity - 1024)
@@ -441,6 +458,7 @@ class Appender:
         for segment in self._state.retired:
             if segment.busy.try_run(segment.retire) and self._seal_one(segment):
                 self._change(lambda state, sealed=segment: _without(state, sealed))  # type: ignore[misc]
+                self._note_sealed(segment)
         for segment in [each for each in self._alone if each.due <= now]:
             if segment.busy.try_run(segment.retire) and self._seal_one(segment):
                 self._change(
@@ -450,6 +468,21 @@ class Appender:
                 )
                 self._alone.remove(segment)
         return not self._state.retired and not self._alone
+
+    def _note_sealed(self, segment: Segment) -> None:
+        self._sealed_beyond[_number(segment)] = segment.counts().lines
+        segments, lines = self._sealed_first
+        while (more := self._sealed_beyond.pop(segments + 1, None)) is not None:
+            segments, lines = segments + 1, lines + more
+        self._sealed_first = segments, lines
+
+    def sealed_so_far(self) -> SealedSoFar:
+        """Return what is known of this writer's segments; those of a single line are other writers'."""
+        state = self._state
+        segments, lines = self._sealed_first
+        others = (*state.retired, *((state.current,) if state.current else ()))
+        begun = max([segments, *(_number(each) for each in others if each.end())])
+        return SealedSoFar(segments, lines, begun)
 
     def _seal_one(self, segment: Segment) -> bool:
         try:
@@ -521,12 +554,17 @@ class Appender:
 
     @contextmanager
     def diverted(self, write: Callable[[bytes], int]) -> Iterator[None]:
-        """Have lines written elsewhere until the block ends."""
+        """Have lines written elsewhere until the block ends, and then where they were written before."""
+        before = self._diverted
         self._lock.run(lambda: self._divert(write))
         try:
             yield
         finally:
-            self._lock.run(lambda: self._divert(None))
+            self._lock.run(lambda: self._divert(before))
+
+    def is_diverted(self) -> bool:
+        """Whether lines go elsewhere, as in a test that records."""
+        return self._diverted is not None
 
     def _divert(self, write: Callable[[bytes], int] | None) -> None:
         self._diverted = write
@@ -558,6 +596,10 @@ class Appender:
         ):
             if segment is not None:
                 segment.abandon()
+
+
+def _number(segment: Segment) -> int:
+    return int(segment.path.stem.rpartition("-")[2])
 
 
 def _without(state: _State, sealed: Segment) -> _State:

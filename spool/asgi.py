@@ -3,7 +3,8 @@
     app.add_middleware(AnalyticsMiddleware, exclude=("/health",))
 
 Each HTTP request is one `api_request_count`, one `api_request_duration_ms` and, if it failed, one
-`api_request_error_count`, labelled endpoint, method and status. WebSockets and lifespan pass through. The
+`api_request_error_count`, labelled endpoint, method and status. Each WebSocket and excluded path has a scope
+and no metrics. The
 request's id is bound to the context, so that every event of the request has it in its metadata, and is
 returned in the response.
 """
@@ -15,10 +16,10 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from functools import lru_cache
 from typing import Any, Final
 
-from spool.context import begin, end
+from spool.context import begin_empty, end
 from spool.emitter import Emitter
 from spool.interruption import is_foreign
-from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id
+from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id, trace_id
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -26,6 +27,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _HEADER: Final = b"x-request-id"
+_TRACEPARENT: Final = b"traceparent"
 _LONGEST_ROUTE: Final = 1024
 _CONVERTER: Final = re.compile(r"\{(\w+):\w+\}")
 
@@ -33,19 +35,24 @@ _CONVERTER: Final = re.compile(r"\{(\w+):\w+\}")
 class AnalyticsMiddleware(Middleware[Application]):
     """Wraps an ASGI application (https://asgi.readthedocs.io/en/latest/specs/www.html).
 
-    `emitter` is the process-wide one unless given; requests to a path of `exclude`, or below, don't count.
+    `emitter` is the process-wide one unless given; requests to a path of `exclude`, or below, have no metrics.
     """
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             self._emitter.prepare()  # again: this may be a worker that was forked in C
-        if scope["type"] != "http" or self._excluded(scope["path"]):
+        if scope["type"] not in {"http", "websocket"}:
             await self._app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == _HEADER), None)
-        identifier = request_id(None if given is None else given.decode("latin-1"))
+        identifier = request_id(_header(scope, _HEADER))
+        trace = trace_id(_header(scope, _TRACEPARENT))
+        if scope["type"] == "websocket":
+            await self._websocket(scope, receive, send, identifier, trace)
+            return
         exchange = _Exchange(self._emitter, scope, receive, send, identifier)
-        begun = begin(request_id=exchange.request_id)
+        if self._excluded(scope["path"]):
+            exchange.omit_metrics()
+        begun = begin_empty(request_id=exchange.request_id, trace_id=trace)
         try:
             await self._app(scope, exchange.receive, exchange.send)
         except Exception:
@@ -54,6 +61,19 @@ class AnalyticsMiddleware(Middleware[Application]):
         finally:
             exchange.abandon()
             end(begun)
+
+    async def _websocket(
+        self, scope: Message, receive: Receive, send: Send, identifier: str, trace: str | None
+    ) -> None:
+        begun = begin_empty(request_id=identifier, trace_id=trace)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            end(begun)
+
+
+def _header(scope: Message, wanted: bytes) -> str | None:
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), None)
 
 
 class _Exchange:
@@ -70,6 +90,9 @@ class _Exchange:
         self._timer = RequestTimer(emitter, scope["method"])
         self._status = "500"
         self._disconnected = False
+
+    def omit_metrics(self) -> None:
+        self._timer.ended = True
 
     async def receive(self) -> Message:
         message = await self._receive()

@@ -1,39 +1,55 @@
-"""Lines that were not kept: counted by cause by whoever emits, logged and reported by housekeeping."""
+"""Lines that were not kept: counted by cause and name by whoever emits, logged and reported by housekeeping.
+
+The name is the event type or the metric's name if it is valid. At most MAX_NAMES distinct names are counted,
+whatever an application uses as names; all others are counted as OTHER. So what is counted is bounded.
+
+Each drop leaves the process on four ways:
+
+    log      one line per cause, name and minute, and a summary when the process ends
+    metric   `spool_dropped_count`, labelled cause and name, among the lines: `unreported`, `reported`
+    account  the writer's file beside the spool, which survives SIGKILL (spool/account.py)
+    stats    `Emitter.stats()`
+"""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-log = logging.getLogger("spool")
+from spool.log import Warnings, logger
+from spool.record import NAME
 
-LOG_INTERVAL: Final = 60.0
-"""Seconds between two warnings of one kind."""
+if TYPE_CHECKING:
+    from spool.account import Account
+
+REPORT_INTERVAL: Final = 1.0
+"""Seconds that drops are gathered for before metrics report them."""
+MAX_NAMES: Final = 100
+OTHER: Final = "other"
+_SUMMARIZED: Final = 10
+"""Kinds of drops that the summary names."""
 
 
-class Warnings:
-    """Logs at most one message per LOG_INTERVAL."""
+class Kind(NamedTuple):
+    """What drops are counted by."""
 
-    def __init__(self) -> None:
-        self._logged_at = -LOG_INTERVAL
+    cause: str
+    name: str
 
-    def log(self, message: str, *values: object) -> None:
-        if self.is_due():
-            self._logged_at = time.monotonic()
-            with contextlib.suppress(Exception):  # a handler that writes may not be interrupted by itself
-                log.warning(message, *values)
 
-    def is_due(self) -> bool:
-        return self.seconds() <= 0
+_TOO_DEEP: Final = Kind("recursion", OTHER)
 
-    def seconds(self) -> float:
-        """Return the seconds after which the next message may be logged."""
-        return self._logged_at + LOG_INTERVAL - time.monotonic()
+
+class Report(NamedTuple):
+    """Drops for a metric: those of a kind from the `begin`-th on, up to the `end`-th."""
+
+    kind: Kind
+    begin: int
+    end: int
 
 
 class Drops:
@@ -41,58 +57,140 @@ class Drops:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        # `counts[cause] += 1` on a defaultdict runs no Python code in which a handler could come between.
-        self._counts: defaultdict[str, int] = defaultdict(int)
-        self._unreported: defaultdict[str, int] = defaultdict(int)
-        self._unlogged: tuple[str, str] | None = None
-        self._warnings = Warnings()
+        # `counts[kind] += 1` on a defaultdict runs no Python code in which a handler could come between.
+        self._counts: defaultdict[Kind, int] = defaultdict(int)
+        self._reported: defaultdict[Kind, int] = defaultdict(int)
+        self._logged: defaultdict[Kind, int] = defaultdict(int)
+        self._messages: dict[Kind, str] = {_TOO_DEEP: "the recursion limit is too near to encode a line"}
+        self._warnings: defaultdict[Kind, Warnings] = defaultdict(Warnings)
+        self._names: set[str] = set()
+        self._report_at = float("inf")
+        self._account: Account | None = None
         self.too_deep = 0
         """Lines dropped when the recursion limit left no room for a call, not even one of `add`."""
-        self._too_deep_logged = 0
+        self._too_deep_counted = 0
 
-    def add(self, cause: str, message: str, *, report: bool) -> None:
-        """Count a dropped line; `report` those that an operator should see among the metrics, too."""
+    def add(self, cause: str, name: object, message: str, *, report: bool) -> bool:
+        """Count a dropped line. Return whether housekeeping has to know of it.
+
+        `report` is false for what no metric is to report, as in a test that records.
+        """
         with self._lock:
-            self._counts[cause] += 1
-            if report:
-                self._unreported[cause] += 1
-            self._unlogged = cause, message
+            kind = Kind(cause, self._counted_name(name))
+            before = self._counts[kind]
+            self._messages[kind] = message
+            self._count(kind, 1, report=report)
+            return before in (self._reported[kind], self._logged[kind])
+
+    def _count(self, kind: Kind, count: int, *, report: bool) -> None:
+        self._counts[kind] += count
+        if not report:
+            self._reported[kind] += count
+        elif self._report_at == float("inf"):
+            self._report_at = time.monotonic() + REPORT_INTERVAL
+        if self._account is not None:
+            self._account.count(kind, self._counts, self._reported)
+
+    def _counted_name(self, name: object) -> str:
+        if not isinstance(name, str) or not NAME.fullmatch(plain := str.__str__(name)):
+            return OTHER
+        if plain not in self._names:
+            if len(self._names) >= MAX_NAMES:
+                return OTHER
+            self._names.add(plain)
+        return plain
+
+    def _count_too_deep(self) -> None:
+        """Count what had no room to be counted; not for who emits, which may be near the limit again."""
+        with self._lock:
+            count = self.too_deep - self._too_deep_counted
+            if count:
+                self._too_deep_counted += count
+                self._count(_TOO_DEEP, count, report=True)
+
+    def count_in(self, account: Account | None) -> None:
+        """Have what was and will be dropped stated in an account, or in none."""
+        with self._lock:
+            self._account = account
+            for kind in list(self._counts) if account is not None else ():
+                account.count(kind, self._counts, self._reported)  # type: ignore[union-attr]
+
+    # ---- for callers --------------------------------------------------------------------------------
 
     def counts(self) -> Mapping[str, int]:
         """Return how many lines were dropped, by cause."""
+        by_cause: defaultdict[str, int] = defaultdict(int)
+        for kind, count in self.by_kind().items():
+            by_cause[kind.cause] += count
+        return dict(by_cause)
+
+    def by_kind(self) -> dict[Kind, int]:
+        """Return how many lines were dropped, by cause and name."""
         counts = dict(self._counts)
-        if self.too_deep:
-            counts["recursion"] = counts.get("recursion", 0) + self.too_deep
+        if uncounted := self.too_deep - self._too_deep_counted:
+            counts[_TOO_DEEP] = counts.get(_TOO_DEEP, 0) + uncounted
         return counts
 
+    # ---- log ----------------------------------------------------------------------------------------
+
     def log(self) -> None:
-        """Log the last one, if the last warning is long enough ago. Not for the thread that emits."""
-        if self._unlogged is None and self.too_deep > self._too_deep_logged:
-            self._unlogged = "recursion", "the recursion limit is too near to encode a line"
-        if self._unlogged is not None and self._warnings.is_due():
-            (cause, message), self._unlogged = self._unlogged, None
-            self._too_deep_logged = self.too_deep
-            total = sum(self.counts().values())
-            self._warnings.log("analytics line dropped (%s): %s; %d so far", cause, message, total)
-
-    def is_waiting(self) -> bool:
-        """Whether there are drops that no metric has reported yet."""
-        return bool(self._unreported)
-
-    def is_unlogged(self) -> bool:
-        return self._unlogged is not None
+        """Log each kind whose last warning is long enough ago. Not for the thread that emits."""
+        self._count_too_deep()
+        for kind, count in self._unlogged():
+            if self._warnings[kind].is_due():
+                self._logged[kind] = count
+                self._warnings[kind].log(
+                    'analytics line dropped (%s) of "%s": %s; %d so far', *kind, self._messages[kind], count
+                )
 
     def seconds_until_log(self) -> float | None:
         """Return the seconds after which `log` has something to do, None if nothing was dropped since."""
-        return None if self._unlogged is None else max(0.0, self._warnings.seconds())
+        waits = [self._warnings[kind].seconds() for kind, _ in self._unlogged()]
+        return max(0.0, min(waits)) if waits else None
 
-    def take_unreported(self) -> Mapping[str, int]:
-        """Return what no metric has reported yet, and clear it."""
-        with self._lock:
-            unreported, self._unreported = self._unreported, defaultdict(int)
-        return unreported
+    def _unlogged(self) -> Iterator[tuple[Kind, int]]:
+        counts = dict(self._counts)  # one C call: other threads may add a kind
+        return ((kind, count) for kind, count in counts.items() if count > self._logged[kind])
 
-    def give_back(self, cause: str, count: int) -> None:
-        """Keep what could not be reported for the next attempt."""
+    def log_summary(self) -> None:
+        """Log what was dropped in all, if anything was: for the end of the process."""
+        counts = sorted(self.by_kind().items(), key=lambda item: -item[1])
+        if not counts:
+            return
+        named = [f"{kind.cause} {kind.name} {count}" for kind, count in counts[:_SUMMARIZED]]
+        named += [f"and {len(counts) - _SUMMARIZED} other kinds"] * (len(counts) > _SUMMARIZED)
+        with contextlib.suppress(Exception):
+            logger().warning(
+                "analytics lines dropped by this process: %d (%s)",
+                sum(count for _, count in counts), ", ".join(named),
+            )  # fmt: skip
+
+    # ---- metrics ------------------------------------------------------------------------------------
+
+    def is_waiting(self) -> bool:
+        """Whether there are drops that no metric has reported yet."""
+        return self._report_at < float("inf") or self.too_deep > self._too_deep_counted
+
+    def seconds_until_report(self) -> float:
+        """Return the seconds after which to report what is waiting."""
+        return max(0.0, self._report_at - time.monotonic())
+
+    def unreported(self) -> list[Report]:
+        """Return what no metric has reported yet. Each must be given to `reported` or come again."""
+        self._count_too_deep()
         with self._lock:
-            self._unreported[cause] += count
+            self._report_at = float("inf")
+            return [
+                Report(kind, self._reported[kind], count)
+                for kind, count in self._counts.items()
+                if count > self._reported[kind]
+            ]
+
+    def reported(self, report: Report) -> None:
+        """Note that a metric has reported this."""
+        with self._lock:
+            self._reported[report.kind] = report.end
+
+    def postpone(self) -> None:
+        """Have what could not be reported tried again."""
+        self._report_at = time.monotonic() + REPORT_INTERVAL

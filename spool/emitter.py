@@ -21,37 +21,37 @@ from __future__ import annotations
 
 import atexit
 import errno
-import logging
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from time import time_ns
 from types import SimpleNamespace
-from typing import Any, Final, cast
+from typing import Any, Final, Unpack, cast
 
 from orjson import dumps
 
-from spool import fork, ids, kernel, record
+from spool import fork, identity, ids, kernel, record
+from spool.account import Account, report_line
+from spool.alterations import NO_SCOPE, Alterations
+from spool.annotations import EventId, Id, Metadata, MetricType, Moment, Number
 from spool.appender import Appender
-from spool.context import scope as scope_in_force
-from spool.context import scope_to_redact
+from spool.context import in_force, scope_to_redact
+from spool.defaults import Defaults
+from spool.directory import DirectoryError, check_directory
 from spool.drops import Drops
 from spool.fork import NOTICED
 from spool.housekeeper import Housekeeper
 from spool.interruption import is_foreign
-from spool.metric_names import DROPPED_METRIC
+from spool.log import logger
 from spool.record import EVENT_NAMES, METRIC_NAMES, PLAIN_NUMBER_LIMIT
 from spool.redaction import Redaction
-from spool.settings import Settings
+from spool.settings import BeforeEmit, Options, Settings
 from spool.timer import Timer
-
-log = logging.getLogger("spool")
 
 _NO_TICK: Final = (0, "", b"")
 _REHEARSALS: Final = 20
@@ -62,12 +62,23 @@ _MICROSECONDS: Final = tuple(b"%03dZ" % micro for micro in range(1000))
 
 @dataclass(frozen=True)
 class Stats:
-    """What an emitter did in this process: lines kept, lines dropped by cause, bytes and segments."""
+    """What an emitter did in this process: lines kept, lines dropped by cause, bytes and segments.
+
+    Lines kept include the metrics that report drops. `dropped_by_name` has the drops by cause and event type or
+    metric name, `other` for an invalid name and for all names but the first 100.
+    """
 
     emitted: int
     dropped: Mapping[str, int]
     bytes: int
     segments: int
+    dropped_by_name: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    converted: int = 0
+    """Values that have no JSON form and were written as the name of their type."""
+    redacted: Mapping[str, int] = field(default_factory=dict)
+    """Values that were replaced by `[redacted]`, by key."""
+    unbound: int = 0
+    """Calls of `spool.context.update` outside of a scope, which bound nothing."""
 
 
 class Emitter:
@@ -85,23 +96,46 @@ class Emitter:
     # Reading an attribute from a dictionary, which an object gets with the first `vars` or `copy` of it, makes
     # an emit 8 % slower than from a slot.
     __slots__ = (
-        "__weakref__", "_actor", "_appender", "_drops", "_harmless", "_harmless_beside_context",
-        "_housekeeper", "_prepared", "_redaction", "_reporter", "_scope_in_force", "_tick", "_was_running",
-        "settings",
+        "__weakref__", "_account", "_actor", "_alterations", "_appender", "_before_emit", "_defaults",
+        "_drops", "_encode_actor", "_harmless", "_harmless_beside_context", "_housekeeper", "_prepared",
+        "_redaction", "_scope_in_force", "_tick", "_was_running", "settings",
     )  # fmt: skip
 
-    def __init__(self, directory: str | os.PathLike[str] | None = None, **settings: Any) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str] | None = None, *, before_emit: BeforeEmit | None = None,
+        **settings: Unpack[Options],
+    ) -> None:  # fmt: skip
         self.settings = Settings.of(directory=directory, **settings)
         self._redaction = Redaction(self.settings.redact)
+        optional = self.settings.identity == "optional"
+        self._encode_actor = identity.encode_optional_actor if optional else record.encode_actor
         self._harmless = self._redaction.harmless
         self._harmless_beside_context = self._redaction.harmless_beside_context
-        self._scope_in_force = scope_in_force if self._redaction.spares_context else scope_to_redact
+        self._scope_in_force = in_force if self._redaction.spares_context else scope_to_redact
+        self._defaults = Defaults.of(self.settings, self._scope_in_force)
+        if self._defaults is not None:
+            self._scope_in_force = self._defaults.scope_in_force
         self._prepared = self._was_running = False
-        self._reporter = 0
+        self._before_emit: BeforeEmit | None = None
         self._start_afresh()
+        self._check_start()
         _emitters.add(self)
         fork.add(self)
-        fork.warn_about_server()
+        if not self.settings.disabled:
+            fork.warn_about_server()
+        if before_emit is not None:
+            self.before_emit = before_emit
+
+    @property
+    def before_emit(self) -> BeforeEmit | None:
+        """A function that may change or drop each event; see spool/hook.py. It may be set at any time."""
+        return self._before_emit
+
+    @before_emit.setter
+    def before_emit(self, hook: BeforeEmit | None) -> None:
+        from spool.hook import install
+
+        install(self, hook)
 
     def _start_afresh(self) -> None:
         """The state of a process that has emitted nothing; also what a forked child begins with."""
@@ -109,19 +143,40 @@ class Emitter:
         self._tick: tuple[int, str, bytes] = _NO_TICK
         self._actor: tuple[object, object, object, bytes] = (object(), None, None, b"")
         self._drops = Drops()
+        self._alterations = Alterations()
         self._housekeeper = Housekeeper(self._keep_house)
-        self._appender = Appender(self.settings, self._housekeeper.wake)
+        self._appender = self._appender_class()(self.settings, self._housekeeper.wake)
+        self._account = Account(self.settings.directory, self._appender.writer)
+
+    def _check_start(self) -> None:
+        if self.settings.disabled:
+            from spool.disabled import disable
+
+            disable(self)
+        else:
+            check_directory(self.settings)
+
+    def _appender_class(self) -> type[Appender]:
+        if self.settings.console:
+            from spool.console import ConsoleAppender
+
+            return ConsoleAppender
+        return Appender
 
     def after_fork_in_child(self) -> None:
         """Begin as a new process; see `fork.Forked`. What the constructor made belongs to the parent."""
         parents = self._appender
         drops = Drops()
         housekeeper = Housekeeper(self._keep_house, threaded=self._housekeeper.is_surely_asleep())
-        appender = Appender(self.settings, housekeeper.wake, parents)
+        appender = self._appender_class()(self.settings, housekeeper.wake, parents)
+        account, parents_account = Account(self.settings.directory, appender.writer), self._account
         if NOTICED:
             return  # a handler that emitted in between has done it
         self._tick, self._drops, self._housekeeper, self._appender = _NO_TICK, drops, housekeeper, appender
+        self._account = account
+        self._alterations = Alterations()
         parents.leave_to_parent()
+        parents_account.abandon()
         if self._prepared:
             self._appender.begin()
             self._housekeeper.wake()
@@ -129,8 +184,9 @@ class Emitter:
     # ---- the hot path -------------------------------------------------------------------------------
 
     def emit_event(
-        self, *, event_type: str, user_id: Any = None, family_unit_id: Any = None, session_id: Any = None,
-        metadata: dict[str, Any] | None = None, event_id: Any = None, timestamp: Any = None,
+        self, *, event_type: str, user_id: Id | None = None, family_unit_id: Id | None = None,
+        session_id: Id | None = None, metadata: Metadata | None = None, event_id: EventId | None = None,
+        timestamp: Moment | None = None,
     ) -> str | None:  # fmt: skip
         """Write one event and return its id, or None if it was dropped (see `stats`).
 
@@ -174,16 +230,22 @@ class Emitter:
                     if kind is not str and kind is not int and kind is not bool and value is not None:
                         break
                 else:
-                    data = dumps(metadata)
-                    if _BACKSLASH in data or not harmless.issuperset(metadata):
-                        data = None
+                    try:
+                        data = dumps(metadata)
+                        if _BACKSLASH in data or not (
+                            harmless.issuperset(metadata) or self._redaction.spares(metadata, harmless)
+                        ):
+                            data = None
+                    except TypeError as error:
+                        if is_foreign(error):
+                            raise
             elif metadata is None:
                 data = b"{}"
             if data is None:
                 if encoded is not None:  # a key of the context may be among the event's own
                     user_id, family_unit_id, session_id = bound.actor()
                     encoded, metadata = None, bound.merged(metadata)
-                data = record.encode_object(metadata, "metadata", self._redaction)
+                data = record.encode_object(metadata, "metadata", self._redaction, self._alterations)
             if encoded is None:
                 last_user, last_family, last_session, actor = self._actor
                 if (
@@ -191,7 +253,7 @@ class Emitter:
                     or family_unit_id is not last_family
                     or session_id is not last_session
                 ):
-                    actor = record.encode_actor(user_id, family_unit_id, session_id)
+                    actor = self._encode_actor(user_id, family_unit_id, session_id)
                     self._actor = user_id, family_unit_id, session_id, actor
             elif metadata:
                 actor, data = encoded, data[1:]
@@ -208,7 +270,7 @@ class Emitter:
             self._drops.too_deep += 1  # there may be no room for a call
             return None
         except Exception as error:
-            self.refuse(error)
+            self.refuse(error, event_type)
             return None
         try:
             try:
@@ -221,8 +283,9 @@ class Emitter:
         return new_id
 
     def _metric(
-        self, metric_name: str, metric_type: str, value: Any, labels: dict[str, Any] | None
-    ) -> str | None:
+        self, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None,
+        timestamp: Moment | None,
+    ) -> str | None:  # fmt: skip
         try:
             if not NOTICED:
                 fork.notice()
@@ -230,7 +293,12 @@ class Emitter:
             past = time_ns() - start
             if not 0 <= past < 1_000_000:
                 prefix, moment, past = self._new_tick(start + past)
+            micros = _MICROSECONDS[past // 1000]
             new_id = prefix + next(ids.tails)
+            if timestamp is not None:
+                moment, micros = record.encode_timestamp(timestamp), b""
+            if self._defaults is not None:
+                labels = self._defaults.beside(labels)
             try:
                 if type(metric_name) is not str or type(metric_type) is not str:
                     raise KeyError
@@ -248,22 +316,29 @@ class Emitter:
                     if kind is not str and kind is not int and kind is not bool and label is not None:
                         break
                 else:
-                    data = dumps(labels)
-                    if _BACKSLASH in data or not self._harmless.issuperset(labels):
-                        data = None
+                    try:
+                        data = dumps(labels)
+                        if _BACKSLASH in data or not (
+                            self._harmless.issuperset(labels)
+                            or self._redaction.spares(labels, self._harmless)
+                        ):
+                            data = None
+                    except TypeError as error:
+                        if is_foreign(error):
+                            raise
             elif labels is None:
                 data = b"{}"
             if data is None:
-                data = record.encode_object(labels, "labels", self._redaction)
+                data = record.encode_object(labels, "labels", self._redaction, self._alterations)
             line = b"".join(
                 (b'{"event_id":"', new_id.encode(), name, number, b',"labels":', data, b',"timestamp":"',
-                 moment, _MICROSECONDS[past // 1000], b'"}\n')
+                 moment, micros, b'"}\n')
             )  # fmt: skip
         except RecursionError:
             self._drops.too_deep += 1  # there may be no room for a call
             return None
         except Exception as error:
-            self.refuse(error)
+            self.refuse(error, metric_name)
             return None
         try:
             try:
@@ -276,49 +351,53 @@ class Emitter:
         return new_id
 
     def record_metric(
-        self, *, metric_name: str, metric_type: str, value: Any, labels: dict[str, Any] | None = None
-    ) -> str | None:
+        self, *, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> str | None:  # fmt: skip
         """Write one metric and return its id, or None if it was dropped.
 
-        `metric_type` is counter (never below zero), gauge, timer (milliseconds) or histogram.
+        `metric_type` is counter (never below zero), gauge, timer (milliseconds) or histogram. `timestamp` is an
+        aware datetime, for what was measured earlier.
         """
         try:
-            return self._metric(metric_name, metric_type, value, labels)
+            return self._metric(metric_name, metric_type, value, labels, timestamp)
         except RecursionError:
             self._drops.too_deep += 1
             return None
 
     def increment_counter(
-        self, *, metric_name: str, value: Any = 1, labels: dict[str, Any] | None = None
-    ) -> str | None:
+        self, *, metric_name: str, value: Number = 1, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> str | None:  # fmt: skip
         """See `record_metric`; the value must not be below zero."""
         try:
-            return self._metric(metric_name, "counter", value, labels)
+            return self._metric(metric_name, "counter", value, labels, timestamp)
         except RecursionError:
             self._drops.too_deep += 1
             return None
 
     def record_gauge(
-        self, *, metric_name: str, value: Any, labels: dict[str, Any] | None = None
-    ) -> str | None:
+        self, *, metric_name: str, value: Number, labels: Metadata | None = None, timestamp: Moment | None = None
+    ) -> str | None:  # fmt: skip
         """See `record_metric`."""
         try:
-            return self._metric(metric_name, "gauge", value, labels)
+            return self._metric(metric_name, "gauge", value, labels, timestamp)
         except RecursionError:
             self._drops.too_deep += 1
             return None
 
     def record_timer(
-        self, *, metric_name: str, duration_ms: Any, labels: dict[str, Any] | None = None
-    ) -> str | None:
+        self, *, metric_name: str, duration_ms: Number, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> str | None:  # fmt: skip
         """See `record_metric`; the duration is in milliseconds."""
         try:
-            return self._metric(metric_name, "timer", duration_ms, labels)
+            return self._metric(metric_name, "timer", duration_ms, labels, timestamp)
         except RecursionError:
             self._drops.too_deep += 1
             return None
 
-    def timer(self, metric_name: str, labels: dict[str, Any] | None = None) -> Timer:
+    def timer(self, metric_name: str, labels: Metadata | None = None) -> Timer:
         """Return a context manager and decorator that records a timer; see `Timer`."""
         return Timer(self, metric_name, labels)
 
@@ -348,36 +427,41 @@ class Emitter:
             return True
         except Exception as failure:
             if isinstance(failure, OSError) and not is_foreign(failure):
-                self._drop(failure)
+                self._drop(failure, record.name_of(line))
             else:
-                self.refuse(failure)
+                self.refuse(failure, record.name_of(line))
         return False
 
-    def refuse(self, error: Exception) -> None:
-        """Count a line that could not be made. Raises ValueError with `strict`.
+    def refuse(self, error: Exception, name: object = None) -> None:
+        """Count a line of an event type or a metric that could not be made. Raises ValueError with `strict`.
 
         An exception that belongs to the application, such as one of its signal handlers, is raised again.
         """
         refused = record.refusal(error)
-        self._count_drop(refused.cause, str(refused), report=False)
+        self._count_drop(refused.cause, name, str(refused))
         if self.settings.strict:
             raise refused from None
 
-    def _drop(self, error: OSError) -> None:
+    def count_unbound(self) -> None:
+        """Count a call of `spool.context.update` that bound nothing. Raises ValueError with `strict`.
+
+        It is no drop: no line was emitted, so no sum of lines includes it.
+        """
+        self._alterations.count_unbound()
+        self._housekeeper.wake()
+        if self.settings.strict:
+            raise ValueError(NO_SCOPE)
+
+    def _drop(self, error: OSError, name: object) -> None:
         """Count a line that there was no room for, and have housekeeping report it once there is."""
         cause = "spool_full" if error.errno == errno.EDQUOT else "disk"
         if not kernel.SUPPORTED:
             cause = "unsupported"
-        self._count_drop(cause, f"could not write to {self.settings.directory}: {error}", report=True)
+        self._count_drop(cause, name, f"could not write to {self.settings.directory}: {error}")
 
-    def _count_drop(self, cause: str, message: str, *, report: bool) -> None:
+    def _count_drop(self, cause: str, name: object, message: str) -> None:
         """Count; what waits for a log handler is left to housekeeping."""
-        if threading.get_ident() == self._reporter:
-            return  # the report itself, which is kept for the next attempt
-        drops = self._drops
-        is_first = not drops.is_unlogged() or (report and not drops.is_waiting())
-        drops.add(cause, message, report=report)
-        if is_first:
+        if self._drops.add(cause, name, message, report=not self._appender.is_diverted()):
             self._housekeeper.wake()
 
     # ---- housekeeping -------------------------------------------------------------------------------
@@ -402,6 +486,7 @@ class Emitter:
         """Run the code of an emit a few times without a spool: the very first run of it takes 0.2 ms."""
         rehearsal = copy(self)
         rehearsal._appender = cast(Appender, SimpleNamespace(write=len))
+        rehearsal._before_emit = None
         for _ in range(_REHEARSALS):
             rehearsal.emit_event(
                 event_type="rehearsal", user_id=_NOBODY, family_unit_id=_NOBODY, metadata={"n": 1}
@@ -412,27 +497,31 @@ class Emitter:
         """Do what is due. Returns the seconds after which to do so again, None if only a wake-up helps."""
         waits = [self._appender.tidy()]
         self._drops.log()
+        self._alterations.log()
         if self._drops.is_waiting():
-            self._report_dropped()
-        waits.append(self._appender.refused_for() if self._drops.is_waiting() else None)
+            if not self._drops.seconds_until_report():
+                self._report_dropped()
+            waits.append(self._drops.seconds_until_report() if self._drops.is_waiting() else None)
         waits.append(self._drops.seconds_until_log())
+        self._account.update(self._appender.sealed_so_far(), self._drops)
         return min((wait for wait in waits if wait is not None), default=None)
 
     def _report_dropped(self) -> None:
-        """Say among the metrics how many lines were dropped, once there is room for that."""
+        """Report among the metrics how many lines were dropped, once there is room for that."""
         if not self._appender.has_room():
+            self._appender.prepare()
+        if not self._appender.has_room():
+            self._drops.postpone()
             return
-        self._reporter = threading.get_ident()
-        try:
-            self._report_each()
-        finally:
-            self._reporter = 0
-
-    def _report_each(self) -> None:
-        for cause, count in self._drops.take_unreported().items():
-            labels = {"cause": cause}
-            if self.increment_counter(metric_name=DROPPED_METRIC, value=count, labels=labels) is None:
-                self._drops.give_back(cause, count)
+        for report in self._drops.unreported():
+            self._account.announce(report)
+            try:
+                self._appender.append(report_line(self._account.writer, self._account.began, report))
+            except OSError:
+                self._drops.postpone()
+                return
+            self._drops.reported(report)
+            self._account.reported(report)
 
     # ---- for callers --------------------------------------------------------------------------------
 
@@ -443,7 +532,12 @@ class Emitter:
     def stats(self) -> Stats:
         """Return the counts of this process since it began to emit."""
         written = self._appender.written()
-        return Stats(written.lines, self._drops.counts(), written.bytes, written.segments)
+        by_name = {(kind.cause, kind.name): count for kind, count in self._drops.by_kind().items()}
+        alterations = self._alterations
+        return Stats(
+            written.lines, self._drops.counts(), written.bytes, written.segments, by_name,
+            alterations.converted(), alterations.redacted(), alterations.unbound(),
+        )  # fmt: skip
 
     @contextmanager
     def diverted(self, write: Callable[[bytes], int], *, strict: bool) -> Iterator[None]:
@@ -462,6 +556,12 @@ class Emitter:
         self._housekeeper.stop()
         self._appender.close()
         self._drops.log()
+        self._alterations.log()
+        self._account.close(self._appender.sealed_so_far(), self._drops)
+
+    def log_summary(self) -> None:
+        """Log what was dropped in all, at the end of the process."""
+        self._drops.log_summary()
 
     # ---- forks: see spool/fork.py ---------------------------------------------------------------------
 
@@ -488,6 +588,7 @@ _emitters: weakref.WeakSet[Emitter] = weakref.WeakSet()
 def _close_all() -> None:
     for emitter in list(_emitters):
         emitter.close()
+        emitter.log_summary()
 
 
 atexit.register(_close_all)
@@ -499,12 +600,14 @@ def get_emitter() -> Emitter:
 
     Never raises, because it is first called inside a request: with a setting that is invalid, the emitter it
     returns drops everything under the cause `settings`, after one warning. An application that wants to fail
-    at its start creates an `Emitter` there.
+    at its start creates an `Emitter` there. In strict mode, raises ValueError if the spool cannot be created.
     """
     try:
         return Emitter()
+    except DirectoryError:  # only in strict mode
+        raise
     except ValueError as error:
-        log.warning("cannot emit analytics: %s; correct it and start the process again", error)
+        logger().warning("cannot emit analytics: %s; correct it and start the process again", error)
         return _MisconfiguredEmitter(str(error))
 
 
@@ -514,28 +617,38 @@ class _MisconfiguredEmitter(Emitter):
     def __init__(self, problem: str) -> None:
         super().__init__(**vars(Settings()))
         self._problem = problem
-        self._lock = threading.RLock()
-        self._dropped = 0
+
+    def _check_start(self) -> None:
+        pass  # one warning is enough
 
     def prepare(self) -> None:
         """Do nothing: there is no segment to prepare."""
 
-    def emit_event(self, **_: Any) -> None:
-        """Count a drop."""
-        with self._lock:
-            self._dropped += 1
+    def close(self) -> None:
+        """Do nothing: there is no segment to seal."""
 
-    def _metric(self, *_: Any) -> None:
-        self.emit_event()
+    def log_summary(self) -> None:
+        """Do nothing: the one warning was that everything is dropped."""
 
-    def refuse(self, error: Exception) -> None:
+    def emit_event(self, *, event_type: object = None, **_: Any) -> None:
         """Count a drop."""
-        self.emit_event()
+        self._drops.add("settings", event_type, self._problem, report=False)
+
+    def _metric(self, metric_name: object, *_: Any) -> None:
+        self.emit_event(event_type=metric_name)
+
+    def count_unbound(self) -> None:
+        """Do nothing: nothing is emitted either."""
+
+    def refuse(self, error: Exception, name: object = None) -> None:
+        """Count a drop."""
+        self.emit_event(event_type=name)
 
     def stats(self) -> Stats:
         """Return the number of drops, under the cause `settings`."""
-        dropped = self._dropped + self._drops.too_deep
-        return Stats(0, {"settings": dropped} if dropped else {}, 0, 0)
+        by_name = {("settings", kind.name): count for kind, count in self._drops.by_kind().items()}
+        dropped = sum(by_name.values())
+        return Stats(0, {"settings": dropped} if dropped else {}, 0, 0, by_name)
 
     @contextmanager
     def diverted(self, write: Callable[[bytes], int], *, strict: bool) -> Iterator[None]:

@@ -17,7 +17,6 @@ reported, once.
 from __future__ import annotations
 
 import ctypes
-import logging
 import mmap
 import os
 import sys
@@ -26,7 +25,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
-log = logging.getLogger("spool")
+from spool.log import logger
 
 _MADV_WIPEONFORK: Final = 18  # Python has no name for it
 
@@ -151,7 +150,7 @@ def warn_about_server() -> None:
     for problem in uwsgi_problems(*_uwsgi()):
         if problem not in _warned:
             _warned.add(problem)
-            log.warning("%s", problem)
+            logger().warning("%s", problem)
 
 
 def uwsgi_problems(options: set[str], worker: int) -> list[str]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import logging
 import os
 import queue
 import sys
@@ -25,9 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from spool.log import logger
 from spool.reentry import ReentryLock
-
-log = logging.getLogger("spool")
 
 _STOP_SECONDS: Final = 5.0
 """How long `stop` waits for the work in hand."""
@@ -118,7 +116,7 @@ class Housekeeper:
             return self._work()
         except Exception:
             with contextlib.suppress(Exception):
-                log.exception("housekeeping failed; trying again")
+                logger().exception("housekeeping failed; trying again")
             return 1.0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 DROPPED_METRIC: Final = "spool_dropped_count"
-"""Counter, labelled cause: lines that the emitter dropped for lack of space."""
+"""Counter, labelled cause and name: lines of an event type or a metric that the emitter dropped."""
 
 REQUEST_COUNT: Final = "api_request_count"
 """Counter, one per request."""

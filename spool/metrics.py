@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
+from spool.annotations import Id, Metadata
+from spool.awaitable import NOT_EMITTED, Emitted, coroutine_function
 from spool.emitter import get_emitter
 from spool.metric_names import (
     DROPPED_METRIC,
@@ -22,16 +24,17 @@ FEED_INTERACTION: Final = "feed_interaction"
 """Event, one per interaction, with the user and the family."""
 
 
-async def log_feed_interaction(
+@coroutine_function
+def log_feed_interaction(
     *,
     interaction_type: str,
-    user_id: Any = None,
-    family_unit_id: Any = None,
-    metadata: dict[str, Any] | None = None,
-) -> str | None:
-    """Count an interaction with the feed (scroll, tap, like, ...) and emit an event that says whose it was.
+    user_id: Id | None = None,
+    family_unit_id: Id | None = None,
+    metadata: Metadata | None = None,
+) -> Emitted:
+    """Count an interaction with the feed (scroll, tap, like, ...) and emit an event with the user's id.
 
-    Returns the event's id, or None if it was dropped.
+    Both are emitted when it is called. Awaiting returns the event's id, or None if it was dropped.
     """
     emitter = None
     try:
@@ -39,7 +42,8 @@ async def log_feed_interaction(
         emitter.increment_counter(
             metric_name=FEED_INTERACTION_COUNT, labels={"interaction_type": interaction_type}
         )
-        return emitter.emit_event(
+        awaitable = Emitted()
+        awaitable.event_id = emitter.emit_event(
             event_type=FEED_INTERACTION,
             user_id=user_id,
             family_unit_id=family_unit_id,
@@ -48,4 +52,5 @@ async def log_feed_interaction(
     except RecursionError:
         if emitter is not None:
             emitter._drops.too_deep += 1
-        return None
+        return NOT_EMITTED
+    return awaitable

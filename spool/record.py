@@ -28,13 +28,18 @@ import math
 import re
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
+from numbers import Integral, Real
+from operator import index
 from typing import Any, Final
 from uuid import UUID
 
 import orjson
 
+from spool.alterations import Alterations
+from spool.convert import Converter
 from spool.interruption import is_foreign
 from spool.redaction import Redaction
+from spool.refused import Refused as Refused  # noqa: PLC0414  # part of this module for those who import it
 
 EVENT_KEYS: Final = (
     "event_id", "event_type", "timestamp", "user_id", "family_unit_id", "session_id", "metadata",
@@ -59,12 +64,14 @@ _SHOWN_CHARACTERS: Final = 100
 _RAW_WHITESPACE: Final = bytes.maketrans(b"\t\r\n", b"   ")
 
 
-class Refused(ValueError):
-    """What was given cannot become a line. `cause` is the word it is counted under."""
+_EVENT_NAME_AT: Final = len('{"event_id":"0190163d-8694-739b-aea5-966c26f8ad91","event_type":"')
+_METRIC_NAME_AT: Final = len('{"event_id":"0190163d-8694-739b-aea5-966c26f8ad91","metric_name":"')
 
-    def __init__(self, cause: str, message: str) -> None:
-        super().__init__(message)
-        self.cause = cause
+
+def name_of(line: bytes) -> str:
+    """Return the event type or the metric's name of an encoded line."""
+    start = _METRIC_NAME_AT if line.startswith(b"metric", _METRIC_NAME_AT - 14) else _EVENT_NAME_AT
+    return line[start : line.index(b'"', start)].decode()
 
 
 # ---- errors -------------------------------------------------------------------------------------------
@@ -130,7 +137,10 @@ def uuid_text(value: object, field: str) -> str:
     Raises `Refused` (cause `invalid_uuid`, or `missing` for None).
     """
     if value is None:
-        raise Refused("missing", f"{field} is missing: give it to the call or bind it to the context")
+        raise Refused(
+            "missing",
+            f"{field} is missing: give it to the call or bind it to the context, or set SPOOL_IDENTITY=optional",
+        )
     text = None
     if isinstance(value, UUID):
         # Not `UUID.__dict__["int"]`: asyncpg's UUID claims to be a subclass and has another layout in memory.
@@ -140,7 +150,8 @@ def uuid_text(value: object, field: str) -> str:
     elif isinstance(value, str):
         text = canonical_uuid(str.__str__(value))
     if text is None:
-        raise Refused("invalid_uuid", f"{field} is not a UUID: {_shown(value)}")
+        remedy = "; spool.analytics_uuid makes one of the application's own key"
+        raise Refused("invalid_uuid", f"{field} is not a UUID: {_shown(value)}{remedy}")
     return text
 
 
@@ -221,31 +232,38 @@ def _plain_str(value: object) -> str:
 # ---- metadata, labels, values -------------------------------------------------------------------------
 
 
-def encode_object(value: object, field: str, redaction: Redaction) -> bytes:
+def encode_object(value: object, field: str, redaction: Redaction, alterations: Alterations) -> bytes:
     """Return `metadata` or `labels` as a JSON object without secrets, ready to be put into a line.
 
     What orjson writes is read and written again. Only `orjson.Fragment` makes a difference: it may hold
-    newlines, keys given twice, or no JSON at all.
+    newlines, keys given twice, or no JSON at all. What orjson does not write has a form in spool/convert.py.
 
-    Raises TypeError for what orjson does not write (a type JSON does not have, a key that is not a string, a
-    lone surrogate, an integer beyond 64 bits, a recursive or too deeply nested value), and `Refused`:
-    `not_json` (not an object, or with such a fragment), `not_finite` (NaN or infinity).
+    Raises `Refused`: `not_json` (not an object, recursive or too deeply nested, or with such a fragment),
+    `not_finite` (NaN or infinity).
     """
     if value is None:
         return b"{}"
-    if not isinstance(value, dict):
-        raise Refused("not_json", f"{field} must be an object, not {type(value).__name__}")
     try:
-        data = orjson.dumps(value)
-        decoded = orjson.loads(data)
+        decoded = _decoded(value, alterations)
     except orjson.JSONDecodeError as error:
         raise Refused("not_json", f"{field} has an orjson.Fragment that is not JSON: {error}") from None
+    if type(decoded) is not dict:
+        raise Refused("not_json", f"{field} must be an object, not {type(value).__name__}")
+    return orjson.dumps(redaction.redact(decoded, alterations))
+
+
+def _decoded(value: object, alterations: Alterations) -> Any:
+    """Return a value as it is read from JSON. Raises `Refused` and orjson.JSONDecodeError."""
+    try:
+        data = orjson.dumps(value)
+    except TypeError as error:
+        if is_foreign(error):
+            raise
+        return Converter(alterations).convert(value)
+    decoded = orjson.loads(data)
     if b"null" in data and not _all_finite(value):
-        raise Refused("not_finite", f"{field} has a number that is not finite")
-    cleaned = redaction.apply(decoded)
-    if b"\\u0000" in data:
-        cleaned = _without_nul(cleaned)
-    return orjson.dumps(cleaned)
+        raise Refused("not_finite", "metadata or labels have a number that is not finite")
+    return _without_nul(decoded) if b"\\u0000" in data else decoded
 
 
 def _all_finite(value: object) -> bool:
@@ -289,6 +307,10 @@ def encode_number(value: object, metric_type: str) -> bytes:
         data = _encode_float(float.__float__(value))
     elif isinstance(value, Decimal):
         data = _encode_decimal(value)
+    elif isinstance(value, Integral) and not isinstance(value, bool):  # as numpy's are
+        data = _encode_int(int.__int__(index(value)))
+    elif isinstance(value, Real) and not isinstance(value, int):
+        data = _encode_float(float(value))
     else:
         raise Refused("invalid_value", f"value must be a number, not {type(value).__name__}")
     if metric_type == "counter" and data.startswith(b"-") and data != b"-0.0":

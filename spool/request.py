@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final, Generic, TypeVar
 
 from spool import ids
@@ -20,6 +22,9 @@ DISCONNECTED: Final = "499"
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 _VALID_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_TRACEPARENT: Final = re.compile(
+    r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
+)
 
 
 def request_id(given: str | None) -> str:
@@ -27,6 +32,24 @@ def request_id(given: str | None) -> str:
     if given is not None and _VALID_ID.fullmatch(given):
         return given
     return ids.uuid7(time.time_ns() // 1_000_000)
+
+
+def trace_id(traceparent: str | None) -> str | None:
+    """Return the trace id of OpenTelemetry's current span, else that of a `traceparent` header, else None.
+
+    32 hex digits (https://www.w3.org/TR/trace-context/#trace-id). OpenTelemetry is asked only if the
+    application has imported it.
+    """
+    trace = sys.modules.get("opentelemetry.trace")
+    if trace is not None:
+        with suppress(Exception):
+            context = trace.get_current_span().get_span_context()
+            if context.is_valid:
+                return f"{context.trace_id:032x}"
+    if traceparent is None or (match := _TRACEPARENT.fullmatch(traceparent.strip())) is None:
+        return None
+    version, identifier, more = match.groups()
+    return None if version == "00" and more else identifier
 
 
 class Middleware(Generic[Application]):

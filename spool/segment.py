@@ -128,6 +128,11 @@ class Writer(NamedTuple):
             boot = "0" * 8
         return cls(host, boot, os.getpid(), secrets.token_hex(4))
 
+    @property
+    def name(self) -> str:
+        """Who writes, as `SegmentName.writer`."""
+        return f"{self.host}-{self.boot}-{self.pid}-{self.token}"
+
     def stem(self, number: int) -> str:
         """Return the stem of this writer's segment `number`, made now."""
         now = time.time_ns() // 1000

@@ -1,79 +1,100 @@
-"""The awaitable face: what a request handler calls. Nothing here waits."""
+"""The awaitable face: what a request handler calls. Each call emits at once and returns an awaitable."""
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
+from spool.annotations import EventId, Id, Metadata, MetricType, Moment, Number
+from spool.awaitable import NOT_EMITTED, Emitted, coroutine_function
 from spool.emitter import Emitter, get_emitter
 from spool.timer import Timer
 
 
 class AnalyticsService:
-    """The calls of `Emitter`, awaitable. Each returns the id as text, or None if the line was dropped."""
+    """The calls of `Emitter`, awaitable: each emits when it is called, whether it is awaited or not.
+
+    Awaiting returns the id as text, or None if the line was dropped.
+    """
 
     def __init__(self, emitter: Emitter) -> None:
         self.emitter = emitter
+        for call in (
+            AnalyticsService.emit_event, AnalyticsService.increment_counter, AnalyticsService.record_gauge,
+            AnalyticsService.record_timer, AnalyticsService.record_metric,
+        ):  # fmt: skip
+            coroutine_function(call)
 
-    async def emit_event(
-        self, *, event_type: str, user_id: Any = None, family_unit_id: Any = None, session_id: Any = None,
-        metadata: dict[str, Any] | None = None, event_id: Any = None, timestamp: Any = None,
-    ) -> str | None:  # fmt: skip
+    def emit_event(
+        self, *, event_type: str, user_id: Id | None = None, family_unit_id: Id | None = None,
+        session_id: Id | None = None, metadata: Metadata | None = None, event_id: EventId | None = None,
+        timestamp: Moment | None = None,
+    ) -> Emitted:  # fmt: skip
         """See `Emitter.emit_event`."""
         try:
-            return self.emitter.emit_event(
+            awaitable = Emitted()
+            awaitable.event_id = self.emitter.emit_event(
                 event_type=event_type, user_id=user_id, family_unit_id=family_unit_id, session_id=session_id,
                 metadata=metadata, event_id=event_id, timestamp=timestamp,
             )  # fmt: skip
         except RecursionError:
             self.emitter._drops.too_deep += 1
-            return None
+            return NOT_EMITTED
+        return awaitable
 
-    def timer(self, metric_name: str, labels: dict[str, Any] | None = None) -> Timer:
+    def timer(self, metric_name: str, labels: Metadata | None = None) -> Timer:
         """See `Emitter.timer`."""
         return self.emitter.timer(metric_name, labels)
 
-    async def increment_counter(
-        self, *, metric_name: str, value: Any = 1, labels: dict[str, Any] | None = None
-    ) -> str | None:
+    def increment_counter(
+        self, *, metric_name: str, value: Number = 1, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> Emitted:  # fmt: skip
         """See `Emitter.record_metric`; the value must not be below zero."""
         try:
-            return self.emitter.increment_counter(metric_name=metric_name, value=value, labels=labels)
+            awaitable = Emitted()
+            awaitable.event_id = self.emitter._metric(metric_name, "counter", value, labels, timestamp)
         except RecursionError:
             self.emitter._drops.too_deep += 1
-            return None
+            return NOT_EMITTED
+        return awaitable
 
-    async def record_gauge(
-        self, *, metric_name: str, value: Any, labels: dict[str, Any] | None = None
-    ) -> str | None:
+    def record_gauge(
+        self, *, metric_name: str, value: Number, labels: Metadata | None = None, timestamp: Moment | None = None
+    ) -> Emitted:  # fmt: skip
         """See `Emitter.record_metric`."""
         try:
-            return self.emitter.record_gauge(metric_name=metric_name, value=value, labels=labels)
+            awaitable = Emitted()
+            awaitable.event_id = self.emitter._metric(metric_name, "gauge", value, labels, timestamp)
         except RecursionError:
             self.emitter._drops.too_deep += 1
-            return None
+            return NOT_EMITTED
+        return awaitable
 
-    async def record_timer(
-        self, *, metric_name: str, duration_ms: Any, labels: dict[str, Any] | None = None
-    ) -> str | None:
+    def record_timer(
+        self, *, metric_name: str, duration_ms: Number, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> Emitted:  # fmt: skip
         """See `Emitter.record_metric`; the duration is in milliseconds."""
         try:
-            return self.emitter.record_timer(metric_name=metric_name, duration_ms=duration_ms, labels=labels)
+            awaitable = Emitted()
+            awaitable.event_id = self.emitter._metric(metric_name, "timer", duration_ms, labels, timestamp)
         except RecursionError:
             self.emitter._drops.too_deep += 1
-            return None
+            return NOT_EMITTED
+        return awaitable
 
-    async def record_metric(
-        self, *, metric_name: str, metric_type: str, value: Any, labels: dict[str, Any] | None = None
-    ) -> str | None:
+    def record_metric(
+        self, *, metric_name: str, metric_type: MetricType, value: Number, labels: Metadata | None = None,
+        timestamp: Moment | None = None,
+    ) -> Emitted:  # fmt: skip
         """See `Emitter.record_metric`."""
         try:
-            return self.emitter.record_metric(
-                metric_name=metric_name, metric_type=metric_type, value=value, labels=labels
-            )
+            awaitable = Emitted()
+            awaitable.event_id = self.emitter._metric(metric_name, metric_type, value, labels, timestamp)
         except RecursionError:
             self.emitter._drops.too_deep += 1
-            return None
+            return NOT_EMITTED
+        return awaitable
 
 
 @cache

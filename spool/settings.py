@@ -8,14 +8,15 @@ once and drops.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, TypedDict
 
 from spool.record import MAX_LINE_BYTES
-from spool.redaction import SENSITIVE_KEYS
+from spool.redaction import DEFAULTS
 from spool.segment import DEFAULT_DIRECTORY
+from spool.sensitive import SENSITIVE_SETS
 
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"0", "false", "no", "off"})
@@ -23,8 +24,33 @@ _FALSE: Final = frozenset({"0", "false", "no", "off"})
 _MIN_BYTES: Final = 4096
 _MAX_SEGMENT_BYTES: Final = 1 << 30
 """A process keeps two segments mapped; address space and `posix_fallocate` bear this on every platform."""
+_MAX_TEXT: Final = 200
 _MAX_AGE: Final = 7 * 86_400.0
 """A week. Some multiples of it are waited for, and a wait is limited (`threading.TIMEOUT_MAX`)."""
+
+
+Event = dict[str, Any]
+BeforeEmit = Callable[[Event], Event | None]
+"""What may change or drop an event: see spool/hook.py."""
+
+
+class Options(TypedDict, total=False):
+    """The arguments of `Emitter` beside the directory: see `Settings`. None is as if it was not given."""
+
+    max_age: float | None
+    segment_bytes: int | None
+    max_line_bytes: int | None
+    max_spool_bytes: int | None
+    fsync: bool | None
+    mapped: bool | None
+    redact: list[str] | tuple[str, ...] | set[str] | frozenset[str] | None
+    identity: Literal["required", "optional"] | None
+    service: str | None
+    release: str | None
+    environment: str | None
+    strict: bool | None
+    disabled: bool | None
+    console: bool | None
 
 
 class SettingError(ValueError):
@@ -56,11 +82,24 @@ class Settings:
     mapped: bool = True
     """Map segments where that is safe. Without, each line is one write: slower, beside busy threads by tens
     of milliseconds, but nobody who truncates an open segment ends the process."""
-    redact: frozenset[str] = SENSITIVE_KEYS
-    """Words; a value under a key that contains one is not written (see spool/redaction.py). In the
-    environment, `nickname,school` replaces the list and `+nickname,school` adds to it."""
+    redact: frozenset[str] = frozenset()
+    """Words that are added to the sets `secrets` and `personal_data` of spool/sensitive.py: a value under a
+    key that contains one is not written. `-secrets` and `-personal_data` switch a set off. In the
+    environment with commas between them: `nickname,school,-personal_data`."""
+    identity: str = "required"
+    """`optional` writes events without a user or a family, which the tables accept after
+    `loader init --optional-identity`; `required` drops and counts them, as new tables refuse them."""
+    service: str = ""
+    """With `release` and `environment`: what all events have in their metadata and all metrics in their
+    labels, as `service`, `release` and `environment`. Empty is left out. At most 200 characters."""
+    release: str = ""
+    environment: str = ""
     strict: bool = False
     """Raise ValueError for what cannot be written, for development and tests."""
+    disabled: bool = False
+    """Keep, count, log and create nothing; see spool/disabled.py."""
+    console: bool = False
+    """Also print each line to standard error, for development; see spool/console.py."""
 
     def __post_init__(self) -> None:
         _check_type("max_age", self.max_age, int, float)
@@ -72,13 +111,17 @@ class Settings:
         _check_bytes("max_line_bytes", self.max_line_bytes, _MIN_BYTES, MAX_LINE_BYTES)
         if self.max_spool_bytes != 0:
             _check_bytes("max_spool_bytes", self.max_spool_bytes, 2 * self.segment_bytes, None)
+        if self.identity not in ("required", "optional"):
+            raise SettingError("identity", f"must be required or optional, not {self.identity!r}")
+        for name in DEFAULTS:
+            _check_text(name, getattr(self, name))
         if "\0" in str(self.directory):
             raise SettingError(
                 "directory", f"must be a path, which has no NUL character: {str(self.directory)!r}"
             )
 
     @classmethod
-    def of(cls, environment: Mapping[str, str] = os.environ, **given: Any) -> Settings:
+    def of(cls, environment: Mapping[str, str] = os.environ, /, **given: Any) -> Settings:
         """Return what was given, else what the environment says (`SPOOL_DIR`, `SPOOL_MAX_AGE`, ...).
 
         Raises ValueError that names the variable or the argument that cannot be read or cannot work, and
@@ -111,6 +154,23 @@ def _check_type(name: str, value: object, *kinds: type) -> None:
         raise SettingError(name, f"must be a number, not {value!r}")
 
 
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise SettingError(name, f"must be text, not {value!r}")
+    if len(value) > _MAX_TEXT or "\0" in value or not _is_unicode(value):
+        raise SettingError(
+            name, f"must be at most {_MAX_TEXT} characters of Unicode without NUL: {value[:_MAX_TEXT]!r}"
+        )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, or a byte of the environment that is not UTF-8
+        return False
+    return True
+
+
 def _check_bytes(name: str, value: int, least: int, most: int | None) -> None:
     _check_type(name, value, int)
     if value < least:
@@ -136,7 +196,17 @@ def _absolute(directory: str | os.PathLike[str]) -> Path:
 def _words(words: object) -> frozenset[str]:
     if isinstance(words, str) or not isinstance(words, list | tuple | set | frozenset):
         raise SettingError("redact", f"must be a list of words, not {type(words).__name__}")
+    for word in words:
+        _check_word(word)
     return frozenset(words)
+
+
+def _check_word(word: object) -> None:
+    if not isinstance(word, str):
+        raise SettingError("redact", f"must be a list of words, and {word!r} is not one")
+    if word.startswith("-") and word[1:] not in SENSITIVE_SETS:
+        known = " or ".join(f'"-{name}"' for name in SENSITIVE_SETS)
+        raise SettingError("redact", f'must switch off a set by its name, {known}, not "{word}"')
 
 
 def _parse(variable: str, text: str, kind: type) -> Any:
@@ -146,6 +216,8 @@ def _parse(variable: str, text: str, kind: type) -> Any:
         if text.lower() in _TRUE | _FALSE:
             return text.lower() in _TRUE
         raise ValueError(f"{variable} must be 0 or 1, not {text!r}")
+    if kind is str:
+        return text.lower() if variable == _variable("identity") else text
     if kind is int or kind is float:
         try:
             return kind(text)
@@ -155,7 +227,7 @@ def _parse(variable: str, text: str, kind: type) -> Any:
 
 
 def _parse_words(variable: str, text: str) -> frozenset[str]:
-    words = frozenset(filter(None, text.removeprefix("+").replace(" ", "").split(",")))
+    words = frozenset(filter(None, (word.strip().removeprefix("+") for word in text.split(","))))
     if not words:
         raise ValueError(f"{variable} must be words with commas between them, not {text!r}")
-    return words | SENSITIVE_KEYS if text.startswith("+") else words
+    return words

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from spool.annotations import Metadata
+
 if TYPE_CHECKING:
     from spool.emitter import Emitter
 
@@ -26,7 +28,7 @@ class Timer:
     As a decorator it may run in many threads and tasks at once; as a block, one timer is for one block.
     """
 
-    def __init__(self, emitter: Emitter, metric_name: str, labels: dict[str, Any] | None) -> None:
+    def __init__(self, emitter: Emitter, metric_name: str, labels: Metadata | None) -> None:
         self._emitter = emitter
         self._metric_name = metric_name
         self._labels = labels

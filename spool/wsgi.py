@@ -14,10 +14,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from spool.context import begin
+from spool.context import begin_empty
 from spool.emitter import Emitter
 from spool.interruption import is_foreign
-from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id
+from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id, trace_id
 
 Environment = dict[str, Any]
 Application = Callable[[Environment, Callable[..., Any]], Iterable[bytes]]
@@ -26,15 +26,16 @@ Application = Callable[[Environment, Callable[..., Any]], Iterable[bytes]]
 class AnalyticsMiddleware(Middleware[Application]):
     """Wraps a WSGI application (PEP 3333).
 
-    `emitter` is the process-wide one unless given; requests to a path of `exclude`, or below, don't count.
+    `emitter` is the process-wide one unless given; requests to a path of `exclude`, or below, have no metrics.
     """
 
     def __call__(self, environ: Environment, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if self._excluded(environ.get("PATH_INFO", "")):
-            return self._app(environ, start_response)
         # The response is made piece by piece after this returned, in the same context.
         context = contextvars.copy_context()
-        return _Exchange(self._emitter, environ, start_response, context).begin(self._app)
+        exchange = _Exchange(self._emitter, environ, start_response, context)
+        if self._excluded(environ.get("PATH_INFO", "")):
+            exchange.omit_metrics()
+        return exchange.begin(self._app)
 
 
 class _Exchange:
@@ -58,8 +59,12 @@ class _Exchange:
         self._pieces: Iterable[bytes] = ()
         self._rest: Iterator[bytes] = iter(())
 
+    def omit_metrics(self) -> None:
+        self._timer.ended = True
+
     def begin(self, app: Application) -> _Exchange:
-        self._context.run(begin, request_id=self._request_id)
+        trace = trace_id(self._environ.get("HTTP_TRACEPARENT"))
+        self._context.run(begin_empty, request_id=self._request_id, trace_id=trace)
         self._app = app
         try:
             self._pieces = self._context.run(app, self._environ, self._start)

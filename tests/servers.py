@@ -22,6 +22,11 @@ from loader.demo import embedded
 from loader.load import schema
 from tests.processes import locked
 
+DROP_QUESTIONS: Final = (
+    "DO $$ BEGIN EXECUTE (SELECT 'DROP FUNCTION ' || string_agg(oid::regprocedure::text, ', ') FROM pg_proc "
+    r"WHERE proname LIKE 'analytics\_%'); END $$; "
+)
+"""A column that a question reads cannot change its type."""
 ROLE: Final = "analytics_loader"
 VERSIONS: Final = [version for version in (15, 16, 18) if embedded.binaries(version)]
 _TEMPLATE: Final = "with_the_schema"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import click
 
@@ -14,21 +15,33 @@ from loader.service.signals import interrupted_by_hangup
 
 @click.command("demo")
 @click.option("--dsn", metavar="DSN", help="A database to use; else a temporary embedded one.")
-def command(dsn: str | None) -> None:
+@click.option(
+    "--html",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where the page goes; else a temporary file.",
+)
+@click.option(
+    "--keep", is_flag=True, help="Keep the server, the application, the loader and the page until Ctrl-C."
+)
+def command(dsn: str | None, html: Path | None, keep: bool) -> None:
     """Run the whole pipeline against a temporary Postgres.
 
-    An application serves traffic, one of its workers is killed, and the loader loads what it left.
+    An application serves traffic, one of its workers is killed, and the loader loads what it left. Then two
+    months of synthetic history are loaded, unless the database was given, and a page shows the last of them.
 
     \b
     Examples:
       loader demo
+      loader demo --keep
     """
-    for needed in ("fastapi", "httpx", "uvicorn"):
+    for needed in ("fastapi", "httpx", "uvicorn", "jinja2", "vl_convert"):
         if find_spec(needed) is None:
             raise LoaderError(f"{needed} is not installed: pip install 'analytics-spool[demo]'")
     from loader.demo import tour  # imports them
 
     with interrupted_by_hangup():
-        holds = tour.run(settings.database_dsn(dsn) if dsn else None, terminal.console())
+        given = settings.database_dsn(dsn) if dsn else None
+        holds = tour.run(given, terminal.console(), html, keep=keep)
     if not holds:
         raise LoaderError("the demo's sums do not hold: see above")

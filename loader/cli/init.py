@@ -17,34 +17,56 @@ from loader.cli import options, terminal
     "--no-foreign-keys drops them.",
 )  # fmt: skip
 @click.option(
+    "--optional-identity/--required-identity", default=None,
+    help="Whether events may lack a user or a family; remembered, at first they may not. Emitters write such "
+    "events with SPOOL_IDENTITY=optional.",
+)  # fmt: skip
+@click.option(
     "--role", metavar="NAME",
     help="A least-privilege role (SELECT and INSERT) for the loader, created if it does not exist.",
 )  # fmt: skip
+@click.option(
+    "--reader", metavar="NAME",
+    help="A role for dashboards and analysts (SELECT, the questions, statements of at most 30 s), created "
+    "if it does not exist.",
+)  # fmt: skip
 @options.as_json
-def command(dsn: str | None, foreign_keys: bool | None, role: str | None, as_json: bool) -> None:
+def command(
+    dsn: str | None, foreign_keys: bool | None, optional_identity: bool | None, role: str | None,
+    reader: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """Create or upgrade the tables; idempotent.
 
     \b
     Examples:
       loader init
-      loader init --role analytics_loader
+      loader init --role analytics_loader --reader analytics_reader
       loader init --no-foreign-keys
+      loader init --optional-identity
     """
     from loader.cli.loading import only_for
-    from loader.load import database, schema
+    from loader.load import database, indexes, schema
 
+    identity: schema.Identity | None = None
+    if optional_identity is not None:
+        identity = "optional" if optional_identity else "required"
     actor = "the owner of the database, or a role that may create tables and roles in it"
     with only_for(actor), database.connect(settings.database_dsn(dsn)) as connection:
-        applied = schema.apply_schema(connection, foreign_keys=foreign_keys, role=role)
+        applied = schema.apply_schema(
+            connection, foreign_keys=foreign_keys, identity=identity, role=role, reader=reader
+        )
+        applied.notes += [f'built the index "{name}"' for name in indexes.build(connection)]
     if as_json:
         terminal.print_json(
-            {"version": applied.version, "before": applied.before, "role": role,
-             "foreign_keys": applied.foreign_keys, "notes": applied.notes, "warnings": applied.warnings}
+            {"version": applied.version, "before": applied.before, "role": role, "reader": reader,
+             "foreign_keys": applied.foreign_keys, "identity": applied.identity,
+             "notes": applied.notes, "warnings": applied.warnings}
         )  # fmt: skip
         return
     upgraded = f", upgraded from version {applied.before}" if 0 < applied.before < applied.version else ""
     terminal.say(f"The tables are ready: version {applied.version}{upgraded}.")
     terminal.say(_FOREIGN_KEYS[applied.foreign_keys])
+    terminal.say(_IDENTITY[applied.identity])
     for note in applied.notes:
         terminal.say(note)
     for warning in applied.warnings:
@@ -54,4 +76,8 @@ def command(dsn: str | None, foreign_keys: bool | None, role: str | None, as_jso
 _FOREIGN_KEYS = {
     "on": "Foreign keys: on, if auth.users and family_units exist (--no-foreign-keys drops them).",
     "off": "Foreign keys: off, as was chosen (--foreign-keys adds them).",
+}
+_IDENTITY = {
+    "required": "Identity: required (--optional-identity accepts events without a user or a family).",
+    "optional": "Identity: optional, as was chosen (--required-identity rejects events without one).",
 }

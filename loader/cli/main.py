@@ -5,7 +5,9 @@ A command's module imports what it needs, so that `--version`, `--help` and comp
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import sys
 import traceback
 from importlib import import_module
@@ -22,8 +24,13 @@ COMMANDS: Final = {
     "run": "Watch a spool and load what is sealed, until SIGTERM.",
     "backfill": "Load files, directories, or - for standard input.",
     "status": "Show what waits, what was loaded and what was rejected.",
+    "tail": "Print the last lines of the spool, also of open segments.",
     "doctor": "Check all that the loader needs and print what to do.",
     "rejects": "List, show and retry the lines that were not loaded.",
+    "ask": "Answer a question about what was loaded.",
+    "report": "Summarize what was loaded, in the terminal or as a page.",
+    "export": "Write events or metrics to Parquet, CSV or NDJSON.",
+    "rollup": "Compute the rollups of the hours that loads touched.",
     "prune": "Remove old rows, ledger rows, and rejected and archived files.",
     "demo": "Run the whole pipeline against a temporary Postgres.",
 }
@@ -58,7 +65,12 @@ class Commands(click.Group):
             if isinstance(stream, io.TextIOWrapper):  # a terminal may have no character for what a line holds
                 stream.reconfigure(errors="backslashreplace")
         try:
-            sys.exit(super().main(*args, **{**kwargs, "standalone_mode": False}))
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            sys.stdout.flush()
+            sys.exit(code)
+        except BrokenPipeError:  # `loader ask ... | head`: who reads has enough
+            _discard_output()
+            sys.exit(LoaderError.exit_code)
         except (click.Abort, KeyboardInterrupt):
             _fail("interrupted: run it again to go on", LoaderError.exit_code)
         except click.UsageError as error:
@@ -73,6 +85,14 @@ class Commands(click.Group):
             _fail_for_database(error)
             traceback.print_exc()
             _fail(f"this is a bug in the loader {_version()}: please report it with the lines above", 1)
+
+
+def _discard_output() -> None:
+    """Keep Python from reporting at its end that the rest of the output has no reader."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # it has no descriptor
+            os.dup2(devnull, stream.fileno())
 
 
 def _name_the_variable(error: click.UsageError) -> None:

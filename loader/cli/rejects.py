@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 from click.shell_completion import CompletionItem
@@ -13,6 +15,9 @@ from click.shell_completion import CompletionItem
 from loader import settings
 from loader.cli import options
 from loader.errors import LoaderError, UsageError
+
+if TYPE_CHECKING:
+    from loader.files.rejects import Rejected
 
 _CLAIM_SECONDS: Final = 10.0
 """Seconds that a file is awaited which the daemon retries."""
@@ -70,30 +75,39 @@ def list_rejects(spool_dir: Path | None, as_json: bool) -> None:
 
 @command.command("show")
 @_names
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Show the first N lines; else all.")
 @options.spool_dir
 @options.as_json
-def show_rejects(names: tuple[str, ...], spool_dir: Path | None, as_json: bool) -> None:
+def show_rejects(names: tuple[str, ...], limit: int | None, spool_dir: Path | None, as_json: bool) -> None:
     """Show each rejected line with its place and reason.
 
     \b
     Examples:
       loader rejects show
+      loader rejects show --limit 10
       loader rejects show --json
     """
     import orjson
 
     from loader.cli import terminal
+
+    files = _reject_files(settings.spool_directory(spool_dir), names)
+    for rejected in itertools.islice(_lines(files), limit):
+        if as_json:
+            terminal.print_json(orjson.loads(rejected.encode()))
+            continue
+        terminal.say(f"{rejected.file}, line {rejected.line}: {rejected.code}", "bold")
+        terminal.say(f"  {rejected.reason}")
+        terminal.say(f"  {rejected.raw[:2000].decode(errors='backslashreplace')}", "dim")
+
+
+def _lines(files: Sequence[Path]) -> Iterator[Rejected]:
+    """Yield the rejects of the files in their order. Raises OSError, ValueError."""
     from loader.files import rejects
 
-    for path in _reject_files(settings.spool_directory(spool_dir), names):
+    for path in files:
         with contextlib.suppress(FileNotFoundError):  # loaded since it was listed
-            for rejected in rejects.read(path):
-                if as_json:
-                    terminal.print_json(orjson.loads(rejected.encode()))
-                    continue
-                terminal.say(f"{rejected.file}, line {rejected.line}: {rejected.code}", "bold")
-                terminal.say(f"  {rejected.reason}")
-                terminal.say(f"  {rejected.raw[:2000].decode(errors='backslashreplace')}", "dim")
+            yield from rejects.read(path)
 
 
 @command.command("retry")

@@ -83,7 +83,7 @@ def _run_once(
     from loader.cli.loading import finish, patient_workers
     from loader.files.lock import exclusive, holder
     from loader.files.scan import backlog, scan
-    from loader.service import daemon
+    from loader.service import accounts, daemon
     from loader.service.health import Health
 
     if adopt and holder(spool):
@@ -94,7 +94,9 @@ def _run_once(
         health = Health()
         pool = patient_workers(dsn, spool, workers, signals, health, lambda: shown(health.total.bytes))
         with contextlib.closing(pool):
+            accounts.settle_quietly(dsn, spool)  # what it reports is loaded, too
             found, report = daemon.once(spool, pool, archive, adopt)
+            accounts.settle_quietly(dsn, spool)
     for name, reason in found.skipped.items():
         terminal.warn(f"skipped {name}: {reason}")
     finish(report, signals, as_json=as_json)

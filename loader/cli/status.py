@@ -13,6 +13,7 @@ from loader.cli import options, terminal
 from loader.errors import LoaderError
 
 if TYPE_CHECKING:
+    from loader.load.rollups import Touched
     from loader.operate.status import Ledger
 
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 @options.as_json
 def command(dsn: str | None, spool_dir: Path | None, as_json: bool) -> None:
     """Show what waits, what was loaded and what was rejected.
+
+    Answers take the hours that were touched since the last refresh of the rollups from rows.
 
     \b
     Examples:
@@ -37,12 +40,17 @@ def command(dsn: str | None, spool_dir: Path | None, as_json: bool) -> None:
     spool = status.spool(settings.spool_directory(spool_dir))
     failure: LoaderError | None = None
     ledger: Ledger | None = None
+    touched: Touched | None = None
     try:
         with database.connect(settings.database_dsn(dsn)) as connection, database.transaction(connection):
-            ledger = status.ledger(connection)
+            ledger, touched = status.ledger(connection), status.touched(connection)
     except (psycopg.Error, LoaderError) as error:
         failure = explain(error)
-    facts = {"spool": asdict(spool), "database": ledger and ledger.facts()}
+    facts = {
+        "spool": asdict(spool),
+        "database": ledger and ledger.facts(),
+        "rollups": touched and touched.facts(),
+    }
     if as_json:
         terminal.print_json(facts | {"error": failure and str(failure)})
     else:

@@ -82,6 +82,7 @@ class Cluster:
                 [self._programs / "postgres", "-D", self._home / "data", "-h", "", "-k", self._home,
                  *_SPEED, *self._options],
                 stdout=log, stderr=log, user=self._user, cwd=self._home, preexec_fn=_die_with_parent,
+                process_group=0,  # Ctrl-C is for its parent, which stops it
             )  # fmt: skip
 
     def stop(self, how: signal.Signals = signal.SIGQUIT) -> None:

@@ -11,11 +11,13 @@ import asyncio
 import contextlib
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections import Counter
@@ -29,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from loader.demo import embedded
+from loader.demo import embedded, history
 from loader.errors import LoaderError
 from loader.load import database, schema
 from spool.segment import OPEN, SEALED
@@ -128,7 +130,7 @@ def served(spool: Path, application: str = "loader.demo.application:app") -> Ite
     environment = {**os.environ, "SPOOL_DIR": str(spool)}
     with (
         tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(command, env=environment, stderr=log) as server,
+        subprocess.Popen(command, env=environment, stderr=log, process_group=0) as server,
     ):
         try:
             address = f"http://127.0.0.1:{port}"
@@ -150,9 +152,14 @@ def _answers(address: str) -> bool:
         return False
 
 
-def run(dsn: str | None, console: Console) -> bool:
-    """Show it all on `dsn`, or on a throw-away server; return whether every sum holds. Raises LoaderError."""
+def run(dsn: str | None, console: Console, page: Path | None = None, *, keep: bool = False) -> bool:
+    """Show it all on `dsn`, or on a throw-away server; return whether every sum holds. Raises LoaderError.
+
+    At the end the report is written to `page`, else to a temporary file. With `keep` the server, the
+    application and the loader go on until SIGINT or SIGTERM.
+    """
     with contextlib.ExitStack() as stack:
+        is_given = dsn is not None
         if dsn is None:
             console.print("Starting a throw-away Postgres ...")
             dsn = stack.enter_context(embedded.server())
@@ -172,13 +179,39 @@ def run(dsn: str | None, console: Console) -> bool:
         drained = subprocess.run([*_LOADER, "--once"], env=environment, capture_output=True, text=True)
         console.print(f"  {drained.stdout.strip()}{drained.stderr.strip()}")
         console.print(_arrived(connection))
-        return drained.returncode == 0 and _check(connection, traffic, before, console)
+        holds = drained.returncode == 0 and _check(connection, traffic, before, console)
+        if not is_given:  # a database of somebody gets no two months of invented users
+            history.load(environment, console)
+        console.print(f"The report, a page without script: {history.write(dsn, page)}")
+        if keep:
+            _keep(dsn, spool, environment, console)
+        return holds
+
+
+def _keep(dsn: str, spool: Path, environment: dict[str, str], console: Console) -> None:
+    """Run the application, the loader and the page until a signal comes."""
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    with _loader(environment), served(spool) as address, history.served(dsn) as page:
+        for line in (
+            "", "Everything keeps running until Ctrl-C. In another terminal:",
+            f"  export LOADER_DSN={shlex.quote(dsn)} SPOOL_DIR={shlex.quote(str(spool))}",
+            f"  loader ask active --tz {history.ZONE}",
+            f"  psql {shlex.quote(dsn)}",
+            f"Application: {address}/docs", f"Page, made anew each time: {page}",
+        ):  # fmt: skip
+            console.print(line, soft_wrap=True)
+        ended.wait()
 
 
 @contextlib.contextmanager
 def _loader(environment: dict[str, str]) -> Iterator[None]:
     """The daemon, stopped as systemd would."""
-    with subprocess.Popen(_LOADER, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    # In a group of its own: Ctrl-C is for this process, which stops the others.
+    with subprocess.Popen(
+        _LOADER, env=environment, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
         try:
             yield
         finally:

@@ -4,7 +4,7 @@
     ------------------------------------  -------------------------------  ------------------------------
     does the ledger know the digest?      a transaction, rolled back       the next load of the file
     decode; COPY; staging; isolate        the same                         the same
-    ledger rows                           the same                         the same
+    marks of touched hours; ledger rows   the same                         the same
     reject files, whole and synced        reject files, no ledger row      written again under their name
     COMMIT                                all of it, or none, or unknown   the ledger knows the digest
 
@@ -26,7 +26,7 @@ from loader.errors import LoaderError
 from loader.files import rejects
 from loader.files.chunk import Chunk
 from loader.files.rejects import Rejected
-from loader.load import ledger
+from loader.load import ledger, marks
 from loader.load.counts import Counts, Loaded
 from loader.load.database import Connection, transaction
 from loader.load.insert import insert, insert_lines
@@ -45,6 +45,7 @@ def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates
         known = ledger.known(connection, [chunk.digest for chunk in batch])
         fresh, repeated = _divide(batch, known)
         outcomes = insert(connection, fresh, duplicates) if fresh else []
+        marks.record(connection, outcomes)
         outcomes, overtaken = _record(connection, outcomes, known)
         for outcome in outcomes:
             rejects.write(spool, outcome.chunk, outcome.rejects)
@@ -94,6 +95,7 @@ def _retry_piece(connection: Connection, path: Path, piece: Sequence[Rejected], 
     try:
         with transaction(connection):
             insert_lines(connection, list(decoded_lines(outcome, (rejected.raw for rejected in retried))))
+            marks.record(connection, [outcome])
             loaded = replace(outcome.counts, rejected=0)
             if loaded.lines:
                 digest = secrets.token_bytes(32)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
+from typing import Final
+
+LARGEST_SUM: Final = 2000
+"""Kinds of drops with a count of their own: 100 names for each cause, and room for what people write themselves."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +39,14 @@ class Loaded:
     counts: Counts = field(default_factory=Counts)
     known: int = 0
     bytes: int = 0
+    dropped: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """Lines that emitters dropped, by cause and name, of the new rows that report them."""
 
     def __add__(self, other: Loaded) -> Loaded:
-        return Loaded(self.counts + other.counts, self.known + other.known, self.bytes + other.bytes)
+        return Loaded(
+            self.counts + other.counts, self.known + other.known, self.bytes + other.bytes,
+            _sum(self.dropped, other.dropped) if other.dropped else self.dropped,
+        )  # fmt: skip
 
     def facts(self) -> dict[str, int]:
         """Return the counts by the names that commands and log lines use; `lines` includes the known ones."""
@@ -44,3 +55,12 @@ class Loaded:
             "lines": counts.lines + self.known, "events": counts.events, "metrics": counts.metrics,
             "duplicates": counts.duplicates, "rejected": counts.rejected, "known": self.known,
         }  # fmt: skip
+
+
+def _sum(
+    some: Mapping[tuple[str, str], int], more: Mapping[tuple[str, str], int]
+) -> Mapping[tuple[str, str], int]:
+    total = Counter(some)
+    for kind, count in more.items():
+        total[kind if kind in total or len(total) < LARGEST_SUM else ("other", "other")] += count
+    return total

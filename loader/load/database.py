@@ -41,17 +41,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, Literal
 from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg import sql
 
 Connection = psycopg.Connection[tuple[Any, ...]]
+Isolation = Literal["READ COMMITTED", "REPEATABLE READ"]
 
 _SETTINGS: Final = b"""
     SET LOCAL statement_timeout = 0;
-    SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
     SET CONSTRAINTS ALL IMMEDIATE;
     SET LOCAL idle_in_transaction_session_timeout = 0;
     SET LOCAL lock_timeout = '60s';
@@ -116,15 +116,17 @@ def connect(dsn: str, progressed: Callable[[], None] = lambda: None) -> Connecti
 
 
 @contextmanager
-def transaction(connection: Connection) -> Iterator[None]:
+def transaction(connection: Connection, isolation: Isolation = "READ COMMITTED") -> Iterator[None]:
     """Open a transaction with the settings above.
+
+    A refresh of the rollups needs one snapshot, so REPEATABLE READ.
 
     Raises psycopg.Error, also for a server that dies at the end of a COPY: psycopg 3.3 may then raise
     ValueError, because the connection has no socket any more.
     """
     try:
         with connection.transaction():
-            prepare(connection)
+            prepare(connection, isolation)
             yield
     except psycopg.Error:
         raise
@@ -134,18 +136,20 @@ def transaction(connection: Connection) -> Iterator[None]:
         raise
 
 
-def prepare(connection: Connection) -> None:
+def prepare(connection: Connection, isolation: Isolation = "READ COMMITTED") -> None:
     """Set what a transaction of the loader depends on; call it first. Raises psycopg.Error.
 
     One round trip, 0.1 ms; two more for a connection that is used for the first time.
     """
+    level = f"SET TRANSACTION ISOLATION LEVEL {isolation};".encode()
     if (script := _scripts.get(connection)) is None:
+        connection.execute(level + _SETTINGS)  # the level cannot be set once a query has run
         script = _scripts[connection] = _script(connection)
-    connection.execute(script)
+    connection.execute(level + script)
 
 
 def _script(connection: Connection) -> bytes:
-    path = sql.SQL("SET LOCAL search_path = {};").format(sql.SQL(_search_path(connection)))
+    path = sql.SQL("SET LOCAL search_path = {};").format(sql.SQL(search_path(connection)))
     return _settings(connection) + _DURABLE + path.as_bytes(connection)
 
 
@@ -153,10 +157,11 @@ def _settings(connection: Connection) -> bytes:
     return _SETTINGS + (SINCE_17 if connection.info.server_version >= VERSION_17 else b"")
 
 
-def _search_path(connection: Connection) -> Any:
+def search_path(connection: Connection) -> Any:
     """Return the system's schema, that of the tables, the other schemas of the session, and pg_temp.
 
-    The tables are found wherever they are, so that a changed search path does not hide them.
+    The tables are found wherever they are, so that a changed search path does not hide them. Call it in a
+    transaction, of which it changes the search path. Raises psycopg.Error.
     """
     connection.execute(_settings(connection))  # the isolation level cannot be set once a query has run
     ((schemas,),) = connection.execute(_SESSION_SCHEMAS).fetchall()

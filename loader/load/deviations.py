@@ -108,7 +108,17 @@ _COLUMNS_SQL: Final = """
             WHERE d.refobjid OPERATOR(pg_catalog.=) attrelid
                 AND d.refobjsubid OPERATOR(pg_catalog.=) attnum::int
                 AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_rewrite'::pg_catalog.regclass::oid
-                AND r.ev_class OPERATOR(pg_catalog.<>) attrelid) AS views
+                AND r.ev_class OPERATOR(pg_catalog.<>) attrelid) AS views,
+        ARRAY(WITH RECURSIVE used AS (
+            SELECT d.objid FROM pg_catalog.pg_depend d
+            WHERE d.refobjid OPERATOR(pg_catalog.=) attrelid
+                AND d.refobjsubid OPERATOR(pg_catalog.=) attnum::int
+                AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass::oid
+            UNION
+            SELECT d.objid FROM used JOIN pg_catalog.pg_depend d ON d.refobjid OPERATOR(pg_catalog.=) used.objid
+            WHERE d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass::oid
+                AND d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass::oid
+        ) SELECT objid::pg_catalog.regproc::text FROM used ORDER BY 1) AS functions
     FROM typed JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) typed.type
     WHERE t.typtype OPERATOR(pg_catalog.<>) 'd'
     ORDER BY attrelid, attnum
@@ -220,7 +230,7 @@ def _loaded_column(relation: Any, column: Any, kind: str) -> Iterator[Deviation]
             yield _moved_away(relation, problem)
         else:
             yield Deviation(
-                relation.name, Severity.REFUSED, problem, f"{_drop_views(column)}{alter} {change};"
+                relation.name, Severity.REFUSED, problem, f"{_drop_readers(column)}{alter} {change};"
             )
         return
     if column.generated:
@@ -237,13 +247,13 @@ def _loaded_column(relation: Any, column: Any, kind: str) -> Iterator[Deviation]
         yield Deviation(
             relation.name, Severity.RISK,
             f'has the column "{column.name}" of the type {column.declared}, so longer names are rejected',
-            f"{_drop_views(column)}{alter} ALTER COLUMN {column.name} TYPE {kind};",
+            f"{_drop_readers(column)}{alter} ALTER COLUMN {column.name} TYPE {kind};",
         )  # fmt: skip
     elif column.declared != column.base:
         yield Deviation(
             relation.name, Severity.RISK,
             f'has the column "{column.name}" of the domain {column.declared}, which may reject lines',
-            f"{_drop_views(column)}{alter} ALTER COLUMN {column.name} TYPE {kind};",
+            f"{_drop_readers(column)}{alter} ALTER COLUMN {column.name} TYPE {kind};",
         )  # fmt: skip
     if column.name in _OPTIONAL and column.required:
         yield Deviation(
@@ -253,12 +263,13 @@ def _loaded_column(relation: Any, column: Any, kind: str) -> Iterator[Deviation]
         )  # fmt: skip
 
 
-def _drop_views(column: Any) -> str:
-    """Return the statement without which a column cannot change its type.
+def _drop_readers(column: Any) -> str:
+    """Return the statements without which a column cannot change its type.
 
-    `loader init` creates our views again.
+    `loader init` creates our views and questions again.
     """
-    return f"DROP VIEW {', '.join(column.views)}; " if column.views else ""
+    readers = (("VIEW", column.views), ("FUNCTION", column.functions))
+    return "".join(f"DROP {kind} {', '.join(names)}; " for kind, names in readers if names)
 
 
 def _type_change(column: Any, kind: str) -> str | None:

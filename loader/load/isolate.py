@@ -2,6 +2,7 @@
 
     staging     COPY into a table of text, converted afterwards: finds values that a column's type refuses
     together    all rows in one statement, without the ones that a foreign key refuses (found by an anti-join)
+                or that lack an identity which the table requires
     row by row  if that fails; in the server, some 30 us each. Whatever refuses a row, it is that row
 
 Row by row means a block of PL/pgSQL with an exception handler: no other row is affected, and nothing is sent
@@ -53,6 +54,12 @@ def _insert(staging: Staging) -> Inserted:
             return _insert_each(staging, None) + Inserted(refused=orphans)
         except psycopg.errors.ForeignKeyViolation as error:
             found = _orphans(staging, error.diag.constraint_name)
+            if not found:
+                return _insert_each(staging, error) + Inserted(refused=orphans)
+            staging.discard(found)
+            orphans |= found
+        except psycopg.errors.NotNullViolation as error:
+            found = _without_identity(staging, error.diag.column_name)
             if not found:
                 return _insert_each(staging, error) + Inserted(refused=orphans)
             staging.discard(found)
@@ -109,6 +116,30 @@ def _orphans(staging: Staging, constraint: str | None) -> dict[int, Reject]:
     return {position: Reject("postgres_23503", words.format(key)) for position, key in without}
 
 
+# ---- identity ---------------------------------------------------------------------------------------
+
+_IDENTITY: Final = ("user_id", "family_unit_id")
+_NOT_NULL: Final = "23502"
+
+
+def _without_identity(staging: Staging, column: str | None) -> dict[int, Reject]:
+    """Return the rows without a person or family, if that is what was refused and no trigger adds one."""
+    if column not in _IDENTITY or triggers(staging.connection, staging.table):
+        return {}
+    found = staging.run(
+        "SELECT position FROM {staging} WHERE {column} IS NULL", column=sql.Identifier(column)
+    )
+    reject = Reject(f"postgres_{_NOT_NULL}", _missing_identity(column))
+    return {position: reject for (position,) in found}
+
+
+def _missing_identity(column: str) -> str:
+    return (
+        f'null value in column "{column}", which the table requires: `loader init --optional-identity` '
+        "accepts events without it, then run `loader rejects retry`"
+    )
+
+
 # ---- row by row -------------------------------------------------------------------------------------
 
 _ROW_BY_ROW: Final = """
@@ -122,7 +153,8 @@ _ROW_BY_ROW: Final = """
                 INSERT INTO {target} ({columns}) VALUES ({values});
             EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
                 GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, words = MESSAGE_TEXT,
-                    detail = PG_EXCEPTION_DETAIL, context = PG_EXCEPTION_CONTEXT;
+                    detail = PG_EXCEPTION_DETAIL, context = PG_EXCEPTION_CONTEXT,
+                    violated = COLUMN_NAME;
                 IF code ~ {outage} AND pg_catalog.split_part(context, E'\\n', 1) !~ 'RAISE' THEN
                     RAISE;
                 END IF;
@@ -134,8 +166,8 @@ _ROW_BY_ROW: Final = """
     END
 """
 _CREATE: Final = (
-    "CREATE OR REPLACE FUNCTION pg_temp.loader_row_by_row(positions int[]) "
-    "RETURNS TABLE (refused int, code text, words text) LANGUAGE plpgsql AS {body}"
+    "CREATE OR REPLACE FUNCTION pg_temp.loader_each_row(positions int[]) "
+    "RETURNS TABLE (refused int, code text, words text, violated text) LANGUAGE plpgsql AS {body}"
 )
 
 
@@ -200,8 +232,14 @@ def _row_by_row(
         columns=sql.SQL(", ").join(map(sql.Identifier, columns)), outage=sql.Literal(retry_pattern()),
     )  # fmt: skip
     staging.run(_CREATE, body=sql.Literal(body.as_string(staging.connection)))
-    found = staging.run("SELECT * FROM pg_temp.loader_row_by_row(%s::int[])", list(positions))
-    return {position: Reject(f"postgres_{code}", words) for position, code, words in found}
+    found = staging.run("SELECT * FROM pg_temp.loader_each_row(%s::int[])", list(positions))
+    return {
+        position: Reject(
+            f"postgres_{code}",
+            _missing_identity(column) if code == _NOT_NULL and column in _IDENTITY else words,
+        )
+        for position, code, words, column in found
+    }  # fmt: skip
 
 
 # ---- staging ----------------------------------------------------------------------------------------

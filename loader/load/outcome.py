@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
+import orjson
 
 from loader.files.chunk import Chunk
 from loader.files.rejects import Rejected
@@ -14,12 +17,18 @@ from loader.load.counts import Counts, Loaded
 from loader.load.decode import Reject, Row, decode
 from loader.load.ledger import Entry
 from loader.load.tables import EVENTS
+from spool.metric_names import DROPPED_METRIC
 
 OVERSIZE: Final = "oversize"
 """Code of a line longer than a chunk: its reject holds its beginning only, so it cannot be retried."""
 
 BLANK: Final = "empty"
 """Code of a line without a character that is not a blank: not a line, so it is not counted."""
+
+
+_DROPPED: Final = f"{DROPPED_METRIC}\t"
+_AFTER_ID: Final = len("0190163d-8694-739b-aea5-966c26f8ad91\t")
+_LONGEST_NAME: Final = 100
 
 
 @dataclass
@@ -31,13 +40,17 @@ class Outcome:
     metrics: int = 0
     duplicates: int = 0
     rejects: list[Rejected] = field(default_factory=list)
+    dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
+    event_hours: set[str] = field(default_factory=set)
+    metric_hours: set[str] = field(default_factory=set)
+    """The hours of the rows that are new, as in `Row.hour`."""
 
     @property
     def counts(self) -> Counts:
         return Counts(self.events, self.metrics, self.duplicates, len(self.rejects))
 
     def loaded(self) -> Loaded:
-        return Loaded(self.counts, bytes=self.chunk.size)
+        return Loaded(self.counts, bytes=self.chunk.size, dropped=self.dropped)
 
     def entry(self) -> Entry:
         """Return the chunk's row of the ledger."""
@@ -45,11 +58,23 @@ class Outcome:
         return Entry(chunk.digest, chunk.file, chunk.offset, chunk.size, self.counts)
 
     def insert(self, row: Row) -> None:
-        """Count a row that is new."""
+        """Count a row that is new, and note its hour."""
         if row.table is EVENTS:
             self.events += 1
+            self.event_hours.add(row.hour)
         else:
             self.metrics += 1
+            self.metric_hours.add(row.hour)
+            if row.copy.startswith(_DROPPED, _AFTER_ID):
+                self._count_dropped(row.copy)
+
+    def _count_dropped(self, copy: str) -> None:
+        """Count what a metric reports; one that somebody else wrote may have any value and labels."""
+        with contextlib.suppress(ValueError, OverflowError, AttributeError):
+            _, _, _, value, labels, _ = copy.split("\t")
+            kind = orjson.loads(labels.replace("\\\\", "\\"))
+            cause, name = (str(kind.get(label))[:_LONGEST_NAME] for label in ("cause", "name"))
+            self.dropped[cause, name] += int(float(value))
 
     def reject(self, line: int, raw: bytes, reject: Reject) -> None:
         self.rejects.append(Rejected(self.chunk.file, line, reject.code, reject.reason, raw))

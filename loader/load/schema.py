@@ -1,4 +1,4 @@
-"""The tables: creates or upgrades them (schema.sql, role.sql) and reads their version.
+"""The tables: creates or upgrades them (schema.sql, role.sql, reader.sql) and reads their version.
 
 No lock is waited for longer than a second at a time, because whoever needs the locked table queues behind the
 wait: auth.users is the application's. In between, the application has its turn.
@@ -23,7 +23,7 @@ from loader.errors import OutOfReachError
 from loader.load import deviations
 from loader.load.database import SINCE_17, VERSION_17, Connection
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 """The version that schema.sql creates. This loader can load into the tables of every earlier version."""
 PATIENCE: Final = 60.0
 """Seconds after which a lock is given up that other sessions do not release."""
@@ -38,13 +38,14 @@ _FOUND: Final = (
 )
 _REPORTED: Final = (
     "SELECT pg_catalog.current_setting('analytics.version_before'), "
-    "pg_catalog.current_setting('analytics.foreign_keys')"
+    "pg_catalog.current_setting('analytics.foreign_keys'), pg_catalog.current_setting('analytics.identity')"
 )
 """What the first statement of schema.sql leaves for its transaction."""
 _SUCCESS: Final = "00000"
 """Of a RAISE NOTICE without a code."""
 
 ForeignKeys = Literal["on", "off"]
+Identity = Literal["required", "optional"]
 
 
 class _Notice(NamedTuple):
@@ -55,16 +56,17 @@ class _Notice(NamedTuple):
 
 @dataclass
 class Applied:
-    """What applying the schema did: versions (0 is none), the keys, and what a person should know."""
+    """What applying the schema did: versions (0 is none), the choices, and what a person should know."""
 
     before: int = 0
     version: int = SCHEMA_VERSION
     foreign_keys: ForeignKeys = "on"
+    identity: Identity = "required"
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def note(self, notices: Sequence[_Notice]) -> None:
-        """Keep what schema.sql and role.sql report themselves, not that a table exists."""
+        """Keep what the scripts report themselves, not that a table exists."""
         for notice in notices:
             is_warning = notice.severity == "WARNING"
             kept = self.warnings if is_warning else self.notes
@@ -73,33 +75,39 @@ class Applied:
 
 
 def apply_schema(
-    connection: Connection, *, foreign_keys: bool | None = None, role: str | None = None,
-    patience: float = PATIENCE,
+    connection: Connection, *, foreign_keys: bool | None = None, identity: Identity | None = None,
+    role: str | None = None, reader: str | None = None, patience: float = PATIENCE,
 ) -> Applied:  # fmt: skip
-    """Apply schema.sql, and role.sql for a role. Idempotent.
+    """Apply schema.sql, role.sql for a role, and reader.sql for a reader. Idempotent.
 
-    `foreign_keys` is the choice to remember; None keeps what was chosen before, or adds them to new tables.
-    The connection must not be in a transaction: each statement of schema.sql has its own. Raises
-    psycopg.Error, and LoaderError for tables that cannot be loaded; then nothing was changed.
+    `foreign_keys` and `identity` are choices to remember; None keeps what was chosen before. New tables get
+    the keys, and require an identity.
+    The connection must not be in a transaction: the tables and the questions have one, each step of the keys
+    another. Tables with rows get no new indexes here: see indexes.py. Raises psycopg.Error, and LoaderError
+    for tables that cannot be loaded; then nothing was changed.
     """
-    tables, keys, validation = (match[0] for match in _STATEMENT.finditer(_script("schema.sql")))
+    statements = {match[1]: match[0].encode() for match in _STATEMENT.finditer(_script("schema.sql"))}
     applied = Applied()
 
     def apply_tables() -> None:
         deviations.refuse(deviations.find(connection))
         choice = "" if foreign_keys is None else "on" if foreign_keys else "off"
         _set(connection, "analytics.foreign_keys", choice)
-        connection.execute(tables.encode())
-        if role is not None:
-            _set(connection, "analytics.role", role)
-            connection.execute(_script("role.sql").encode())
-        ((version, choice),) = connection.execute(_REPORTED).fetchall()
-        applied.before, applied.foreign_keys = int(version), choice
+        _set(connection, "analytics.identity", identity or "")
+        _set(connection, "analytics.indexes", "later")
+        connection.execute(statements["tables"])
+        connection.execute(statements["questions"])
+        for kind, name in (("role", role), ("reader", reader)):
+            if name is not None:
+                _set(connection, f"analytics.{kind}", name)
+                connection.execute(_script(f"{kind}.sql").encode())
+        ((version, *choices),) = connection.execute(_REPORTED).fetchall()
+        applied.before, (applied.foreign_keys, applied.identity) = int(version), choices
         applied.warnings += [str(each) for each in deviations.find(connection)]
 
     _until_locked(connection, apply_tables, applied, patience)
-    for statement in (keys, validation):
-        _until_locked(connection, partial(connection.execute, statement.encode()), applied, patience)
+    for step in ("foreign_keys", "validation"):
+        _until_locked(connection, partial(connection.execute, statements[step]), applied, patience)
     return applied
 
 

@@ -26,7 +26,7 @@ class Table:
     """The column that is an object, of which FILLED_IN does not count."""
 
 
-FILLED_IN: Final = ("request_id", "role", "service", "release", "environment")
+FILLED_IN: Final = ("request_id", "trace_id", "role", "service", "release", "environment")
 """What the emitter adds from its context and its process-wide defaults."""
 EVENTS: Final = Table(
     "analytics_events",

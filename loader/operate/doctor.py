@@ -9,6 +9,7 @@ import contextlib
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,14 +23,18 @@ import watchfiles
 from loader import settings
 from loader.errors import LoaderError, OutOfReachError
 from loader.files import nofollow, rejects
+from loader.files import writers as writer_files
 from loader.files.lock import LOCK, holder, is_foreign, lock_holders
 from loader.files.scan import STALE_SECONDS, Adopter, backlog, is_stale, segment_names
-from loader.load import deviations, schema
+from loader.files.writers import Stated
+from loader.load import deviations, schema, writers
 from loader.load.database import Connection, connect, transaction
 from loader.load.deviations import Severity
+from loader.load.dropped import dropped, unreported
 from loader.load.sqlstate import explain
 from loader.operate.status import reject_counts
 from loader.service.daemon import UNWATCHABLE
+from spool.account import Statement
 from spool.segment import OPEN, SEALED
 
 _OLDEST_SERVER: Final = 13
@@ -38,6 +43,7 @@ _LITTLE_SPACE: Final = 1 << 30
 _LITTLE_SHARE: Final = 0.05
 _LONG_LAG: Final = 60.0
 _CLOCK_SECONDS: Final = 5.0
+_SHOWN_DROPS: Final = 5
 _SHORT_TIMEOUT: Final = 60_000
 """Milliseconds within which every statement of a load should end, also on a busy server."""
 _TABLES: Final = ("analytics_events", "analytics_metrics", "analytics_loads")
@@ -66,6 +72,15 @@ _TIMEOUTS: Final = (
     "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "transaction_timeout",
     "idle_session_timeout",
 )  # fmt: skip
+_IDENTITY_VERSION: Final = 4
+"""The first version of the tables that remembers whether an identity is required."""
+_IDENTITY_COLUMNS: Final = ("user_id", "family_unit_id")
+_IDENTITY: Final = f"""
+    SELECT coalesce((SELECT value FROM analytics_settings WHERE name = 'identity'), 'required'),
+        ARRAY(SELECT attname::text FROM pg_catalog.pg_attribute
+            WHERE attrelid = pg_catalog.to_regclass('analytics_events')::oid AND attnotnull
+                AND attname::text IN {_IDENTITY_COLUMNS} ORDER BY attnum)
+"""
 _CONNECTION_LIMITS: Final = (
     "SELECT rolconnlimit, (SELECT datconnlimit FROM pg_catalog.pg_database "
     "WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database()) "
@@ -119,13 +134,16 @@ def _failed(check: str, finding: str, remedy: str) -> Finding:
 
 def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: int = 2) -> Iterator[Finding]:
     """Check the spool, the machine and the database, as given or set, for a loader with so many workers."""
+    known: Path | None = None
     try:
         where = settings.spool_directory(spool)
     except LoaderError as error:
         yield _failed("spool", str(error), "")
     else:
+        known = where
         for check in (_permissions, _segments, _lock, _backlog, _rejects, _inotify, _disk):
             yield from _guarded(check, where)
+    stated = _statements(known)
     if archive is not None:
         yield from _guarded(_archive, archive)
     try:
@@ -134,10 +152,12 @@ def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: 
             with connection.transaction():
                 found = _settings(connection)
             with transaction(connection):
-                for inspect in (_server, _clock, _schema, _tables, _privileges, _creators):
+                for inspect in (_server, _clock, _schema, _tables, _identity, _privileges, _creators):
                     yield from inspect(connection)
                 yield from _durability(connection, found)
                 yield from _limits(connection, found, workers)
+                yield from _drops(connection, stated)
+                yield from _conservation(connection, known, stated)
     except (psycopg.Error, LoaderError) as error:
         reason = explain(error)
         remedy = "is the server up, and are host, port, user and password right?"
@@ -347,6 +367,26 @@ def _tables(connection: Connection) -> Iterator[Finding]:
         yield _ok("tables", "as the loader needs them")
 
 
+def _identity(connection: Connection) -> Iterator[Finding]:
+    """Report whether events need a user and a family, and whether the table is as was chosen."""
+    if schema.schema_version(connection) < _IDENTITY_VERSION:
+        return
+    ((chosen, required),) = connection.execute(_IDENTITY).fetchall()
+    like = f"required by {' and '.join(required)}" if required else "optional"
+    if chosen == "optional" and required:
+        yield _warning(
+            "identity", f"optional was chosen, but it is {like}", "`loader init --optional-identity`"
+        )
+    elif chosen == "required" and len(required) < len(_IDENTITY_COLUMNS):
+        yield _warning(
+            "identity", "required was chosen, but the table accepts events without one",
+            "`loader init --required-identity`, or --optional-identity",
+        )  # fmt: skip
+    else:
+        remedy = "; events without one become rejects (`loader init --optional-identity` accepts them)"
+        yield _ok("identity", like + (remedy if required else ": events may have no user and no family"))
+
+
 def _privileges(connection: Connection) -> Iterator[Finding]:
     if not schema.schema_version(connection):
         return
@@ -436,6 +476,67 @@ def _limits(connection: Connection, found: dict[str, tuple[str, str]], workers: 
         )  # fmt: skip
     if not short and not few:
         yield _ok("limits", "no timeout and no connection limit is in the way")
+
+
+def _statements(spool: Path | None) -> list[tuple[Statement, bool]]:
+    with contextlib.suppress(OSError):  # which `_permissions` reports
+        return writer_files.statements(spool) if spool is not None else []
+    return []
+
+
+def _drops(connection: Connection, stated: Sequence[tuple[Statement, bool]]) -> Iterator[Finding]:
+    """Report the lines that emitters dropped in the last day, also those that are in no metric yet."""
+    found = Counter(dropped(connection, "24 hours")) if schema.schema_version(connection) else Counter()
+    found.update(unreported(report for statement, _ in stated for report in statement.unreported))
+    if not found:
+        yield _ok("drops", "no line was dropped in the last 24 h")
+        return
+    shown = ", ".join(f"{kind} {count}" for kind, count in found.most_common(_SHOWN_DROPS))
+    more = ", ..." if len(found) > _SHOWN_DROPS else ""
+    yield _warning(
+        "drops", f"emitters dropped {found.total()} lines in the last 24 h: {shown}{more}",
+        "see the warnings \"analytics line dropped\" in the application's log",
+    )  # fmt: skip
+
+
+def _conservation(
+    connection: Connection, spool: Path | None, stated: Sequence[tuple[Statement, bool]]
+) -> Iterator[Finding]:
+    """Compare what writers state with the ledger and the spool; what is recorded for that is rolled back."""
+    if schema.schema_version(connection) < writers.VERSION:
+        return
+    if not writers.may_record(connection):
+        user = connection.info.user
+        yield _warning(
+            "conservation", f"{user} may not record what writers state",
+            f"as the owner of the tables: `loader init --role {user}`",
+        )  # fmt: skip
+        return
+    now: list[Stated] | None = None
+    with contextlib.suppress(OSError):  # which `_permissions` reports
+        if spool is not None:
+            now = writer_files.with_unstated(spool, stated, writers.last_loaded(connection))
+    with connection.transaction(force_rollback=True):
+        if now and connection.execute("SHOW transaction_read_only").fetchone() != ("on",):
+            writers.record(connection, now)
+        total = writers.conservation(connection)
+    equation = (
+        f"{total.writers} writers emitted {total.emitted} lines = {total.rows} rows + {total.duplicates} duplicates + "
+        f"{total.rejects} rejects + {total.dropped} dropped + {total.pending} pending"
+    )
+    if total.holds:
+        yield _ok("conservation", equation)
+        return
+    names = list(total.missing_segments) or [
+        f"lines of {writer}" for writer in total.unbalanced[:_SHOWN_DROPS]
+    ]
+    more = f" and {total.missing_segment_count - len(names)} more" * (
+        total.missing_segment_count > len(names)
+    )
+    yield _warning(
+        "conservation", f"{equation} + {total.missing} missing: {', '.join(names)}{more}",
+        "look for these segments in the archive or a backup and load them with `loader backfill`",
+    )  # fmt: skip
 
 
 def _reset(connection: Connection, name: str, source: str, value: str) -> str:

@@ -1,10 +1,11 @@
 """Removes what is older than it has to be kept: rows, ledger rows, rejected and archived files.
 
-Rows are removed by their own `timestamp` and by the server's clock, in batches of a transaction each that
-lock nothing but these rows, found through the index that begins with their kind. A batch that meets a
-deadlock or a lock is repeated. Ledger rows are removed by when they were loaded, and a writer's together,
-once its last one is old: the view of missing segments counts from 1. A file whose ledger rows were removed is
-loaded again when it is read again, as from an archive. Files are removed by when they were written.
+Rows are removed by the hour of their own `timestamp` and by the server's clock, in batches of a transaction
+each that lock nothing that a load wants. Their counts stay in the rollups, which are refreshed before
+(schema.sql, analytics_prune_hour). A batch that meets a deadlock or a lock is repeated. Ledger rows are removed
+by when they were loaded, and a writer's together, once its last one is old: the view of missing segments counts
+from 1. A file whose ledger rows were removed is loaded again when it is read again, as from an archive. Files
+are removed by when they were written.
 
 Operators are qualified because those on `varchar` are not exactly those of pg_catalog (see schema.sql).
 """
@@ -22,13 +23,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, LiteralString, cast
+from typing import Any, Final, Literal, LiteralString, cast
 
 import psycopg
 from psycopg import sql
 
 from loader.files import nofollow, rejects
 from loader.files.retire import SUFFIX
+from loader.load import rollups
 from loader.load.database import Connection, transaction
 from loader.load.tables import EVENTS, METRICS, Table
 from spool.segment import SEALED
@@ -47,13 +49,8 @@ _KINDS: Final = (
 _COUNT: Final = (
     "SELECT pg_catalog.count(*) FROM {table} WHERE {kind} OPERATOR(pg_catalog.=) %s AND timestamp < %s"
 )
-_DELETE: Final = (
-    "WITH old AS MATERIALIZED (SELECT {key} AS key FROM {table} WHERE {kind} OPERATOR(pg_catalog.=) %s "
-    "AND timestamp < %s AND timestamp >= %s::timestamptz ORDER BY timestamp LIMIT %s), "
-    "gone AS (DELETE FROM {table} USING old WHERE {table}.{key} = old.key RETURNING {table}.timestamp) "
-    "SELECT pg_catalog.count(*), pg_catalog.max(timestamp)::text FROM gone"
-)
-"""A batch begins where the last one ended, which spares the way over index entries of what is gone."""
+_HOURS: Final = "SELECT hour FROM analytics_prunable(%s::text, %s::timestamptz) AS hour"
+_PRUNE_HOUR: Final = "SELECT analytics_prune_hour(%s::text, %s::timestamptz, %s::int4)"
 _WRITERS: Final = "SELECT DISTINCT writer FROM analytics_loads WHERE loaded_at >= %s AND writer IS NOT NULL"
 _OLD_LOADS: Final = "analytics_loads WHERE coalesce(writer, '') <> ALL(%s::text[]) AND loaded_at < %s"
 _COUNT_LOADS: Final = f"SELECT pg_catalog.count(*) FROM {_OLD_LOADS}"
@@ -63,6 +60,14 @@ _DELETE_LOADS: Final = (
     "(DELETE FROM analytics_loads USING old WHERE digest = old.key RETURNING loaded_at) "
     "SELECT pg_catalog.count(*), pg_catalog.max(loaded_at)::text FROM gone"
 )
+"""A batch begins where the last one ended, which spares the way over index entries of what is gone."""
+
+_DELETE_STATEMENTS: Final = (
+    "DELETE FROM analytics_writers AS each WHERE reported_at < %s AND (writer <> ALL(%s::text[]) OR EXISTS "
+    "(SELECT FROM analytics_writers AS later WHERE later.writer = each.writer "
+    "AND later.reported_at > each.reported_at)) RETURNING 1"
+)
+"""A living writer's last statement stays, as its ledger rows do."""
 
 
 _LOCK_SECONDS: Final = 5
@@ -97,12 +102,19 @@ class Pruned:
 
 
 class Rows:
-    """The rows that are older than `age` by the server's clock, `before`. Methods raise psycopg.Error."""
+    """The rows that are older than `age` by the server's clock, `before`. Methods raise psycopg.Error.
+
+    Of the tables, whole hours: rows of the hour in which `before` lies stay until it has passed.
+    """
 
     def __init__(self, connection: Connection, age: timedelta, stop: threading.Event) -> None:
         self._connection = connection
         self._stop = stop
-        ((self._before,),) = self._run("SELECT pg_catalog.now() - %s::interval", EVENTS, age)
+        statement = (
+            "SELECT before, pg_catalog.date_trunc('hour', before, 'UTC') "
+            "FROM (SELECT pg_catalog.now() - %s::interval AS before) AS clock"
+        )
+        ((self._before, self._before_hour),) = self._run(statement, EVENTS, age)
 
     @property
     def before(self) -> datetime:
@@ -110,25 +122,41 @@ class Rows:
 
     def count(self) -> Pruned:
         events, metrics = (
-            sum(self._number(_COUNT, table, kind, self._before) for kind in self._kinds(table))
+            sum(self._number(_COUNT, table, kind, self._before_hour) for kind in self._kinds(table))
             for table in (EVENTS, METRICS)
         )
         return Pruned(events, metrics, self._number(_COUNT_LOADS, EVENTS, self._writers(), self._before))
 
     def delete(self, deleted: Callable[[int], None]) -> Pruned:
-        """Delete them until done or asked to stop; `deleted` gets the rows of each committed batch."""
-        events, metrics = (
-            sum(self._delete(_DELETE, table, kind, deleted) for kind in self._kinds(table))
-            for table in (EVENTS, METRICS)
-        )
-        return Pruned(events, metrics, self._delete(_DELETE_LOADS, EVENTS, self._writers(), deleted))
+        """Delete them until done or asked to stop; `deleted` gets the rows of each committed batch.
 
-    def _delete(
-        self, statement: LiteralString, table: Table, which: object, deleted: Callable[[int], None]
-    ) -> int:
-        total, count, since = 0, BATCH_ROWS, "-infinity"
+        Raises LoaderError if the tables are of a version without rollups.
+        """
+        rollups.refresh_patiently(self._connection, self._stop.is_set, _PATIENCE)
+        events, metrics = (self._delete_rows(source, deleted) for source in ("events", "metrics"))
+        # Before the ledger's rows: without those, lines would seem to be missing.
+        self._delete_statements(self._writers())
+        return Pruned(events, metrics, self._delete_loads(deleted))
+
+    def _delete_statements(self, writers: list[str]) -> None:
+        """Remove the old statements of writers, all of those whose ledger rows are old."""
+        if self._run("SELECT pg_catalog.to_regclass('analytics_writers') IS NOT NULL", EVENTS) == [(True,)]:
+            self._run(_DELETE_STATEMENTS, EVENTS, self._before, writers)
+
+    def _delete_rows(self, source: Literal["events", "metrics"], deleted: Callable[[int], None]) -> int:
+        total = 0
+        for (hour,) in self._run(_HOURS, EVENTS, source, self._before_hour):
+            count = BATCH_ROWS
+            while count == BATCH_ROWS and not self._stop.is_set():
+                count = self._number(_PRUNE_HOUR, EVENTS, source, hour, BATCH_ROWS)
+                total += count
+                deleted(count)
+        return total
+
+    def _delete_loads(self, deleted: Callable[[int], None]) -> int:
+        total, count, since, writers = 0, BATCH_ROWS, "-infinity", self._writers()
         while count == BATCH_ROWS and not self._stop.is_set():
-            ((count, last),) = self._run(statement, table, which, self._before, since, BATCH_ROWS)
+            ((count, last),) = self._run(_DELETE_LOADS, EVENTS, writers, self._before, since, BATCH_ROWS)
             since = last or since
             total += count
             deleted(count)
@@ -147,8 +175,7 @@ class Rows:
 
     def _run(self, statement: LiteralString, table: Table, *values: object) -> list[tuple[Any, ...]]:
         """Run a statement in a transaction of its own, again if other sessions were in its way."""
-        names = {name: sql.Identifier(getattr(table, name)) for name in ("key", "kind")}
-        text = sql.SQL(statement).format(table=sql.Identifier(table.name), **names)
+        text = sql.SQL(statement).format(table=sql.Identifier(table.name), kind=sql.Identifier(table.kind))
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -14,8 +14,11 @@ from loader.files import rejects
 from loader.files.lock import holder
 from loader.files.scan import Backlog, backlog
 from loader.files.waiting import waiting
+from loader.files.writers import statements
+from loader.load import rollups
 from loader.load.counts import Counts
 from loader.load.database import Connection
+from loader.load.dropped import dropped, unreported
 
 _RATE_MINUTES: Final = 5
 
@@ -30,6 +33,8 @@ class Spool(Backlog):
     rejected: Mapping[str, int]
     waiting_for_parents: int
     """Rejects of the last hour for a parent that does not exist, which the daemon retries."""
+    unreported_drops: Mapping[str, int]
+    """Lines that emitters dropped and no metric reports yet."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,15 @@ class Ledger:
     """Lines that were rejected at first; `counts` has them twice."""
     last_loaded_at: datetime | None
     rows_per_second: float
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Lines that emitters dropped, by cause and event type or metric name, as their metrics report."""
 
     def facts(self) -> dict[str, object]:
         """Return the values by the names that `loader status` prints."""
         return {
             "chunks": self.chunks, "lines": self.counts.lines, **asdict(self.counts), "retried": self.retried,
             "last_loaded_at": self.last_loaded_at, "rows_per_second": self.rows_per_second,
+            "dropped": self.dropped,
         }  # fmt: skip
 
 
@@ -61,6 +69,9 @@ def spool(directory: Path) -> Spool:
         reject_files=len(counted),
         rejected=dict(sum((codes for _, codes in counted), Counter()).most_common()),
         waiting_for_parents=sum(count for _, _, count in waiting(directory, {})),
+        unreported_drops=unreported(
+            report for statement, _ in statements(directory) for report in statement.unreported
+        ),
     )
 
 
@@ -88,4 +99,19 @@ def ledger(connection: Connection) -> Ledger:
     ).fetchone()
     assert row is not None  # an aggregate has one row
     chunks, *counts, last_loaded_at, recent_rows, retried = row
-    return Ledger(chunks, Counts(*counts), retried, last_loaded_at, recent_rows / (60 * _RATE_MINUTES))
+    return Ledger(
+        chunks,
+        Counts(*counts),
+        retried,
+        last_loaded_at,
+        recent_rows / (60 * _RATE_MINUTES),
+        dropped(connection),
+    )
+
+
+def touched(connection: Connection) -> rollups.Touched | None:
+    """Return the touched hours of the rollups; None for tables of a version without. Raises psycopg.Error."""
+    ((exists,),) = connection.execute(
+        "SELECT pg_catalog.to_regclass('analytics_touched') IS NOT NULL"
+    ).fetchall()
+    return rollups.touched(connection) if exists else None

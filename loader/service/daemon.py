@@ -17,14 +17,16 @@ from typing import Final
 import watchfiles
 
 from loader.errors import one_line
-from loader.files import rejects
+from loader.files import rejects, writers
 from loader.files.lock import exclusive
 from loader.files.retire import SpoolFiles
 from loader.files.scan import Backlog, Scan, backlog
 from loader.files.writing import GRACE_SECONDS
+from loader.service.accounts import Accounts
 from loader.service.health import Health
 from loader.service.notify import Notifier
 from loader.service.parents import ParentRetries
+from loader.service.rollup import Refresher
 from loader.service.run import Report
 from loader.service.signals import Signals
 from loader.service.workers import Workers
@@ -55,8 +57,10 @@ class Daemon:
         self._signals = signals
         self._files = SpoolFiles(spool, archive)
         self._notifier = notifier
-        self._workers = Workers(dsn, spool, count, signals, None, self.health, self._report_status)
+        self._workers = Workers(dsn, spool, count, signals, None, self.health, self._tick)
         self._parents = ParentRetries(dsn, spool, signals, self.health)
+        self._accounts = Accounts(dsn, spool, signals)
+        self._refresher = Refresher(dsn)
         self._rescan = min(RESCAN_SECONDS, notifier.watchdog_seconds / 4 or RESCAN_SECONDS)
         self._reloads = 0
         self._reported: dict[str, str] = {}
@@ -69,21 +73,25 @@ class Daemon:
             exclusive(self._spool),
             contextlib.closing(self._workers),
             contextlib.closing(self._parents),
+            contextlib.closing(self._accounts),
+            contextlib.closing(self._refresher),
         ):
             log.info("watching %s", self._spool)
-            self._remove_leftovers()
+            self._prepare()
             self._parents.start()
+            self._accounts.start()
             self._load_all()
             for _ in self._hints():
                 self._load_all()
             self._notifier.stopping()
         log.info("stopped")
 
-    def _remove_leftovers(self) -> None:
+    def _prepare(self) -> None:
         try:
             rejects.remove_leftovers(self._spool)
+            writers.prepare(self._spool)
         except OSError as error:
-            self._report_problems({rejects.DIRECTORY: f"could not be cleaned: {error}"})
+            self._report_problems({str(self._spool): f"could not be prepared: {error}"})
 
     def _load_all(self) -> None:
         """Scan and load until a scan has found all there is: it is bounded."""
@@ -103,9 +111,15 @@ class Daemon:
             self._report_problems({str(self._spool): f"could not be scanned: {error}"})
         else:
             self._report_pass(found, report)
+            self._refresher.tick(busy=report.files > 0)
             more = found.more
         self._report_status()
         return more
+
+    def _tick(self) -> None:
+        """While the workers load."""
+        self._refresher.tick(busy=True)
+        self._report_status()
 
     def _reload(self) -> None:
         """Reconnect, with the settings as they are now."""

@@ -63,6 +63,13 @@ class _LoaderCollector(Collector):
             ("retries", "Attempts to load a batch that failed and were repeated.", health.retries),
         ):
             yield CounterMetricFamily(f"analytics_loader_{name}", meaning, value=value)
+        dropped = CounterMetricFamily(
+            "analytics_spool_dropped", "Lines that emitters dropped, as their metrics report.",
+            labels=["cause", "name"],
+        )  # fmt: skip
+        for kind, count in health.total.dropped.items():
+            dropped.add_metric(kind, count)
+        yield dropped
         cumulative = [float(count) for count in accumulate(health.buckets)]
         bounds = [*map(str, BUCKETS), "+Inf"]
         yield HistogramMetricFamily(

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from spool import Emitter
+from spool.metrics import DROPPED_METRIC
 from spool.segment import recover
 
 USER, FAMILY = uuid.uuid4(), uuid.uuid4()
@@ -47,7 +48,7 @@ def lines(directory: Path, pattern: str = "*.ndjson") -> list[dict[str, Any]]:
 
 
 def ids(directory: Path) -> list[str]:
-    return [line["event_id"] for line in lines(directory)]
+    return [line["event_id"] for line in lines(directory) if line.get("metric_name") != DROPPED_METRIC]
 
 
 def recover_all(directory: Path) -> None:

@@ -20,6 +20,8 @@ import pytest
 from spool import Emitter
 from spool.metrics import DROPPED_METRIC
 from spool.segment import recover, written_bytes
+from tests import disks
+from tests.disks import fill
 from tests.emit.lines import emit, ids, interrupted, lines
 from tests.processes import eventually
 
@@ -29,29 +31,8 @@ MAX_AGE = 0.2
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 16 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True
-    ).returncode:
-        pytest.skip("mounting a tmpfs takes a privilege that is not here")
-    try:
+    with disks.small_disk(tmp_path / "disk", "size=16m") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Write until not one byte is left."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            try:
-                while True:
-                    file.write(b"x" * size)
-            except OSError:
-                continue
-    return filler
 
 
 def reported(directory: Path) -> int:

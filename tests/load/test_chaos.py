@@ -1,5 +1,5 @@
-"""Emitters, a loader and a Postgres of their own; any of them is killed, cut off, locked out or refused at
-random moments. In the end every event whose emit returned is a row, and the ledger agrees with the table.
+"""Emitters, a loader and a Postgres of their own; any of them is killed, cut off, locked out, refused, timed out or
+left without room at random moments. In the end every event whose emit returned is a row, and the ledger agrees with the table.
 
 The seed is printed; SEED in the environment repeats a run's choices (not its timing).
 """
@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -20,6 +21,8 @@ import pytest
 
 from loader.demo import embedded
 from loader.load import schema
+from tests import disks
+from tests.disks import fill
 from tests.load.lines import ledger_agrees, rejected
 from tests.processes import LOADER, Cli, environment
 
@@ -31,7 +34,8 @@ acknowledged = os.open(sys.argv[2], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 user = uuid.uuid4()
 while True:
     made = emitter.emit_event(event_type="tick", user_id=user, family_unit_id=user)
-    os.write(acknowledged, made.encode() + b"\\n")
+    if made is not None:
+        os.write(acknowledged, made.encode() + b"\\n")
     time.sleep(0.0005)  # some 2,000 events a second, not as many as possible
 """
 SETTLE_SECONDS = 0.4
@@ -42,11 +46,10 @@ ROLE = "chaos_loader"
 class Chaos:
     """What runs, and what can happen to it. Each fault leaves everything running again, but not at rest."""
 
-    def __init__(self, cluster: embedded.Cluster, home: Path, seed: int) -> None:
+    def __init__(self, cluster: embedded.Cluster, spool: Path, home: Path, seed: int) -> None:
         self.cluster = cluster
         self.chance = random.Random(seed)
-        self.spool = home / "spool"
-        self.spool.mkdir()
+        self.spool = spool
         self.home = home
         self.dsn = f"{cluster.dsn} user={ROLE}"
         self.log = (home / "loader.log").open("ab")
@@ -59,7 +62,8 @@ class Chaos:
         return subprocess.Popen([sys.executable, "-c", EMITTER, self.spool, self.acknowledged[-1]])
 
     def start_loader(self) -> subprocess.Popen[bytes]:
-        variables = environment(SPOOL_DIR=str(self.spool), LOADER_DSN=self.dsn)
+        workers = str(self.chance.randint(1, 4))
+        variables = environment(SPOOL_DIR=str(self.spool), LOADER_DSN=self.dsn, LOADER_WORKERS=workers)
         return subprocess.Popen([*LOADER, "run"], env=variables, stderr=self.log)
 
     def pause(self) -> None:
@@ -102,23 +106,51 @@ class Chaos:
             connection.execute("LOCK TABLE analytics_events IN ACCESS EXCLUSIVE MODE")
             self.pause()
 
-    def refuse_connections(self) -> None:
-        self.admin(f"ALTER ROLE {ROLE} CONNECTION LIMIT 0")
+    @contextmanager
+    def of_the_role(self, change: str, undo: str) -> Iterator[None]:
+        """Let a change of the role take effect on all of the loader's connections, and mend it after a while."""
+        self.admin(f"ALTER ROLE {ROLE} {change}")
         self.terminate_backends()
+        yield
         self.pause()
-        self.admin(f"ALTER ROLE {ROLE} CONNECTION LIMIT -1")
+        self.admin(f"ALTER ROLE {ROLE} {undo}")
+        self.terminate_backends()
+
+    def refuse_connections(self) -> None:
+        with self.of_the_role("CONNECTION LIMIT 0", "CONNECTION LIMIT -1"):
+            pass
+
+    def allow_one_connection(self) -> None:
+        with self.of_the_role("CONNECTION LIMIT 1", "CONNECTION LIMIT -1"):
+            pass
 
     def make_read_only(self) -> None:
-        self.admin(f"ALTER ROLE {ROLE} SET default_transaction_read_only = on")
-        self.terminate_backends()
+        with self.of_the_role(
+            "SET default_transaction_read_only = on", "RESET default_transaction_read_only"
+        ):
+            pass
+
+    def time_statements_out(self) -> None:
+        limit = self.chance.choice((1, 5, 20))
+        with self.of_the_role(f"SET statement_timeout = {limit}", "RESET statement_timeout"):
+            pass
+
+    def crash_after_commits_that_do_not_wait_for_the_disk(self) -> None:
+        with self.of_the_role("SET synchronous_commit = off", "RESET synchronous_commit"):
+            self.pause()
+            self.kill_the_server()
+
+    def fill_the_disk(self) -> None:
+        filler = fill(self.spool)
         self.pause()
-        self.admin(f"ALTER ROLE {ROLE} RESET default_transaction_read_only")
-        self.terminate_backends()
+        filler.unlink()
 
     def faults(self) -> list[Callable[[], None]]:
         return [
             self.kill_an_emitter, self.kill_the_loader, self.kill_the_server, self.stop_the_server_at_once,
-            self.terminate_backends, self.lock_the_table, self.refuse_connections, self.make_read_only,
+            self.terminate_backends, self.lock_the_table, self.refuse_connections, self.allow_one_connection,
+            self.make_read_only, self.time_statements_out, self.crash_after_commits_that_do_not_wait_for_the_disk,
+            *([self.fill_the_disk] if self.spool.is_mount() else []),
         ]  # fmt: skip
 
     # ---- the end ------------------------------------------------------------------------------------
@@ -137,13 +169,27 @@ class Chaos:
         return {line for path in self.acknowledged if path.exists() for line in path.read_text().splitlines()}
 
 
+@contextmanager
+def spool_directory(where: Path) -> Iterator[Path]:
+    """On a small disk, if this user may mount one."""
+    if os.geteuid() == 0:
+        with disks.small_disk(where, "size=16m,mode=770") as disk:
+            yield disk
+    else:
+        where.mkdir()
+        yield where
+
+
 def run(home: Path, faults: int) -> None:
     seed = int(os.environ.get("SEED") or random.randrange(1 << 32))
     print(f"SEED={seed}")
-    with embedded.cluster(max(v for v in (15, 16, 18) if embedded.binaries(v))) as cluster:
+    with (
+        spool_directory(home / "spool") as spool,
+        embedded.cluster(max(v for v in (15, 16, 18) if embedded.binaries(v))) as cluster,
+    ):
         with psycopg.connect(cluster.dsn) as connection:
             schema.apply_schema(connection, role=ROLE)
-        chaos = Chaos(cluster, home, seed)
+        chaos = Chaos(cluster, spool, home, seed)
         for _ in range(faults):
             chaos.pause()
             chaos.chance.choice(chaos.faults())()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import pytest
 from loader.errors import LoaderError
 from loader.files import lock
 from loader.load.database import Connection
+from tests import disks
+from tests.disks import fill
 from tests.load.lines import event, number, rejected, segment
 from tests.processes import Cli, as_root, eventually
 
@@ -21,26 +22,8 @@ EVENTS = "SELECT count(*) FROM analytics_events"
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A spool on a file system of its own of 1 MiB."""
-    spool = tmp_path / "small"
-    spool.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=60,mode=770", "tmpfs", str(spool)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this user may not mount a file system")
-    yield spool
-    subprocess.run(["umount", "-l", spool], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Take what is left of a disk."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file:
-        size = 65536
-        while size:
-            try:
-                file.write(b"x" * size)
-            except OSError:
-                size //= 2
-    return filler
+    with disks.small_disk(tmp_path / "small", "size=1m,nr_inodes=60,mode=770") as spool:
+        yield spool
 
 
 @as_root

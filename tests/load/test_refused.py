@@ -13,6 +13,7 @@ from loader.load.batch import load
 from loader.load.database import Connection
 from tests.load.lines import EVENT, as_owner, chunk, event, metric, number, rejected, rows, segment
 from tests.processes import Cli, eventually, slowness
+from tests.servers import DROP_QUESTIONS
 
 EVENTS = "SELECT count(*) FROM analytics_events"
 STRANGER = "0190163d-8694-739b-aea5-00000000dead"
@@ -263,7 +264,7 @@ HALF = {
         "ALTER TABLE analytics_events ADD CHECK (event_type <> 'cursed')", {"event_type": "cursed"}, "23514",
     ),
     "a type": (
-        "DROP VIEW analytics_events_daily; "
+        f"DROP VIEW analytics_events_daily; {DROP_QUESTIONS}"
         "ALTER TABLE analytics_events ALTER event_type TYPE varchar(20)",
         {"event_type": "x" * 21}, "22001",
     ),

@@ -44,7 +44,7 @@ def test_all_is_well_while_a_loader_runs_as_its_own_role(cli: Cli) -> None:
     assert {finding["verdict"] for finding in findings.values()} == {"ok"}, findings
     assert set(findings) == {
         "spool", "segments", "loader", "backlog", "rejects", "inotify", "disk",
-        "connection", "server", "clock", "schema", "tables", "privileges", "creators", "limits",
+        "connection", "server", "clock", "schema", "tables", "privileges", "creators", "limits", "identity", "drops", "conservation",
     }  # fmt: skip
 
 
@@ -230,12 +230,11 @@ def test_nothing_is_wrong_beside_a_daemon_that_is_busy(cli: Cli, one_connection:
     stop = threading.Event()
 
     def emit() -> None:
-        for n in itertools.count(1):
+        for n in itertools.count(1):  # without a gap: a segment that is missing is a fault
+            while len(os.listdir(cli.spool)) > 500 and not stop.is_set():
+                stop.wait(0.01)
             if stop.is_set():
                 return
-            if len(os.listdir(cli.spool)) > 500:
-                stop.wait(0.01)
-                continue
             path = cli.spool / f"{STEM.format(n)}.ndjson"
             path.with_suffix(".new").write_bytes(joined(event(n), *[b"{broken"] * (n % 3 == 0)))
             path.with_suffix(".new").rename(path)
@@ -253,7 +252,8 @@ def test_nothing_is_wrong_beside_a_daemon_that_is_busy(cli: Cli, one_connection:
                 findings = examined(cli)
                 for check in ("durability", "rejects"):
                     findings.pop(check)  # the servers of the tests do without fsync; there are rejects
-                assert {finding["verdict"] for finding in findings.values()} == {"ok"}, findings
+                unwell = [finding for finding in findings.values() if finding["verdict"] != "ok"]
+                assert not unwell
                 for command in ("status", "rejects list", "rejects show"):
                     cli(*command.split(), "--json")
         finally:

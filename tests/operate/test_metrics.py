@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from loader.load.database import Connection
-from tests.load.lines import event, metric, segment
+from spool import Emitter
+from tests.load.lines import event, metric, rows, segment
 from tests.processes import Cli, eventually, free_port
 
 LISTEN = "0A"
@@ -82,3 +84,36 @@ def test_the_port_is_reached_from_this_machine_alone(cli: Cli) -> None:
         bound = [local for _, local, _, state, *_ in sockets if state == LISTEN]
         listening = [local for local in bound if f":{port:04X}" in local]
         assert listening == [f"0100007F:{port:04X}"]
+
+
+def test_dropped_lines_are_counted_by_cause_and_name(cli: Cli, one_connection: Connection) -> None:
+    def drops(number: int, cause: object, name: object, value: object = 1) -> bytes:
+        labels = {"cause": cause, "name": name}
+        return metric(number, metric_name="spool_dropped_count", labels=labels, value=value)
+
+    segment(
+        cli.spool, 1, drops(1, "disk", "hits", 3), drops(2, "disk", "hits", 2), drops(2, "disk", "hits", 2),
+        drops(3, "missing", "seen"), drops(4, 'a"\\\n', None, 1.5),
+        metric(5, metric_name="spool_dropped_count", labels={}), metric(6),
+    )  # fmt: skip
+    with serving(cli) as port:
+        eventually(lambda: scrape(port)["analytics_loader_files_total"] == 1)
+        samples = scrape(port)
+    assert samples["analytics_spool_dropped_total{cause=disk,name=hits}"] == 5
+    assert samples["analytics_spool_dropped_total{cause=missing,name=seen}"] == 1
+    assert json.loads(cli("status", "--json"))["database"]["dropped"]["disk hits"] == 5
+
+
+def test_what_an_emitter_drops_reaches_every_place(cli: Cli, one_connection: Connection) -> None:
+    emitter = Emitter(cli.spool, max_age=0.1)
+    with serving(cli) as port:
+        for _ in range(3):
+            emitter.emit_event(event_type="seen", user_id="nobody")
+        name = "analytics_spool_dropped_total{cause=invalid_uuid,name=seen}"
+        eventually(lambda: scrape(port).get(name) == 3)
+        status = json.loads(cli("status", "--json"))
+        assert status["database"]["dropped"] == {"invalid_uuid seen": 3}
+        assert "invalid_uuid seen 3" in cli("doctor")
+    emitter.close()
+    ((labels, value),) = rows(one_connection, "SELECT labels, value FROM analytics_metrics")
+    assert (labels, value) == ({"cause": "invalid_uuid", "name": "seen"}, 3)

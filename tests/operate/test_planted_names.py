@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import subprocess
 import uuid
-from importlib.resources import files
 from pathlib import Path
 
 import psycopg
@@ -67,7 +66,8 @@ def called(text: str) -> set[str]:
     return set(re.findall(r"\b([a-z_]+)\(", text)) - {"exists", "in", "values", "any", "varchar"}
 
 
-NAMES = called((ROOT / "schema.sql").read_text() + files("loader").joinpath("role.sql").read_text()) | {
+SCRIPTS = [ROOT / name for name in ("schema.sql", "loader/role.sql", "loader/reader.sql")]
+NAMES = {name for script in SCRIPTS for name in called(script.read_text()) if not name.startswith("analytics_")} | {
     "count", "max", "min", "sum", "avg", "unnest", "extract", "now", "clock_timestamp", "current_database",
 }  # fmt: skip
 
@@ -77,6 +77,12 @@ def new_role(connection: Connection) -> str:
     name = f"mallory_{uuid.uuid4().hex}"
     connection.execute(f"CREATE ROLE {name} LOGIN".encode())
     return name
+
+
+QUESTIONS = (
+    "trend", "trend --bucket week x", "active", "lifecycle", "retention", "funnel x y", "sessions",
+    "sessions --gap 30m", "requests", "anomalies", "interactions", f"user {uuid.UUID(int=1)}",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -112,7 +118,7 @@ def test_no_statement_of_the_loader_calls_what_was_planted(cli: Cli, planted: Co
     planted.execute("CREATE SCHEMA auth; CREATE TABLE auth.users (id uuid PRIMARY KEY)")
     planted.execute("CREATE TABLE family_units (id uuid PRIMARY KEY)")
     planted.commit()
-    assert "Warning" not in owner("init", "--role", ROLE)
+    assert "Warning" not in owner("init", "--role", ROLE, "--reader", "analytics_reader")
     assert "Warning" not in owner("init", "--no-foreign-keys")
     assert "Warning" not in owner("init", "--role", ROLE)
     planted.execute("DROP TABLE analytics_schema, analytics_settings; DROP INDEX analytics_loads_loaded_at")
@@ -139,6 +145,13 @@ def test_rows_that_were_loaded_are_pruned_and_read_without_what_was_planted(
         "SELECT * FROM analytics_events_daily; SELECT * FROM analytics_metrics_hourly; SELECT * FROM analytics_missing_segments"
     )
     planted.commit()
+    for question in QUESTIONS:
+        owner("ask", *question.split(), "--since", "2019-12-01")
+    owner("report")
+    owner("rollup", "--rebuild")
+    assert "agree" in owner("rollup", "--verify")
+    for form in ("ndjson", "csv", "parquet"):
+        owner("export", str(cli.spool.parent / f"events.{form}"))
     assert "events 10" in owner("prune", "--older-than", "1d")
     assert number(planted, "SELECT pg_catalog.count(*) FROM analytics_events") == 0
 
@@ -149,7 +162,7 @@ def test_psql_applies_the_schema_without_what_was_planted(planted: Connection) -
     for command in (psql, [*psql, "-1"], psql):
         ended = subprocess.run(command, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
-    assert schema.schema_version(planted) == 3
+    assert schema.schema_version(planted) == 4
 
 
 @pytest.mark.parametrize(

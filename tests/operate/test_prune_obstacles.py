@@ -31,7 +31,9 @@ def load_old_events(cli: Cli) -> None:
 def test_a_deadlock_and_a_lock_that_takes_long_do_not_end_it(cli: Cli, one_connection: Connection) -> None:
     load_old_events(cli)
     lock_row = "SELECT FROM analytics_events WHERE event_id = '0190163d-8694-739b-aea5-{:012x}' FOR UPDATE"
-    waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%old AS%'"
+    waits = (
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%prune_hour%'"
+    )
     with psycopg.connect(one_connection.info.dsn) as other:
         other.execute("SET deadlock_timeout = '60s'")  # so that prune is the one that is ended
         other.execute(lock_row.format(10).encode())

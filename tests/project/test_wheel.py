@@ -17,6 +17,13 @@ def test_the_wheel_has_the_schema_the_types_and_the_script(wheel: Path) -> None:
             "loader/schema.sql",
             "loader/demo/application.py",
             "loader/role.sql",
+            "loader/see/page.html",
+            "loader/see/page.css",
+            "loader/see/README.md",
+            "loader/deploy/grafana/dashboards/analytics.json",
+            "loader/deploy/grafana/provisioning/dashboards/analytics.yaml",
+            "loader/deploy/grafana/provisioning/datasources/analytics.yaml",
+            "loader/deploy/prometheus/analytics.rules.yaml",
         } <= set(names)
         units = {f"share/analytics-spool/systemd/{path.name}" for path in (ROOT / "systemd").iterdir()}
         assert units <= {name.partition(".data/data/")[2] for name in names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,9 @@ def test_the_demo_finds_every_acknowledged_emit_once() -> None:
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "SIGKILL" in ended.stdout and "What arrived" in ended.stdout
+    (page,) = re.findall(r"a page without script: (\S+)", ended.stdout)
+    assert "Unusual hours" in Path(page).read_text("utf-8")
+    Path(page).unlink()
 
 
 def test_nothing_of_the_data_reaches_the_terminal_raw(cli: Cli) -> None:
@@ -112,3 +116,12 @@ def test_loader_runs_as_a_module_and_as_a_script() -> None:
     script = Path(sys.executable).with_name("loader")
     for command in ([*LOADER, "--version"], [str(script), "--version"]):
         assert "0.1.0" in subprocess.check_output(command, text=True)
+
+
+def test_the_rejects_that_are_shown_can_be_limited(cli: Cli) -> None:
+    segment(cli.spool, 1, b"one", b"two")
+    segment(cli.spool, 2, b"three")
+    cli("run", "--once", code=3)
+    assert len(cli("rejects", "show", "--json").splitlines()) == 3
+    shown = cli("rejects", "show", "--limit", "2", "--json").splitlines()
+    assert [json.loads(line)["raw"] for line in shown] == ["one", "two"]

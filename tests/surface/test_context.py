@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import uuid
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import orjson
 import pytest
 
 from spool import Emitter
-from spool.context import begin, bind, current, end, scope, update
+from spool.context import begin, bind, current, end, in_force, update
 from spool.testing import Recorder, record
 from tests.processes import shown
 
@@ -66,7 +67,7 @@ def test_a_block_that_ends_in_a_copy_of_its_own_context_ends_there() -> None:
     first.run(next, running)
     later = first.copy()
     later.run(running.close)
-    assert later.run(scope) is None
+    assert later.run(in_force) is None
     assert first.run(current).user_id is None
 
 
@@ -78,7 +79,7 @@ def test_blocks_that_end_elsewhere_take_no_memory() -> None:
         inner = begun.scope
         del begun
         gc.collect()
-        outside = scope()
+        outside = in_force()
         assert outside is not None and outside.followers is not None
         assert set(outside.followers) == {inner} and inner.context is outer
 
@@ -110,7 +111,7 @@ def test_what_is_bound_is_spliced_into_each_line_and_what_the_call_gives_wins(
 
 @pytest.mark.parametrize(
     "bound",
-    [{"user_id": "nobody"}, {"role": "\ud800"}, {"role": object()}, {"request_id": b"r"}, {"user_id": 1}],
+    [{"user_id": "nobody"}, {"role": math.nan}, {"user_id": 1}],
     ids=shown,
 )
 def test_what_is_bound_and_cannot_be_written_is_refused_by_the_emit_and_never_raises_where_it_is_bound(

@@ -102,7 +102,7 @@ def test_the_request_id_is_taken_when_sane_bound_and_returned(emitter: Emitter, 
         made = client.post("/memories", headers={"X-Request-ID": insane}).headers["x-request-id"]
         assert uuid.UUID(made).version == 7
     assert recorded.of("memory_posted")[0]["metadata"]["request_id"] == "abc-123"
-    assert context.scope() is None
+    assert context.in_force() is None
 
 
 def test_who_a_dependency_found_is_in_the_events_of_the_endpoint_and_of_its_background_task(
@@ -391,7 +391,7 @@ def test_the_same_under_flask_and_django(
         (template, "GET", "200"), ("unmatched", "GET", "404"), ("/fails", "GET", "500")
     ]  # fmt: skip
     assert labels(recorded, "api_request_error_count") == [("/fails", "GET", "500")]
-    assert context.scope() is None
+    assert context.in_force() is None
 
 
 @pytest.mark.parametrize("make", [flask, django], ids=["flask", "django"])

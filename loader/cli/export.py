@@ -1,0 +1,125 @@
+"""`loader export`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from loader import settings
+from loader.cli import answers, options, terminal
+from loader.errors import LoaderError, UsageError
+from loader.see.catalogue import FORMATS, TABLES, Format
+from loader.see.period import instant, zone
+
+if TYPE_CHECKING:
+    from loader.see.export import Range
+
+STDOUT: Final = Path("-")
+_NEEDED: Final = ("pyarrow", "adbc_driver_postgresql")
+
+
+@click.command("export")
+@click.argument("target", type=click.Path(allow_dash=True, path_type=Path), metavar="OUT")
+@click.option(
+    "--table", type=click.Choice(TABLES), default="events", show_default=True, help="What to export."
+)
+@click.option(
+    "--format", "form", type=click.Choice(FORMATS), help="Else by the suffix of OUT; Parquet for --by day."
+)
+@click.option("--by", type=click.Choice(("day",)), help="A file per day: OUT/day=2026-11-24/part.parquet.")
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="NAME:TYPE",
+    help="A value as a column, such as metadata.duration_ms:float. Types: text, int, float, bool.",
+)
+@click.option("--since", metavar="WHEN", help="From a date, a time, or an age such as 28d; else all.")
+@click.option("--until", metavar="WHEN", help="Up to this moment, exclusively; else all.")
+@answers.tz
+@options.dsn
+@options.as_json
+def command(
+    target: Path, table: str, form: Format | None, by: str | None, columns: tuple[str, ...],
+    since: str | None, until: str | None, tz: str, dsn: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Write events or metrics to Parquet, CSV or NDJSON.
+
+    OUT is a file, - for standard output, or a directory with --by day. NDJSON can be loaded with
+    `loader backfill`. Ids are text and times are UTC.
+
+    \b
+    Examples:
+      loader export events.parquet --column metadata.duration_ms:float
+      loader export archive --by day --since 7d
+      loader export metrics.csv --table metrics --since 2026-11-01
+      loader export - --format ndjson > events.ndjson
+    """
+    from loader.see import export, questions
+    from loader.see.export import SOURCES, Export
+
+    chosen = form or _format(target, by)
+    made = Export(SOURCES[table], chosen, [export.column(each) for each in columns])
+    rows = _range(since, until, tz)
+    _check(target, by, chosen, as_json=as_json)
+    with questions.reading(settings.database_dsn(dsn)) as connection:
+        if by:
+            made.by_day(connection, rows, target, zone(tz))
+        else:
+            made.to_file(connection, rows, target)
+    if as_json:
+        terminal.print_json(asdict(made.exported))
+    elif target != STDOUT:
+        facts = asdict(made.exported)
+        facts.pop("misfits")
+        terminal.say(terminal.counts(facts))
+    for name, count in made.exported.misfits.items():
+        terminal.warn(f'column "{name}": {count} values have another type and are null: choose text')
+
+
+def _format(target: Path, by: str | None) -> Format:
+    if by:
+        return "parquet"
+    for form in FORMATS:
+        if target.suffix == f".{form}":
+            return form
+    raise UsageError(
+        f'the format of "{target}" is not known: name it .parquet, .csv or .ndjson, or give --format'
+    )
+
+
+def _range(since: str | None, until: str | None, tz: str) -> Range:
+    from loader.see.export import Range
+
+    where, now = zone(tz), datetime.now(UTC)
+    rows = Range(
+        instant(since, where, now, "--since") if since else None,
+        instant(until, where, now, "--until") if until else None,
+    )
+    if rows.since and rows.until and rows.since >= rows.until:
+        raise UsageError(f'--since "{since}" is not before --until "{until}": choose an earlier --since')
+    return rows
+
+
+def _check(target: Path, by: str | None, form: Format, *, as_json: bool) -> None:
+    """Raise for what cannot be written, before anything is read."""
+    if target == STDOUT and (by or form == "parquet" or as_json):
+        raise UsageError("standard output takes CSV or NDJSON alone, without --by and --json: name a file")
+    if by and target.exists() and not target.is_dir():
+        raise UsageError(f'"{target}" is not a directory: --by day writes a file per day below one')
+    if not by and target.is_dir():
+        raise UsageError(f'"{target}" is a directory: name a file, or give --by day')
+    if target != STDOUT and not by and not os.access(target.absolute().parent, os.W_OK):
+        raise UsageError(
+            f'"{target.absolute().parent}" is not a directory that can be written to: choose another'
+        )
+    if form == "parquet":
+        for module in _NEEDED:
+            if find_spec(module) is None:
+                raise LoaderError(f"{module} is not installed: pip install 'analytics-spool[export]'")

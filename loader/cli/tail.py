@@ -1,0 +1,63 @@
+"""`loader tail`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import click
+
+from loader import settings
+from loader.cli import options
+from loader.errors import UsageError
+
+POLL_SECONDS: Final = 0.2
+
+
+@click.command("tail")
+@options.spool_dir
+@click.option("-n", "--lines", type=click.IntRange(min=0), default=10, show_default=True, help="How many.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is emitted, until SIGTERM or Ctrl-C.")
+@click.option(
+    "--type", "names", metavar="NAME", multiple=True, help="Events of this type and metrics of this name; repeatable."
+)  # fmt: skip
+@click.option("--user", metavar="UUID", help="Events of this user.")
+def command(
+    spool_dir: Path | None, lines: int, follow: bool, names: tuple[str, ...], user: str | None
+) -> None:
+    """Print the last lines of the spool, also of open segments.
+
+    Each is one JSON object, as it was emitted. Nothing is changed, and no database is needed.
+
+    \b
+    Examples:
+      loader tail
+      loader tail --type memory_posted --type feed_viewed
+      loader tail -n 100 --user 0190163d-8694-739b-aea5-966c26f8ad91
+    """
+    from loader.operate.tail import Tail, wanted
+    from loader.service.signals import until_signal
+    from spool.record import canonical_uuid
+
+    if user is not None and canonical_uuid(user) is None:
+        raise UsageError(f'--user must be a UUID, not "{user}"; spool.analytics_uuid makes one of a key')
+    tail = Tail(settings.spool_directory(spool_dir), wanted(names, user))
+    with contextlib.closing(tail):
+        try:
+            _print(tail.last_lines(lines))
+            if follow:
+                with until_signal() as signals:
+                    while not signals.stop.wait(POLL_SECONDS):
+                        _print(tail.new_lines())
+        except BrokenPipeError:  # as of `loader tail -f | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print(lines: Iterable[bytes]) -> None:
+    for line in lines:
+        sys.stdout.buffer.write(line)
+    sys.stdout.flush()

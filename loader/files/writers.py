@@ -1,0 +1,165 @@
+"""What the writers of a spool state about themselves (spool/account.py), with what of theirs waits in the spool.
+
+The order makes a comparison with the ledger exact while lines come and are loaded: first the statement is read, then
+the spool is listed, then the ledger is asked. Of the segments that a statement covers, each is then in the
+list or in the ledger, unless it is missing: a file is removed only once the ledger has it.
+
+The file of a dead writer is removed when the database has its statement and nothing of it waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from loader.files import nofollow
+from loader.files.writing import is_locked
+from spool import account
+from spool.account import DIRECTORY, Statement, report_line
+from spool.segment import OPEN, SEALED, UNFINISHED, SegmentName, Writer, count_lines, whole_and_torn
+
+LARGEST_BACKLOG: Final = 1 << 28
+"""Bytes in the spool above which what waits is not counted: the comparison is made when less waits."""
+
+
+@dataclass(frozen=True)
+class Stated:
+    """A statement, whether its writer has ended, and the lines of each of its segments in the spool."""
+
+    statement: Statement
+    ended: bool
+    pending: Mapping[int, int]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the file holds nothing that is still needed once the database has the statement."""
+        return self.ended and not self.pending and not self.statement.unreported
+
+
+def prepare(spool: Path) -> None:
+    """Create the directory in which writers make their statements. Raises OSError."""
+    with nofollow.opened(spool / DIRECTORY, create=True):
+        pass
+
+
+def statements(spool: Path) -> list[tuple[Statement, bool]]:
+    """Return what the writers state, and whether each has ended. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), nofollow.opened(spool / DIRECTORY) as directory:
+        return list(_statements(directory))
+    return []
+
+
+def _statements(directory: int) -> Iterator[tuple[Statement, bool]]:
+    for name in nofollow.names(directory, ("",)):
+        if SegmentName.parse(f"20260101T000000.000000Z-{name}-000001") is None:
+            continue
+        with (
+            contextlib.suppress(FileNotFoundError, PermissionError),
+            nofollow.open_file(name, directory) as file,
+        ):
+            ended = not is_locked(file.fileno())
+            if (statement := account.decode(name, file.read(account.BYTES + 1))) is not None:
+                yield statement, ended
+
+
+def with_pending(spool: Path, found: Sequence[tuple[Statement, bool]]) -> list[Stated] | None:
+    """Add what of each writer waits in the spool; None if too much waits. Raises OSError."""
+    pending = _pending(spool) if found else {}
+    if pending is None:
+        return None
+    return [Stated(statement, ended, pending.get(statement.writer, {})) for statement, ended in found]
+
+
+def with_unstated(
+    spool: Path, found: Sequence[tuple[Statement, bool]], loaded: Mapping[str, int]
+) -> list[Stated] | None:
+    """As `with_pending`, and with what waits of writers that have stated nothing.
+
+    `loaded` is the last segment of each writer that the ledger had before. Later ones are not judged: a listing
+    may have a file that is made in the meantime and not the one before it.
+    """
+    if (pending := _pending(spool)) is None:
+        return None
+    known = {statement.writer for statement, _ in found}
+    unstated = [
+        (Statement(writer, 0, 0, 0, loaded.get(writer, 0), 0, ()), False)
+        for writer in pending
+        if writer not in known
+    ]
+    return [Stated(each, ended, pending.get(each.writer, {})) for each, ended in [*found, *unstated]]
+
+
+def _pending(spool: Path) -> dict[str, dict[int, int]] | None:
+    """Return the lines of each segment in the spool, by writer; None if there are too many to be counted."""
+    pending: defaultdict[str, dict[int, int]] = defaultdict(dict)
+    size = 0
+    with nofollow.opened(spool) as directory:
+        for name in nofollow.names(directory, (OPEN, SEALED)):
+            if (segment := SegmentName.parse(os.path.splitext(name)[0])) is None:
+                continue
+            # One that is sealed in between is found under its other name; one that is gone then is in the ledger.
+            for each in dict.fromkeys((name, segment.stem + SEALED)):
+                with contextlib.suppress(FileNotFoundError), nofollow.open_file(each, directory) as file:
+                    if (size := size + os.fstat(file.fileno()).st_size) > LARGEST_BACKLOG:
+                        return None
+                    pending[segment.writer][segment.number] = _count(file.fileno())
+                    break
+    return dict(pending)
+
+
+def _count(fd: int) -> int:
+    """Return the whole lines of a segment, open or sealed."""
+    return count_lines(fd, whole_and_torn(fd)[0])
+
+
+def recover_drops(spool: Path, statement: Statement) -> int:
+    """Have the drops reported that no metric of a dead writer has reported; return how many.
+
+    They become a sealed segment. If this is interrupted and repeated, its lines are duplicates. Raises OSError.
+    """
+    if not statement.unreported:
+        return 0
+    stem = Writer.here().stem(1)
+    with _taken(spool, statement.writer) as fd, nofollow.opened(spool) as directory:
+        if fd is None:
+            return 0
+        with nofollow.create_file(stem + UNFINISHED, directory) as file:
+            file.writelines(
+                report_line(statement.writer, statement.began, report) for report in statement.unreported
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(stem + UNFINISHED, stem + SEALED, src_dir_fd=directory, dst_dir_fd=directory)
+        os.fsync(directory)
+        for offset, count in account.as_reported(os.pread(fd, account.BYTES, 0)):
+            os.pwrite(fd, struct.pack("=Q", count), offset)
+    return sum(report.end - report.begin for report in statement.unreported)
+
+
+def remove(spool: Path, statement: Statement) -> None:
+    """Remove the file of a dead writer, unless it writes again. Raises OSError."""
+    with _taken(spool, statement.writer) as fd:
+        if fd is not None:
+            os.unlink(spool / DIRECTORY / statement.writer)
+
+
+@contextlib.contextmanager
+def _taken(spool: Path, writer: str) -> Iterator[int | None]:
+    """Yield a descriptor of a dead writer's file with its lock, None if it is gone or its writer is not dead."""
+    with contextlib.ExitStack() as until:
+        try:
+            directory = until.enter_context(nofollow.opened(spool / DIRECTORY))
+            fd = os.open(writer, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
+            until.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (FileNotFoundError, BlockingIOError):
+            yield None
+        else:
+            yield fd

@@ -1,0 +1,130 @@
+"""Rollups of the tables: computing the hours that loads touched, and their state.
+
+A reader always gets exact answers (schema.sql, "questions"); a refresh makes them cheap.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+import psycopg
+
+from loader.errors import LoaderError
+from loader.load.database import Connection, transaction
+
+SLICE_HOURS: Final = 168
+"""Hours that one transaction computes: some seconds of a server's work at 10 events a second."""
+_TOUCHED: Final = (
+    "SELECT pg_catalog.count(DISTINCT hour) FILTER (WHERE pg_catalog.isfinite(hour)), "
+    "pg_catalog.min(hour) FILTER (WHERE pg_catalog.isfinite(hour)), "
+    "coalesce(pg_catalog.bool_or(NOT pg_catalog.isfinite(hour)), false), "
+    "pg_catalog.date_part('epoch', pg_catalog.now() - pg_catalog.min(hour) FILTER (WHERE pg_catalog.isfinite(hour))) "
+    "FROM analytics_touched WHERE source <> 'users'"
+)
+_WAITING: Final = (
+    "SELECT EXISTS (SELECT FROM analytics_touched AS mark "
+    "WHERE source <> 'users' AND hour <= pg_catalog.now() - interval '1 hour' AND NOT EXISTS ("
+    "SELECT FROM analytics_sealed AS sealed WHERE sealed.source = mark.source AND sealed.hour = mark.hour))"
+)
+"""Whether a refresh would have something to compute."""
+_DIFFERENCES: Final = (
+    "SELECT * FROM analytics_check_rollups('-infinity'::timestamptz, 'infinity'::timestamptz)"
+)
+_PAUSE_SECONDS: Final = 0.2
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Hours that readers take from rows: how many, the oldest, and how long ago it began.
+
+    `unbuilt` means that no rollup was computed since the tables were upgraded.
+    """
+
+    hours: int
+    oldest: datetime | None
+    unbuilt: bool
+    age: timedelta | None
+
+    def facts(self) -> dict[str, object]:
+        """Return the values by the names that `loader status` prints."""
+        return {
+            "touched_hours": self.hours, "oldest_touched": self.oldest,
+            "touched_seconds": None if self.age is None else round(self.age.total_seconds()),
+            "built": not self.unbuilt,
+        }  # fmt: skip
+
+
+def touched(connection: Connection) -> Touched:
+    """Return which hours are touched. Raises psycopg.Error."""
+    ((hours, oldest, unbuilt, seconds),) = connection.execute(_TOUCHED).fetchall()
+    age = (
+        None if seconds is None else timedelta(seconds=seconds)
+    )  # not an interval, whose form a role may set
+    return Touched(hours, oldest, unbuilt, age)
+
+
+def refresh(connection: Connection, stopped: Callable[[], bool] = lambda: False) -> int:
+    """Compute the hours and days that are touched and have ended, in transactions of some of them each.
+
+    Returns how many; 0 also while another refresh runs. The connection must be in no transaction. Raises
+    psycopg.Error; psycopg.errors.SerializationFailure if another refresh was faster: try again.
+    """
+    total, done = 0, 1
+    while done and not stopped():
+        done = _in_one_snapshot(connection, f"SELECT analytics_refresh({SLICE_HOURS})")
+        total += done
+    return total
+
+
+def refresh_patiently(connection: Connection, stopped: Callable[[], bool], patience: float) -> int:
+    """Refresh until all is computed, also beside another refresh, such as the daemon's; return how much was.
+
+    `patience` is in seconds. Raises psycopg.Error as `refresh`, and LoaderError if the tables are of a version
+    without rollups, or if another refresh still runs.
+    """
+    total, deadline = 0, time.monotonic() + patience
+    while not stopped():
+        try:
+            total += refresh(connection, stopped)
+        except psycopg.errors.SerializationFailure:
+            if time.monotonic() > deadline:
+                raise
+            continue
+        except psycopg.errors.UndefinedFunction as error:
+            raise LoaderError("the tables have no rollups: run `loader init` as their owner") from error
+        with transaction(connection):
+            ((waiting,),) = connection.execute(_WAITING).fetchall()
+        if not waiting:
+            break
+        if time.monotonic() > deadline:
+            raise LoaderError("another refresh of the rollups has not ended: try again")
+        time.sleep(_PAUSE_SECONDS)  # nothing reports the end of another session's transaction
+    return total
+
+
+def differences(connection: Connection) -> list[tuple[str, datetime, int, int]]:
+    """Return the hours whose rollup has another count than their rows: source, hour, in rows, in the rollup.
+
+    Touched and pruned hours are left out: readers take the former from rows, and the latter have none. Reads
+    all rows. Raises psycopg.Error.
+    """
+    with transaction(connection, "REPEATABLE READ"):
+        return connection.execute(_DIFFERENCES).fetchall()
+
+
+def rebuild(connection: Connection) -> int:
+    """Mark every hour, so that `refresh` computes all rollups again, and return how many; pruned hours stay.
+
+    Raises psycopg.Error.
+    """
+    return _in_one_snapshot(connection, "SELECT analytics_rebuild()")
+
+
+def _in_one_snapshot(connection: Connection, statement: str) -> int:
+    with transaction(connection, "REPEATABLE READ"):
+        ((value,),) = connection.execute(statement.encode()).fetchall()
+    return int(value)

@@ -1,0 +1,1 @@
+"""Reads the loaded tables: questions in the terminal, a report page, exports."""

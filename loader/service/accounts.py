@@ -1,0 +1,120 @@
+"""Brings what writers state about themselves into the database, beside the load, in a thread of its own.
+
+A living writer's statement is recorded at most once a minute, a dead one's as soon as it has changed; then its
+file is removed, once nothing of it waits. Drops that a dead writer had not reported are reported first.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+import psycopg
+
+from loader.errors import LoaderError
+from loader.files import writers as files
+from loader.files.writers import Stated
+from loader.load import writers
+from loader.load.database import connect, transaction
+from loader.load.sqlstate import explain
+from loader.service.signals import Signals
+from spool.account import Statement
+
+log = logging.getLogger("loader")
+
+_LIVING_SECONDS: Final = 60.0
+_TICK_SECONDS: Final = 1.0
+_LONGEST_WAIT: Final = 30.0
+_STOP_SECONDS: Final = 2.0
+
+
+def settle(dsn: Callable[[], str], spool: Path, found: Sequence[tuple[Statement, bool]]) -> list[Stated]:
+    """Record statements, report the drops of dead writers, and remove files that are not needed any more.
+
+    Return what was recorded. Raises psycopg.Error, OSError, LoaderError.
+    """
+    if not found:
+        return []
+    for statement, ended in found:
+        if ended and (count := files.recover_drops(spool, statement)):
+            log.info(
+                "%s had not reported %d dropped lines when it ended: reported now", statement.writer, count
+            )
+    with closing(connect(dsn())) as connection, transaction(connection):
+        stated = files.with_pending(spool, found)
+        if stated is None or not writers.may_record(connection):
+            return []
+        writers.record(connection, stated)
+    for each in stated:
+        if each.is_settled:
+            files.remove(spool, each.statement)
+    return stated
+
+
+def settle_quietly(dsn: Callable[[], str], spool: Path) -> None:
+    """Settle all statements; a failure is logged, since the load itself does not depend on them."""
+    try:
+        files.prepare(spool)
+        settle(dsn, spool, files.statements(spool))
+    except (psycopg.Error, OSError, LoaderError) as error:
+        log.warning("could not record what writers state: %s", error)
+
+
+class Accounts:
+    """A thread that settles until `stop` is set. `dsn` is called at each connect."""
+
+    def __init__(self, dsn: Callable[[], str], spool: Path, signals: Signals) -> None:
+        self._dsn = dsn
+        self._spool = spool
+        self._stop = signals.stop
+        self._recorded: dict[str, tuple[float, tuple[Statement, bool]]] = {}
+        self._reported = ""
+        self._thread = threading.Thread(target=self._run, name="accounts", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait until the work in hand is done; what hangs is abandoned, and rolled back by the server."""
+        if self._thread.is_alive():
+            self._thread.join(_STOP_SECONDS)
+
+    def _run(self) -> None:
+        wait = _TICK_SECONDS
+        while not self._stop.wait(wait):
+            try:
+                self._settle_due()
+            except (psycopg.Error, OSError, LoaderError) as error:
+                wait = min(2 * wait, _LONGEST_WAIT)
+                self._report(str(explain(error)) if isinstance(error, psycopg.Error) else str(error))
+            else:
+                wait = _TICK_SECONDS
+                self._report("")
+
+    def _settle_due(self) -> None:
+        found = files.statements(self._spool)
+        existing = {statement.writer for statement, _ in found}
+        self._recorded = {writer: each for writer, each in self._recorded.items() if writer in existing}
+        due = [each for each in found if self._is_due(*each)]
+        settle(self._dsn, self._spool, due)
+        now = time.monotonic()
+        self._recorded |= {each[0].writer: (now, each) for each in due}
+
+    def _is_due(self, statement: Statement, ended: bool) -> bool:  # noqa: FBT001  # a pair, as it was found
+        if (before := self._recorded.get(statement.writer)) is None:
+            return True
+        recorded_at, recorded = before
+        age = time.monotonic() - recorded_at
+        return ended != recorded[1] or age >= (5 * _TICK_SECONDS if ended else _LIVING_SECONDS)
+
+    def _report(self, problem: str) -> None:
+        """Log why statements are not recorded, once; the load itself logs an outage, too."""
+        if problem != self._reported:
+            self._reported = problem
+            if problem:
+                log.warning("could not record what writers state: %s", problem)

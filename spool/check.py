@@ -1,0 +1,133 @@
+"""The application's side, checked where it runs: `python -m spool`, or `spool.check.findings()` in a server.
+
+    python -m spool           # as the user and with the environment of the application
+
+Platform, settings, the directory and its file system, uWSGI's options, and one test event, which is written to
+a temporary directory beside the segments and removed, so that it is never loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+
+from spool import fork, kernel
+from spool.directory import problem_of
+from spool.emitter import Emitter
+from spool.settings import Settings
+
+_TEST_EVENT = "spool_check"
+
+
+class Finding(NamedTuple):
+    """What a check found: `verdict` is ok, warning or failed, as in `loader doctor`."""
+
+    verdict: str
+    check: str
+    finding: str
+
+
+def findings() -> Iterator[Finding]:
+    """Yield what is found in this process; the first that failed ends it."""
+    yield _platform()
+    try:
+        settings = Settings.of()
+    except ValueError as error:
+        yield Finding("failed", "settings", f"{error}")
+        return
+    yield _settings(settings)
+    yield from _server()
+    directory = _directory(settings.directory)
+    yield directory
+    if directory.verdict == "ok" and kernel.SUPPORTED:
+        yield from _test_event(settings)
+
+
+def _platform() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if not kernel.SUPPORTED:
+        return Finding("failed", "platform", f"{sys.platform} cannot write segments: every line is dropped")
+    if sys.platform != "linux":
+        return Finding("warning", "platform", f"{sys.platform}, Python {version}: for development only")
+    return Finding("ok", "platform", f"{sys.platform}, Python {version}")
+
+
+def _settings(settings: Settings) -> Finding:
+    given = [
+        f"{field.name} {value}"
+        for field in fields(settings)
+        if field.name != "redact" and (value := getattr(settings, field.name)) != field.default
+    ]
+    if settings.disabled:
+        return Finding("warning", "settings", "SPOOL_DISABLED is set: nothing is kept")
+    return Finding("ok", "settings", ", ".join(given) or "all are the defaults")
+
+
+def _server() -> Iterator[Finding]:
+    options, worker = fork._uwsgi()
+    for problem in fork.uwsgi_problems(options, worker):
+        yield Finding("warning", "uwsgi", problem)
+    if not options:
+        yield Finding("ok", "uwsgi", "this process does not run in uWSGI; there, call spool.check.findings()")
+
+
+def _directory(directory: Path) -> Finding:
+    if (problem := problem_of(directory)) is not None:
+        return Finding(
+            "failed", "directory", f'"{directory}": {problem}; set SPOOL_DIR to one this process may write'
+        )
+    status = f"{directory}" if directory.exists() else f"{directory}, which the first emit creates"
+    user = f" as user {os.geteuid()}" if hasattr(os, "geteuid") else ""
+    return Finding("ok", "directory", status + user)
+
+
+def _test_event(settings: Settings) -> Iterator[Finding]:
+    beside = settings.directory
+    while not beside.exists():
+        beside = beside.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".spool-check-", dir=beside) as temporary:
+            yield _file_system(Path(temporary), settings)
+            yield _emit_one(replace(settings, directory=Path(temporary), disabled=False, console=False))
+    except OSError as error:
+        yield Finding("failed", "directory", f"could not write to {beside}: {error}")
+
+
+def _file_system(directory: Path, settings: Settings) -> Finding:
+    with tempfile.TemporaryFile(dir=directory) as file:
+        mapped = kernel.overwrites_in_place(file.fileno())
+    if mapped and settings.mapped:
+        return Finding("ok", "file system", "segments are mapped: an emit makes no system call")
+    reason = "SPOOL_MAPPED is 0" if mapped else "it may not overwrite in place"
+    verdict = "ok" if mapped else "warning"
+    return Finding(verdict, "file system", f"{reason}, so each line is one write: slower beside busy threads")
+
+
+def _emit_one(settings: Settings) -> Finding:
+    nobody = uuid.UUID(int=0)
+    options = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    with closing(Emitter(**options)) as emitter:
+        event_id = emitter.emit_event(event_type=_TEST_EVENT, user_id=nobody, family_unit_id=nobody)
+    lines = [line for file in settings.directory.glob("*.ndjson") for line in file.read_bytes().splitlines()]
+    if event_id is None or event_id not in [orjson.loads(line)["event_id"] for line in lines]:
+        dropped = ", ".join(emitter.stats().dropped) or "it is in no segment"
+        return Finding("failed", "test event", f"it was not kept: {dropped}")
+    return Finding("ok", "test event", f"emitted, sealed, read and removed: {len(lines[0])} bytes")
+
+
+def main() -> int:
+    """Print the findings. Returns 1 if a check failed, else 0."""
+    failed = False
+    for verdict, check, finding in findings():
+        failed |= verdict == "failed"
+        print(f"{verdict:<8} {check:<11} {finding}")
+    return int(failed)

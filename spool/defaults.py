@@ -1,0 +1,46 @@
+"""Process-wide values that an emitter adds to every event and metric: service, release and environment.
+
+An emitter without any pays nothing for events: it asks for the scope in force in another way only if it has
+some. What is bound, with the defaults beside it, is made once for each bound context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from spool.context import Context, Scope, beside
+from spool.redaction import DEFAULTS
+from spool.settings import Settings
+
+
+class Defaults:
+    """The values, and the scope in force with them."""
+
+    __slots__ = ("_bound", "_nobody", "values")
+
+    def __init__(self, values: dict[str, str], bound: Callable[[], Scope | None]) -> None:
+        self.values = values
+        self._bound = bound
+        self._nobody = Scope(Context(defaults=values))
+
+    @classmethod
+    def of(cls, settings: Settings, bound: Callable[[], Scope | None]) -> Defaults | None:
+        """Return those of the settings, or None if there are none; `bound` returns the scope in force."""
+        values = {name: value for name in DEFAULTS if (value := getattr(settings, name))}
+        return cls(values, bound) if values else None
+
+    def scope_in_force(self) -> Scope:
+        """Return the scope in force, or an empty one, with the defaults."""
+        inner = self._bound()
+        if inner is None:
+            return self._nobody
+        context = inner.context
+        known = context.beside_defaults
+        if known is None or known.context.defaults is not self.values:
+            context.beside_defaults = known = Scope(context.with_defaults(self.values))
+        return known
+
+    def beside(self, labels: Any) -> Any:
+        """Return a metric's labels with the defaults; its own win."""
+        return beside(self.values, labels)

@@ -1,0 +1,128 @@
+"""A function of the application that sees each event before it is encoded, and may change or drop it.
+
+    def without_bots(event):
+        if event["metadata"].get("agent") == "bot":
+            return None                       # dropped, counted as `before_emit`
+        event["metadata"].pop("note", None)
+        return event
+
+    get_emitter().before_emit = without_bots  # or Emitter(before_emit=without_bots)
+
+The event is a new dictionary of the arguments of `Emitter.emit_event`, with what is bound to the context;
+`event_id` and `timestamp` are None unless the caller gave them. It is redacted afterwards. An exception in the
+function, or an event that it returns and that cannot be written, drops the event (cause
+`before_emit_failed`, or that of the event). Metrics are not shown to it.
+
+An emitter without such a function pays nothing for the possibility: setting one changes the emitter's class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from spool import context
+from spool.annotations import EventId, Id, Metadata, Moment
+from spool.emitter import Emitter
+from spool.interruption import is_foreign
+from spool.record import Refused
+from spool.settings import BeforeEmit, Event
+from spool.suggest import did_you_mean
+
+_in_hook: ContextVar[bool] = ContextVar("analytics_before_emit", default=False)
+"""Whether the hook is running: what it emits itself does not go through it again."""
+
+_KEYS = (
+    "event_type", "user_id", "family_unit_id", "session_id", "metadata", "event_id", "timestamp",
+)  # fmt: skip
+
+
+class HookedEmitter(Emitter):
+    """An emitter with a hook."""
+
+    __slots__ = ()
+
+    def emit_event(
+        self, *, event_type: str, user_id: Id | None = None, family_unit_id: Id | None = None,
+        session_id: Id | None = None, metadata: Metadata | None = None, event_id: EventId | None = None,
+        timestamp: Moment | None = None,
+    ) -> str | None:  # fmt: skip
+        """See `Emitter.emit_event`."""
+        try:
+            given = (event_type, user_id, family_unit_id, session_id, metadata, event_id, timestamp)
+            event: Event = dict(zip(_KEYS, given, strict=True))
+            if self._before_emit is None or _in_hook.get():
+                return Emitter.emit_event(self, **event)
+            return self._emit_changed(self._before_emit, event)
+        except RecursionError:
+            self._drops.too_deep += 1
+            return None
+
+    def _emit_changed(self, hook: BeforeEmit, event: Event) -> str | None:
+        try:
+            changed = self._call(hook, _with_context(event))
+        except Exception as error:
+            self.refuse(error, event["event_type"])
+            return None
+        if changed is None:
+            self._count_drop("before_emit", event["event_type"], "the before_emit hook dropped the event")
+            return None
+        with _without_context():  # the hook may have removed what is bound
+            return Emitter.emit_event(self, **changed)
+
+    def _call(self, hook: BeforeEmit, event: Event) -> Event | None:
+        """Return what the hook makes of an event. Raises `Refused`."""
+        token = _in_hook.set(True)
+        try:
+            changed = hook(event)
+        except Exception as error:
+            if is_foreign(error):
+                raise
+            problem = f"before_emit failed: {type(error).__name__}: {error}"
+            raise Refused("before_emit_failed", problem) from error
+        finally:
+            _in_hook.reset(token)
+        return None if changed is None else _checked(changed)
+
+
+def install(emitter: Emitter, hook: BeforeEmit | None) -> None:
+    """Set or remove the hook of an emitter. Raises TypeError if it cannot be called."""
+    if hook is not None and not callable(hook):
+        raise TypeError(f"before_emit must be a function of an event, not {type(hook).__name__}")
+    emitter._before_emit = hook
+    if type(emitter) is Emitter and hook is not None:
+        emitter.__class__ = HookedEmitter
+
+
+def _with_context(event: Event) -> Event:
+    bound = context.current()
+    for name in ("user_id", "family_unit_id", "session_id"):
+        if event[name] is None:
+            event[name] = getattr(bound, name)
+    merged = bound.merged(event["metadata"])
+    event["metadata"] = dict(merged) if isinstance(merged, dict) else merged
+    return event
+
+
+def _checked(event: Any) -> Event:
+    if not isinstance(event, dict):
+        problem = f"before_emit must return the event or None, not {type(event).__name__}"
+        raise Refused("before_emit_failed", problem)
+    for key in event:
+        if key not in _KEYS:
+            problem = f'before_emit returned an event with the key "{key}"{did_you_mean(key, _KEYS)}'
+            raise Refused("before_emit_failed", problem)
+    if "event_type" not in event:
+        raise Refused("before_emit_failed", 'before_emit returned an event without "event_type"')
+    return event
+
+
+@contextmanager
+def _without_context() -> Iterator[None]:
+    token = context._scope.set(None)
+    try:
+        yield
+    finally:
+        context._scope.reset(token)

@@ -1,0 +1,46 @@
+"""The package's logger, "spool", also for applications whose logging configuration does not mention it.
+
+`logging.config.dictConfig`, which Django's LOGGING goes through, disables every logger that exists unless
+`disable_existing_loggers` is false. The warnings of this package would vanish although nobody chose that. So
+a disabled logger is replaced by one of the same name that no configuration knows: its records go to the root
+logger's handlers or, if there are none, to standard error (logging's last resort). To silence the package, set
+the level of the logger "spool" and keep it enabled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from typing import Final
+
+LOG_INTERVAL: Final = 60.0
+"""Seconds between two warnings of one kind."""
+_NAMED = logging.getLogger("spool")
+_UNKNOWN = logging.Logger("spool")  # noqa: LOG001  # getLogger would make it known
+_UNKNOWN.parent = logging.root
+
+
+def logger() -> logging.Logger:
+    """Return the logger to use now."""
+    return _UNKNOWN if _NAMED.disabled else _NAMED
+
+
+class Warnings:
+    """Logs at most one message per LOG_INTERVAL."""
+
+    def __init__(self) -> None:
+        self._logged_at = -LOG_INTERVAL
+
+    def log(self, message: str, *values: object) -> None:
+        if self.is_due():
+            self._logged_at = time.monotonic()
+            with contextlib.suppress(Exception):  # a handler that writes may not be interrupted by itself
+                logger().warning(message, *values)
+
+    def is_due(self) -> bool:
+        return self.seconds() <= 0
+
+    def seconds(self) -> float:
+        """Return the seconds after which the next message may be logged."""
+        return self._logged_at + LOG_INTERVAL - time.monotonic()

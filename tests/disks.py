@@ -1,0 +1,36 @@
+"""Small disks: file systems of a test's own, which it can fill."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+@contextmanager
+def small_disk(where: Path, options: str) -> Iterator[Path]:
+    """Mount a tmpfs, with options such as `size=1m`, at a directory that is made; skip the test if that is not allowed."""
+    where.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs takes a privilege that is not here")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", "-l", where], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Write until not one byte is left; return the file that takes the room."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
+    return filler

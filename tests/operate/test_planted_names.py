@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import uuid
+from importlib import resources
 from pathlib import Path
 
 import psycopg
@@ -66,7 +67,7 @@ def called(text: str) -> set[str]:
     return set(re.findall(r"\b([a-z_]+)\(", text)) - {"exists", "in", "values", "any", "varchar"}
 
 
-SCRIPTS = [ROOT / name for name in ("schema.sql", "loader/role.sql", "loader/reader.sql")]
+SCRIPTS = [resources.files("loader") / name for name in ("schema.sql", "role.sql", "reader.sql")]
 NAMES = {name for script in SCRIPTS for name in called(script.read_text()) if not name.startswith("analytics_")} | {
     "count", "max", "min", "sum", "avg", "unnest", "extract", "now", "clock_timestamp", "current_database",
 }  # fmt: skip

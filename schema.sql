@@ -639,7 +639,8 @@ WITH touched AS MATERIALIZED (
     FROM generate_series(date_trunc('hour', since, 'UTC'), until - interval '1 microsecond', interval '1 hour') AS h
         LEFT JOIN touched t ON t.hour = h
         LEFT JOIN @.analytics_sealed s ON s.source = wanted AND s.hour = h
-    WHERE bucket <> 'minute' AND NOT EXISTS (SELECT FROM touched WHERE touched.hour = '-infinity')
+    WHERE bucket <> 'minute' AND CASE WHEN isfinite(since) AND isfinite(until) THEN true  -- else the series has no end
+        ELSE 'since and until must be finite'::text::timestamptz IS NULL END AND NOT EXISTS (SELECT FROM touched WHERE touched.hour = '-infinity')
 )
 SELECT h.hour, h.key, CASE WHEN h.sealed THEN h.begins ELSE h.whole AND NOT h.touched AND h.key = h.last END,
     h.touched OR NOT h.sealed AND NOT (h.whole AND h.key = h.last)
@@ -793,14 +794,19 @@ WITH counted AS MATERIALIZED (
     GROUP BY k.event_type
 ), sums AS (
     SELECT c.key, k.shown, sum(c.events)::bigint AS events FROM counted c JOIN kinds k USING (event_type) GROUP BY 1, 2
+), numbers AS (  -- which are sorted in three quarters of the time of names
+    SELECT k.event_type, k.shown, dense_rank() OVER (ORDER BY k.shown) AS number FROM kinds k
 ), pairs AS (  -- first, so that little is left to sort for count(DISTINCT)
-    SELECT @.analytics_bucket(bucket, e.timestamp, tz) AS key, k.shown, e.user_id, e.family_unit_id
-    FROM @.analytics_events e JOIN kinds k USING (event_type)
+    SELECT @.analytics_bucket(bucket, e.timestamp, tz) AS key, n.number, e.user_id, e.family_unit_id
+    FROM @.analytics_events e JOIN numbers n USING (event_type)
     WHERE people AND e.timestamp >= since AND e.timestamp < until AND (types IS NULL OR e.event_type = ANY (types))
     GROUP BY 1, 2, 3, 4
-), persons AS (
-    SELECT p.key, p.shown, count(DISTINCT p.user_id) AS users, count(DISTINCT p.family_unit_id) AS families
+), counts AS (
+    SELECT p.key, p.number, count(DISTINCT p.user_id) AS users, count(DISTINCT p.family_unit_id) AS families
     FROM pairs p GROUP BY 1, 2
+), persons AS (
+    SELECT c.key, n.shown, c.users, c.families
+    FROM counts c JOIN (SELECT DISTINCT numbers.number, numbers.shown FROM numbers) n USING (number)
 )
 SELECT c.starts, k.shown, coalesce(s.events, 0), CASE WHEN people THEN coalesce(p.users, 0) END,
     CASE WHEN people THEN coalesce(p.families, 0) END, c.complete
@@ -1002,17 +1008,19 @@ CREATE OR REPLACE FUNCTION @.analytics_sessions_by_gap(
 LANGUAGE sql STABLE
 BEGIN ATOMIC
 WITH walked AS (
-    SELECT e.user_id, e.family_unit_id, e.timestamp, lag(e.timestamp) OVER w AS before, row_number() OVER w AS place,
-        count(*) OVER p AS places, max(e.timestamp) OVER p AS last
+    SELECT e.user_id, e.family_unit_id, e.timestamp, row_number() OVER w AS place,
+        (e.timestamp - lag(e.timestamp) OVER w <= gap) IS NOT TRUE AS begins,
+        (lead(e.timestamp) OVER w - e.timestamp <= gap) IS NOT TRUE AS ends
     FROM @.analytics_events e WHERE e.timestamp >= since - gap AND e.timestamp < until + interval '24 hours'
         AND e.user_id IS NOT NULL
-    WINDOW w AS (PARTITION BY e.user_id ORDER BY e.timestamp), p AS (PARTITION BY e.user_id)
-), begun AS (  -- a session ends at the event before the next one begins
-    SELECT w.*, lead(w.before) OVER s AS ends, lead(w.place) OVER s AS next
-    FROM walked w WHERE (w.timestamp - w.before <= gap) IS NOT TRUE WINDOW s AS (PARTITION BY w.user_id ORDER BY w.place)
+    WINDOW w AS (PARTITION BY e.user_id ORDER BY e.timestamp)
+), edges AS (  -- the first event of a session and, unless it is the same one, then its last
+    SELECT w.*, lead(w.timestamp) OVER s AS last, lead(w.place) OVER s AS last_place
+    FROM walked w WHERE w.begins OR w.ends WINDOW s AS (PARTITION BY w.user_id ORDER BY w.place)
 )
-SELECT b.user_id, b.family_unit_id, b.timestamp, coalesce(b.ends, b.last), coalesce(b.next, b.places + 1) - b.place
-FROM begun b WHERE b.timestamp >= since AND b.timestamp < until;
+SELECT e.user_id, e.family_unit_id, e.timestamp, CASE WHEN e.ends THEN e.timestamp ELSE e.last END,
+    CASE WHEN e.ends THEN 1 ELSE e.last_place - e.place + 1 END
+FROM edges e WHERE e.begins AND e.timestamp >= since AND e.timestamp < until;
 END;
 COMMENT ON FUNCTION @.analytics_sessions_by_gap IS
 'Sessions of users that start in the range: a session ends when no event follows within gap. Events more than 24 hours after the range are not looked at.';

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
@@ -15,6 +16,9 @@ from tests.processes import Cli
 from tests.servers import ROLE, VERSIONS, Servers
 from tests.servers import database as fresh_database
 from tests.servers import servers as shared_servers
+
+hypothesis.settings.register_profile("tests", deadline=None)  # one example may take long on a busy machine
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

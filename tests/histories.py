@@ -10,7 +10,7 @@ def check(model: type[RuleBasedStateMachine], examples: int, steps: int) -> None
     run_state_machine_as_test(
         model,
         settings=settings(
-            max_examples=examples, stateful_step_count=steps, deadline=None,
+            max_examples=examples, stateful_step_count=steps,
             suppress_health_check=list(HealthCheck), print_blob=True,
         ),
     )  # fmt: skip

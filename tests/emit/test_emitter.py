@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from orjson import Fragment
 
@@ -181,7 +181,6 @@ json_values = st.recursive(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from("abcdef"), json_values))
 def test_metadata_is_kept_exactly(tmp_path_factory: pytest.TempPathFactory, metadata: dict[str, Any]) -> None:
     directory = tmp_path_factory.mktemp("spool")
@@ -203,7 +202,6 @@ SENSITIVE = [
 ]
 
 
-@settings(deadline=None)
 @given(
     st.recursive(
         st.sampled_from(SENSITIVE).map(lambda key: {key: "hunter2"})

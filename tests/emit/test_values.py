@@ -183,7 +183,7 @@ objects = st.dictionaries(st.sampled_from(["a", "b", "role", "password"]) | st.t
 
 
 @settings(
-    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )  # one emitter for all examples: what it remembers of one must not matter for the next
 @given(objects | objects.map(Mapping) | values, st.booleans())
 def test_metadata_and_labels_are_one_valid_line_or_refused(
@@ -251,7 +251,7 @@ numbers = (
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(numbers, st.sampled_from(COUNTER_OR_GAUGE))
 def test_a_value_is_written_as_the_number_it_is_or_refused(
     emitter: Emitter, kept: Kept, value: Any, metric_type: MetricType

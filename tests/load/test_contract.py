@@ -62,7 +62,7 @@ lines = (
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(lines.map(lambda line: line.replace(b"\n", b" ")), min_size=1, max_size=12),
     st.sampled_from([0.0, 0.1, 1.0]),

@@ -177,7 +177,7 @@ def check(directory: Path, works: Sequence[Work]) -> None:
 
 
 @given(works=st.lists(WORK, max_size=60))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_event_carries_another_identity_in_any_order(tmp_path: Path, works: list[Work]) -> None:
     pytest.importorskip("celery")
     check(tmp_path, works)

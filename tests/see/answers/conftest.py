@@ -118,7 +118,7 @@ def _load(dsn: str, home: Path) -> None:
 
 
 def _attack(connection: Connection) -> None:
-    """Rows whose names are an attack, added behind the loader's back and marked, as everybody must."""
+    """Rows whose names are an attack, and two unusual hours, added behind the loader's back and marked, as everybody must."""
     connection.execute(
         "INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id, metadata) "
         "SELECT gen_random_uuid(), %s, now() - n * interval '20 minutes', md5('x')::uuid, md5('x')::uuid, "
@@ -131,6 +131,12 @@ def _attack(connection: Connection) -> None:
         "'200'), "
         "now() - interval '2 hours' FROM unnest(ARRAY['api_request_count', 'api_request_duration_ms']) AS "
         "name",
+        [HOSTILE],
+    )
+    connection.execute(
+        "INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id) "
+        "SELECT gen_random_uuid(), %s, date_trunc('hour', now(), 'UTC') - interval '2 days' + n * interval '1 second', "
+        "md5('x')::uuid, md5('x')::uuid FROM generate_series(1, 7199) AS n",
         [HOSTILE],
     )
     connection.execute(

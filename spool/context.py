@@ -180,6 +180,12 @@ class Scope:
         """Scopes in this one that have ended in another copy, and so show what is bound here."""
 
 
+class Complete(Scope):
+    """The scope of an event that has all it is to have, so that an emitter adds no defaults of its own."""
+
+    __slots__ = ()
+
+
 _scope: ContextVar[Scope | None] = ContextVar("analytics", default=None)
 in_force = _scope.get
 """Return the scope in force, or None."""
@@ -190,7 +196,7 @@ def scope_to_redact() -> Scope | None:
     inner = _scope.get()
     if inner is None:
         return None
-    return Scope(inner.context.replaced())
+    return type(inner)(inner.context.replaced())
 
 
 def current() -> Context:

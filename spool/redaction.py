@@ -1,8 +1,8 @@
 """What may not leave the process: values under keys that name secrets or personal data.
 
 A key is sensitive if its words (spool/words.py) contain a run of words of one of the two named sets,
-`secrets` and `personal_data` (spool/sensitive.py), or of the application's own list, unless the next word
-makes it a key about the secret (`password_strength`) or the first one a question (`has_password`).
+`secrets` and `personal_data` (spool/sensitive.py), or of the application's own list, unless the next or the last
+word makes it a key about the secret (`password_strength`) or the first one a question (`has_password`).
 
     key                  value                            written
     user_password        "hunter2"                        "[redacted]"
@@ -152,6 +152,7 @@ class Redaction:
                 or (entry.at_beginning and start > 0)
                 or (entry.at_end and end < len(split))
                 or split[end : end + 1] in _ABOUT
+                or (end < len(split) and split[-1] in ABOUT)
                 or split[max(0, start - 1) : end] in _HARMLESS_RUNS
             ):
                 continue

@@ -149,7 +149,7 @@ def test_what_is_bound_travels_with_rq_jobs_to_workers_that_fork(
         callback = rq.Callback("tasks.called_back")
         for number in range(jobs):
             with scope(**bound(number)):
-                queue.enqueue("tasks.work", number, on_success=callback, on_failure=callback)
+                queue.enqueue("tasks.work", number, on_success=callback, on_failure=callback, result_ttl=-1)
         finished = (queue.finished_job_registry, queue.failed_job_registry)
         eventually(lambda: sum(each.count for each in finished) == jobs, SECONDS_A_JOB * jobs + 60)
     recover_all(directory)

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from spool.context import scope
+from spool.metrics import DROPPED_METRIC
 from tests.emit.lines import lines, recover_all
 from tests.processes import environment, eventually
 
@@ -35,6 +36,7 @@ from spool.context import update
 
 def act(name, number):
     get_emitter().emit_event(event_type=name, metadata={"number": number})
+    get_emitter().increment_counter(metric_name="lost", value="not a number")
 
 def leave_somebody(number):
     update(user_id="00000000-0000-0000-0000-000000000001", extra={"left": "behind"})
@@ -117,6 +119,13 @@ def workers(home: Path, tasks: str, socket: str, *command: str, count: int) -> I
         yield home / "spool"
 
 
+def check_drops(directory: Path, drops: int) -> None:
+    """Every dropped line is reported, whatever way the process ended that dropped it."""
+    reports = [line for line in lines(directory) if line.get("metric_name") == DROPPED_METRIC]
+    assert {line["labels"]["name"] for line in reports} == {"lost"}
+    assert sum(line["value"] for line in reports) == drops
+
+
 def check(directory: Path, name: str, jobs: int) -> None:
     """Every job emitted once, about who was bound where it was sent."""
     events = [line for line in lines(directory) if line.get("event_type") == name]
@@ -155,6 +164,7 @@ def test_what_is_bound_travels_with_rq_jobs_to_workers_that_fork(
     recover_all(directory)
     check(directory, "worked", jobs)
     check(directory, "called_back", jobs)
+    check_drops(directory, 2 * jobs)
 
 
 @needs_redis
@@ -177,3 +187,4 @@ def test_what_is_bound_travels_with_celery_tasks_through_redis(tmp_path: Path, r
         eventually(lambda: len(lines(directory)) >= LONG)
     recover_all(directory)
     check(directory, "worked", LONG)
+    check_drops(directory, LONG)

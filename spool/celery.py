@@ -17,7 +17,7 @@ from typing import Any, Final
 from celery import signals
 
 from spool.context import arrived, begin, begin_empty, carried, end, in_force
-from spool.emitter import get_emitter
+from spool.emitter import close_at_end
 
 HEADER: Final = "analytics_spool"
 _BEGUN: Final = "_analytics_spool_begun"
@@ -54,9 +54,7 @@ def _end(task: Any, **_: object) -> None:
 
 
 def _close(**_: object) -> None:
-    emitter = get_emitter()
-    emitter.close()
-    emitter.log_summary()
+    close_at_end()
 
 
 connect()

@@ -20,7 +20,7 @@ from typing import Any, Final, cast
 import rq.job
 
 from spool.context import arrived, carried, scope
-from spool.emitter import get_emitter
+from spool.emitter import close_all
 
 META: Final = "analytics_spool"
 _LOADED_IN: Final = os.getpid()
@@ -34,7 +34,7 @@ def _work(meta: dict[Any, Any]) -> Iterator[None]:
             yield
     finally:
         if os.getpid() != _LOADED_IN:
-            get_emitter().close()
+            close_all()
 
 
 class Job(rq.job.Job):

@@ -24,7 +24,7 @@ from typing import Any
 
 import orjson
 
-from spool.emitter import Emitter, get_emitter
+from spool.emitter import Emitter, close_all, get_emitter
 
 
 class Recorder:
@@ -83,8 +83,7 @@ def _use_temporary_spool() -> None:
 def _remove(directory: str, owner: int) -> None:
     if os.getpid() != owner:  # a child that a test forked
         return
-    if get_emitter.cache_info().currsize:
-        get_emitter().close()
+    close_all()
     shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -5,6 +5,9 @@
 Or, without an import, in Celery's settings: `imports = ["spool.celery"]`, which only workers read. What was
 bound travels in a header of the message, as trace context does. A task that is retried, or sent by another
 task, carries what is bound in the task that sends it. Nothing that a task binds outlives it.
+
+A process of a worker's pool ends without what Python does at the end of a process, so its emitter is closed
+when Celery signals that it is about to end.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any, Final
 from celery import signals
 
 from spool.context import arrived, begin, begin_empty, carried, end, in_force
+from spool.emitter import close_at_end
 
 HEADER: Final = "analytics_spool"
 _BEGUN: Final = "_analytics_spool_begun"
@@ -24,6 +28,7 @@ def connect() -> None:
     signals.before_task_publish.connect(_send, dispatch_uid="analytics_spool_send", weak=False)
     signals.task_prerun.connect(_begin, dispatch_uid="analytics_spool_begin", weak=False)
     signals.task_postrun.connect(_end, dispatch_uid="analytics_spool_end", weak=False)
+    signals.worker_process_shutdown.connect(_close, dispatch_uid="analytics_spool_close", weak=False)
 
 
 def _send(headers: dict[str, Any] | None = None, **_: object) -> None:
@@ -46,6 +51,10 @@ def _end(task: Any, **_: object) -> None:
     begun = task.request.__dict__.pop(_BEGUN, None)
     if begun is not None:
         end(begun)
+
+
+def _close(**_: object) -> None:
+    close_at_end()
 
 
 connect()

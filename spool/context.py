@@ -9,8 +9,9 @@
         run(job)
 
 A scope is held in a context variable: asyncio tasks, threads of Starlette's pool and background tasks inherit
-it, siblings never see it. What is bound to a scope can be replaced in it, so an endpoint sees what a
-dependency bound that ran in a thread, in a copy of the request's context.
+it. What is bound to a scope can be replaced in it, so an endpoint sees what a dependency bound that ran in a
+thread, in a copy of the request's context. A task that was started within a scope and binds something gets a
+scope of its own for that, so sibling tasks of one request never see each other's.
 
 A block may end in another copy than it began in: FastAPI runs each half of a sync dependency, and each piece
 of a sync streaming body, in its own copy. There is nothing to reset then, but whatever copy still holds the
@@ -19,13 +20,14 @@ scope gets back what was bound outside of it, so that no identity outlives its b
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, TypedDict, Unpack, cast
 from uuid import UUID
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import orjson
 
@@ -172,12 +174,32 @@ _NOBODY: Final = Context()
 class Scope:
     """A stretch of work, such as a request, with what is bound to it at the moment."""
 
-    __slots__ = ("__weakref__", "context", "followers")
+    __slots__ = ("__weakref__", "context", "followers", "task")
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, task: ref[Any] | None = None) -> None:
         self.context = context
+        self.task = task
+        """The task that began it and may replace what is bound, None if it began outside of asyncio."""
         self.followers: WeakSet[Scope] | None = None
         """Scopes in this one that have ended in another copy, and so show what is bound here."""
+
+
+class Complete(Scope):
+    """The scope of an event that has all it is to have, so that an emitter adds no defaults of its own."""
+
+    __slots__ = ()
+
+
+def _task() -> ref[Any] | None:
+    """Return the running task of asyncio, weakly, because its context holds the scope that holds this."""
+    tasks = sys.modules.get("asyncio.tasks")
+    if tasks is None:
+        return None
+    try:
+        running = tasks.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        return None
+    return None if running is None else ref(running)
 
 
 _scope: ContextVar[Scope | None] = ContextVar("analytics", default=None)
@@ -190,7 +212,7 @@ def scope_to_redact() -> Scope | None:
     inner = _scope.get()
     if inner is None:
         return None
-    return Scope(inner.context.replaced())
+    return type(inner)(inner.context.replaced())
 
 
 def current() -> Context:
@@ -288,7 +310,7 @@ def begin(**values: Unpack[Values]) -> Begun:
     Raises TypeError as `bind`.
     """
     outer = _scope.get()
-    inner = Scope(_encoded((_NOBODY if outer is None else outer.context).replaced(**values)))
+    inner = Scope(_encoded((_NOBODY if outer is None else outer.context).replaced(**values)), _task())
     return Begun(inner, _scope.set(inner))
 
 
@@ -297,7 +319,8 @@ def begin_empty(**values: Unpack[Values]) -> Begun:
 
     Raises TypeError as `bind`.
     """
-    inner = Scope(_encoded(_NOBODY.replaced(**values) if "extra" in values else Context(**values)))
+    context = _NOBODY.replaced(**values) if "extra" in values else Context(**values)
+    inner = Scope(_encoded(context), _task())
     return Begun(inner, _scope.set(inner))
 
 
@@ -332,6 +355,9 @@ def _end_elsewhere(ended: Scope, old_value: object) -> None:
 def update(**values: Unpack[Values]) -> None:
     """Bind for the rest of the scope in force.
 
+    In a task that was started within the scope, such as one of `asyncio.gather`, it binds for that task and the
+    tasks and threads that it starts afterwards.
+
     Without a scope nothing is bound, because nothing would end it before the thread's next request or job:
     the call is counted (`Stats.unbound`) and logged. Raises ValueError for that with `strict`, and TypeError for
     another name.
@@ -342,5 +368,9 @@ def update(**values: Unpack[Values]) -> None:
         from spool.emitter import get_emitter  # which imports this module
 
         get_emitter().count_unbound()
+        return
+    bound, task = _encoded(inner.context.replaced(**values)), _task()
+    if task is None or task == inner.task:  # a thread without tasks acts for the task that waits for it
+        inner.context = bound
     else:
-        inner.context = _encoded(inner.context.replaced(**values))
+        _scope.set(Scope(bound, task))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from spool.context import Context, Scope, beside
+from spool.context import Complete, Context, Scope, beside
 from spool.redaction import DEFAULTS
 from spool.settings import Settings
 
@@ -35,6 +35,8 @@ class Defaults:
         inner = self._bound()
         if inner is None:
             return self._nobody
+        if type(inner) is Complete:
+            return inner
         context = inner.context
         known = context.beside_defaults
         if known is None or known.context.defaults is not self.values:

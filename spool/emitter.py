@@ -585,13 +585,23 @@ def _second(seconds: int) -> bytes:
 _emitters: weakref.WeakSet[Emitter] = weakref.WeakSet()
 
 
-def _close_all() -> None:
+def close_all() -> None:
+    """Close every emitter of this process, and make none."""
     for emitter in list(_emitters):
         emitter.close()
+
+
+def close_at_end() -> None:
+    """Close every emitter and log what was dropped in all, at the end of a process.
+
+    Registered with atexit; for a process that ends without that, as os._exit does.
+    """
+    close_all()
+    for emitter in list(_emitters):
         emitter.log_summary()
 
 
-atexit.register(_close_all)
+atexit.register(close_at_end)
 
 
 @cache

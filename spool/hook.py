@@ -8,10 +8,11 @@
 
     get_emitter().before_emit = without_bots  # or Emitter(before_emit=without_bots)
 
-The event is a new dictionary of the arguments of `Emitter.emit_event`, with what is bound to the context;
-`event_id` and `timestamp` are None unless the caller gave them. It is redacted afterwards. An exception in the
-function, or an event that it returns and that cannot be written, drops the event (cause
-`before_emit_failed`, or that of the event). Metrics are not shown to it.
+The event is a new dictionary of the arguments of `Emitter.emit_event`, with what is bound to the context and
+the process-wide defaults in its metadata. What the function returns is what is written, after redaction.
+`event_id` and `timestamp` are None unless the caller gave them. An exception in the function, or an event that
+it returns and that cannot be written, drops the event (cause `before_emit_failed`, or that of the event).
+Metrics are not shown to it.
 
 An emitter without such a function pays nothing for the possibility: setting one changes the emitter's class.
 """
@@ -25,6 +26,7 @@ from typing import Any
 
 from spool import context
 from spool.annotations import EventId, Id, Metadata, Moment
+from spool.context import Complete, Context
 from spool.emitter import Emitter
 from spool.interruption import is_foreign
 from spool.record import Refused
@@ -62,14 +64,16 @@ class HookedEmitter(Emitter):
 
     def _emit_changed(self, hook: BeforeEmit, event: Event) -> str | None:
         try:
-            changed = self._call(hook, _with_context(event))
+            scope = self._scope_in_force()
+            bound = Context() if scope is None else scope.context
+            changed = self._call(hook, _with_context(event, bound))
         except Exception as error:
             self.refuse(error, event["event_type"])
             return None
         if changed is None:
             self._count_drop("before_emit", event["event_type"], "the before_emit hook dropped the event")
             return None
-        with _without_context():  # the hook may have removed what is bound
+        with _complete():  # the hook may have removed what is bound
             return Emitter.emit_event(self, **changed)
 
     def _call(self, hook: BeforeEmit, event: Event) -> Event | None:
@@ -96,8 +100,7 @@ def install(emitter: Emitter, hook: BeforeEmit | None) -> None:
         emitter.__class__ = HookedEmitter
 
 
-def _with_context(event: Event) -> Event:
-    bound = context.current()
+def _with_context(event: Event, bound: Context) -> Event:
     for name in ("user_id", "family_unit_id", "session_id"):
         if event[name] is None:
             event[name] = getattr(bound, name)
@@ -120,8 +123,8 @@ def _checked(event: Any) -> Event:
 
 
 @contextmanager
-def _without_context() -> Iterator[None]:
-    token = context._scope.set(None)
+def _complete() -> Iterator[None]:
+    token = context._scope.set(Complete(Context()))
     try:
         yield
     finally:

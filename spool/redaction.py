@@ -1,8 +1,8 @@
 """What may not leave the process: values under keys that name secrets or personal data.
 
 A key is sensitive if its words (spool/words.py) contain a run of words of one of the two named sets,
-`secrets` and `personal_data` (spool/sensitive.py), or of the application's own list, unless the next word
-makes it a key about the secret (`password_strength`) or the first one a question (`has_password`).
+`secrets` and `personal_data` (spool/sensitive.py), or of the application's own list, unless the next or the last
+word makes it a key about the secret (`password_strength`) or the first one a question (`has_password`).
 
     key                  value                            written
     user_password        "hunter2"                        "[redacted]"
@@ -82,6 +82,9 @@ class Redaction:
         """Keys that were asked about recently and are not sensitive, whatever is beside them."""
         self.harmless_beside_context: set[object] = set()
         """The same without those that a bound context adds to an event's metadata."""
+        self._unnamed: set[object] = set()
+        """The keys of `harmless` and of `VALUE_KEYS` that were asked about, without those of `NAME_KEYS`."""
+        self._unnamed_beside_context: set[object] = set()
         self._others: dict[str, Sensitivity] = {}
         """Keys that were asked about recently and are not harmless."""
 
@@ -108,7 +111,13 @@ class Redaction:
         if len(self.harmless) + len(self._others) >= _MEMO_SIZE:
             self.harmless.clear()
             self.harmless_beside_context.clear()
+            self._unnamed.clear()
+            self._unnamed_beside_context.clear()
             self._others.clear()
+        if found <= _BESIDE_NAME and key not in NAME_KEYS:
+            self._unnamed.add(key)
+            if key not in CONTEXT_KEYS:
+                self._unnamed_beside_context.add(key)
         if found:
             self._others[key] = found
             return
@@ -143,6 +152,7 @@ class Redaction:
                 or (entry.at_beginning and start > 0)
                 or (entry.at_end and end < len(split))
                 or split[end : end + 1] in _ABOUT
+                or (end < len(split) and split[-1] in ABOUT)
                 or split[max(0, start - 1) : end] in _HARMLESS_RUNS
             ):
                 continue
@@ -153,8 +163,12 @@ class Redaction:
         """Whether a dictionary of text, numbers, booleans and None has nothing to redact.
 
         Its keys are in `harmless`, or were examined before and their values are not sensitive: it takes a sixth of
-        the time of reading and writing the JSON again.
+        the time of reading and writing the JSON again, and a third of that if the only such keys are those of
+        `VALUE_KEYS` and there is no name beside them, as in `{"value": 3}`.
         """
+        unnamed = self._unnamed if harmless is self.harmless else self._unnamed_beside_context
+        if unnamed.issuperset(flat):
+            return True
         names_value = False
         for key, value in flat.items():
             if key not in harmless:

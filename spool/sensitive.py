@@ -35,13 +35,13 @@ _SECRETS: Final = _entries("""
     csrf middleware token, access token, refresh token, auth token, client secret, user password, db password
     database password, new password, old password, jwt, bearer, otp, totp, hotp, 2fa code, mfa code, one time code
     verification code, security code, sms code, login code, reset code, backup code, backup codes, recovery code
-    recovery codes, ^pin$, pin code, pin number, user pin, card pin, auth$, auth code, auth header, auth data
-    auth string, auth key, authorization, authorisation, authorization code, credential, credentials, creds
-    cookie, cookies, set cookie, sessionid, phpsessid, jsessionid
+    recovery codes, two factor code, ^pin$, pin code, pin number, user pin, card pin
+    auth$, auth code, auth header, auth data, auth string, auth key, authorization, authorisation
+    authorization code, credential, credentials, creds, cookie, cookies, set cookie, sessionid, phpsessid, jsessionid
     api key, api keys, access key, access keys, secret key, secret keys, private key, private keys, ssh key
     ssh keys, encryption key, decryption key, signing key, master key, shared key, session key, service key
     account key, application key, app key, deploy key, host key, server key, webhook key, license key, gpg key
-    pgp key, rsa key, aes key, hmac key, tls key, ssl key, seed phrase, recovery phrase
+    stripe key, openai key, pgp key, rsa key, aes key, hmac key, tls key, ssl key, seed phrase, recovery phrase
     dsn, connection string, connection url, connection uri, database url, database uri, db url, db uri, redis url
     redis uri, mongo url, mongo uri, mongodb url, mongodb uri, postgres url, postgres uri, postgresql url
     mysql url, broker url, amqp url
@@ -69,7 +69,7 @@ _PERSONAL_NUMBERS: Final = _entries("""
     birth date, birth day, birthdays, birth year, birth place, date of birth, year of birth, place of birth, dob
     ^born$, born on
     latitude, longitude, lat, lng, lon, lat lng, lat lon, lat long, coordinate, coordinates, coords, gps
-    geo location, geo point, geo hash, geo coordinates
+    ^geo$, geo location, geo point, geo hash, geo coordinates
 """)
 
 SENSITIVE_SETS: Final[Mapping[str, SensitiveSet]] = MappingProxyType({
@@ -85,7 +85,8 @@ ABOUT: Final = frozenset(_entries("""
     format, last, length, method, model, policy, provider, required, status, strength, template, type, verified
     version
 """))  # fmt: skip
-"""A word after a sensitive run that makes the key one about it: `password_strength`, `card_number_last4`."""
+"""A word directly after a sensitive run, or at the end of the key, that makes the key one about it:
+`password_strength`, `card_number_last4`, `phones_supported_count`."""
 
 HARMLESS_RUNS: Final = ("i phone", "i phones")
 """Runs that contain a sensitive word and are not sensitive themselves."""

@@ -85,6 +85,8 @@ SECRETS = [
     "cvv",
     "iban",
     "pin_code",
+    "two_factor_code",
+    "stripe_key",
 ]
 PERSONAL = [
     "email",
@@ -102,6 +104,7 @@ PERSONAL = [
     "latitude",
     "lng",
     "clientIP",
+    "geo",
 ]
 HARMLESS = [
     "class_name",
@@ -128,6 +131,8 @@ HARMLESS = [
     "password_length",
     "token_count",
     "token_type",
+    "phones_supported_count",
+    "birthday_reminder_enabled",
     "email_verified",
     "email_template",
     "phone_model",

@@ -31,6 +31,7 @@ def test_the_wheel_has_the_schema_the_types_and_the_script(wheel: Path) -> None:
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("METADATA"))
         (scripts,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
     assert "loader = loader.__main__:main" in scripts
+    assert "[pytest11]\nspool.testing = spool.testing" in scripts
     needed = [
         line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,32 @@ def test_it_sees_what_is_bound_and_may_remove_it(emitter: Emitter, recorded: Rec
     assert seen[0]["metadata"] == {"role": "parent", "a": 1}
     (made,) = recorded.events
     assert (made["user_id"], made["session_id"], made["metadata"]) == (str(USER), None, {})
+
+
+@pytest.mark.parametrize("redact", [(), ("role",)])
+def test_it_sees_the_defaults_and_what_it_makes_of_them_is_written(
+    tmp_path: Path, redact: tuple[str, ...]
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def change(event: dict[str, Any]) -> dict[str, Any]:
+        seen.append(dict(event["metadata"]))
+        del event["metadata"]["service"]
+        event["metadata"]["release"] = "none"
+        return event
+
+    emitter = Emitter(
+        tmp_path, service="web", release="1.2", environment="test", before_emit=change, redact=redact
+    )
+    with record(emitter) as recorder:
+        emit(emitter)
+        with bind(user_id=USER, family_unit_id=FAMILY, extra={"plan": "pro"}):
+            emitter.emit_event(event_type="seen", metadata={"service": "own"})
+    defaults = {"release": "1.2", "environment": "test"}
+    assert seen == [{"service": "web", **defaults}, {"service": "own", **defaults, "plan": "pro"}]
+    first, second = (event["metadata"] for event in recorder.events)
+    assert first == {"release": "none", "environment": "test"}
+    assert second == {"release": "none", "environment": "test", "plan": "pro"}
 
 
 def test_it_drops_an_event_and_the_drop_is_counted(emitter: Emitter) -> None:

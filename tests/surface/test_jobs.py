@@ -16,6 +16,7 @@ import pytest
 from spool import get_emitter
 from spool.context import arrived, bind, carried, current, in_force, scope, update
 from spool.identity import encode_optional_actor
+from spool.metrics import DROPPED_METRIC
 from spool.testing import record
 from tests.emit.lines import lines, recover_all
 from tests.processes import environment, eventually
@@ -40,6 +41,7 @@ def work(self, number, retry=False):
     if retry and not self.request.retries:
         raise self.retry(countdown=0)
     get_emitter().emit_event(event_type="worked", metadata={{"number": number}})
+    get_emitter().increment_counter(metric_name="lost", value="not a number")
     update(user_id="%s" % number, family_unit_id="%s" % number)
     if number % 3 == 0:
         raise ValueError(number)
@@ -104,16 +106,22 @@ def test_what_is_bound_travels_with_celery_tasks_and_no_task_sees_another_ones(t
         "    with bind(user_id=user, family_unit_id=str(user), session_id=user, role='parent', request_id=f'r-{number}'):\n"
         "        tasks.work.delay(number, retry=number % 5 == 0)\n"
     )
-    command = ["-m", "celery", "-A", "tasks", "worker", "-c", "2", "-l", "CRITICAL", "--without-heartbeat"]
+    command = [
+        "-m", "celery", "-A", "tasks", "worker", "-c", "2", "-l", "CRITICAL", "--without-heartbeat",
+        "--max-tasks-per-child", "20",
+    ]  # fmt: skip
     worker = subprocess.Popen([sys.executable, *command], cwd=tmp_path, env=variables)
     try:
         subprocess.run([sys.executable, "-c", client], cwd=tmp_path, env=variables, check=True)
-        eventually(lambda: len(lines(directory)) >= 60)
+        eventually(lambda: sum("event_type" in line for line in lines(directory)) >= 60)
     finally:
         worker.terminate()
         worker.wait(timeout=30)
     recover_all(directory)
-    events = {line["metadata"].pop("number"): line for line in lines(directory)}
+    made = lines(directory)
+    dropped = sum(line["value"] for line in made if line.get("metric_name") == DROPPED_METRIC)
+    assert dropped == 60, "a process of the pool did not report what it dropped"
+    events = {line["metadata"].pop("number"): line for line in made if "event_type" in line}
     assert len(events) == 60
     for number, event in events.items():
         user = None if number % 2 else str(uuid.UUID(int=number))

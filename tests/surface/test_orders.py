@@ -40,11 +40,14 @@ class Work:
     path: str
     job: str | None
     pauses: int
+    siblings: int = 0
+    """Tasks of an ASGI request that act for somebody else each, at once."""
 
 
 WORK = st.builds(
     Work, st.sampled_from(["asgi", "wsgi"]), st.booleans(), st.sampled_from(["/", "/health"]),
     st.sampled_from([None, "scope", "celery", "rq"]), st.integers(0, 3),
+    st.integers(0, 3),
 )  # fmt: skip
 
 
@@ -74,12 +77,25 @@ class Site:
         return user
 
     async def asgi_application(self, scope: asgi.Message, _: asgi.Receive, send: asgi.Send) -> None:
-        user = self.log_in(scope["number"])
-        for _pause in range(self.works[scope["number"]].pauses):
+        number = scope["number"]
+        user = self.log_in(number)
+        siblings = range(self.works[number].siblings)
+        tasks = [asyncio.create_task(self.sibling(number, user, other)) for other in siblings]
+        for _pause in range(self.works[number].pauses):
             await asyncio.sleep(0)  # another request is next
-            self.emit(scope["number"], user)
+            self.emit(number, user)
+        await asyncio.gather(*tasks)
         await send({"type": "http.response.start", "status": 200})
         await send({"type": "http.response.body"})
+
+    async def sibling(self, number: int, user: str | None, other: int) -> None:
+        """Act for who is logged in, and then for a user of its own, as a task that works off a list of users."""
+        await asyncio.sleep(0)
+        self.emit(number, user)
+        own = str(uuid.UUID(int=(number + 1) << 8 | other))
+        update(user_id=own, family_unit_id=own)
+        await asyncio.sleep(0)
+        self.emit(number, own)
 
     def wsgi_application(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         user = self.log_in(environ["number"])
@@ -171,7 +187,8 @@ def served(directory: Path, works: Sequence[Work]) -> Recorder:
 
 def check(directory: Path, works: Sequence[Work]) -> None:
     events = served(directory, works).of("acted")
-    assert len(events) == sum(2 + work.pauses + (work.job is not None) for work in works)
+    siblings = sum(2 * work.siblings for work in works if work.kind == "asgi")
+    assert len(events) == siblings + sum(2 + work.pauses + (work.job is not None) for work in works)
     wrong = [event for event in events if event["user_id"] != event["metadata"]["expected"]]
     assert wrong == []
 
@@ -192,7 +209,7 @@ def test_no_event_of_20_000_requests_carries_another_identity(tmp_path: Path) ->
     works = [
         Work(
             chosen.choice(["asgi", "wsgi"]), chosen.random() < 0.5, chosen.choice(["/", "/health"]),
-            chosen.choice([None, *JOBS]), chosen.randrange(4),
+            chosen.choice([None, *JOBS]), chosen.randrange(4), chosen.randrange(3),
         )
         for _ in range(LONG)
     ]  # fmt: skip

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime
@@ -13,6 +16,7 @@ import pytest
 
 from spool import AnalyticsService, Emitter
 from spool.testing import record
+from tests.processes import environment
 
 MOMENT = datetime(2026, 1, 20, 12, tzinfo=UTC)
 
@@ -73,3 +77,50 @@ def test_every_metric_may_have_a_timestamp(emitter: Emitter) -> None:
             emitter.increment_counter(metric_name="a", timestamp="yesterday")
     assert len(recorder.metrics) == 8
     assert {metric["timestamp"] for metric in recorder.metrics} == {"2026-01-20T12:00:00.000000Z"}
+
+
+PROJECT = {
+    "application.py": """
+from spool import get_emitter
+emitter = get_emitter()
+emitter.prepare()
+def hit():
+    emitter.increment_counter(metric_name="hits")
+""",
+    "conftest.py": "import application",
+    "test_application.py": """
+import atexit, os, subprocess, sys
+from application import emitter, hit
+from pathlib import Path
+
+def test_that_records_nothing():
+    hit()
+    assert emitter.stats().emitted == 1
+    subprocess.run([sys.executable, "-c", "import application; application.hit()"], check=True)
+    if (child := os.fork()) == 0:
+        atexit._run_exitfuncs()  # what removes the spool of its parent at its end
+        os._exit(0)
+    os.waitpid(child, 0)
+    print("spool", emitter.settings.directory)
+    assert list(emitter.settings.directory.glob("*.ndjson"))
+
+def test_that_records(recorder):
+    hit()
+    assert len(recorder.of("hits")) == 1
+""",
+}
+
+
+@pytest.mark.no_coverage
+def test_no_test_writes_to_the_real_spool_by_accident(tmp_path: Path) -> None:
+    project, real = tmp_path / "project", tmp_path / "real"
+    project.mkdir()
+    for name, text in PROJECT.items():
+        (project / name).write_text(text)
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "spool.testing", "-p", "no:cacheprovider"]
+    variables = environment(SPOOL_DIR=str(real), PYTHONPATH=os.pathsep.join([str(project), *sys.path]))
+    ended = subprocess.run(command, cwd=project, env=variables, capture_output=True, text=True)
+    assert ended.returncode == 0 and "2 passed" in ended.stdout, ended.stdout
+    assert not real.exists()
+    (used,) = re.findall("^spool (.+)$", ended.stdout, re.MULTILINE)
+    assert not Path(used).exists()

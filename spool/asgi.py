@@ -34,7 +34,7 @@ from spool.request import (
     request_id,
     trace_id,
 )
-from spool.routes import Routed, Routes, routes_of
+from spool.routes import Routed, Routes, routes_of, template_of
 from spool.starlette_stack import put_outermost
 
 Message = MutableMapping[str, Any]
@@ -113,7 +113,7 @@ class AnalyticsMiddleware(Middleware[Application]):
         if scope["method"] == "OPTIONS" and all(_header(scope, name) is not None for name in _PREFLIGHT):
             return PREFLIGHT
         try:
-            return UNMATCHED if self._routes is None else self._routes.template(routed)
+            return template_of(self._routes, routed)
         except Exception as error:  # a release of a framework that keeps its routes in another way
             if is_foreign(error):
                 raise

@@ -301,6 +301,11 @@ def begin_empty(**values: Unpack[Values]) -> Begun:
     return Begun(inner, _scope.set(inner))
 
 
+def resume(scope: Scope) -> Begun:
+    """Put a scope in force again, for a further piece of its work, until that is given to `end`."""
+    return Begun(scope, _scope.set(scope))
+
+
 def _encoded(context: Context) -> Context:
     if context.user_id is not None and context.family_unit_id is not None:
         context.encode()

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Generic, TypeVar
 
 from spool import ids
@@ -152,6 +152,20 @@ def given_endpoint(endpoint: Callable[[Any], str | None], request: Any) -> str |
         problem = f"raised {type(error).__name__}: {error}"
     _warnings.log('the function "endpoint" of the middleware %s: the route\'s template is used', problem)
     return None
+
+
+@contextmanager
+def calling_user_function(emitter: Emitter) -> Iterator[None]:
+    """Run a block that asks the application's own function for a request's user, and binds it.
+
+    What it raises is raised with `strict`; else it is logged, and the request is nobody's.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_foreign(error) or emitter.settings.strict:
+            raise
+        _warnings.log('the function "user" raised %s: %s; events have no user', type(error).__name__, error)
 
 
 class RequestTimer:

@@ -101,6 +101,13 @@ class _Watched:
         await self.app(scope, receive, send)
 
 
+def template_of(routes: Routes | None, routed: Routed) -> str:
+    """Return the label of a request. `spool.django` within leaves its request also if the framework was not found."""
+    if routes is not None:
+        return routes.template(routed)
+    return UNMATCHED if routed.request is None else django_template(routed.request)
+
+
 class _Litestar:
     def template(self, routed: Routed) -> str:
         scope = routed.scope

@@ -29,7 +29,7 @@ from spool.request import (
     request_id,
     trace_id,
 )
-from spool.routes import Routed, Routes, routes_by_request
+from spool.routes import Routed, Routes, routes_by_request, template_of
 
 Environment = dict[str, Any]
 Application = Callable[[Environment, Callable[..., Any]], Iterable[bytes]]
@@ -71,7 +71,7 @@ class AnalyticsMiddleware(Middleware[Application]):
         if environ.get("REQUEST_METHOD") == "OPTIONS" and all(name in environ for name in _PREFLIGHT):
             return PREFLIGHT
         try:
-            return UNMATCHED if self._routes is None else self._routes.template(routed)
+            return template_of(self._routes, routed)
         except Exception as error:  # a release of a framework that keeps its routes in another way
             if is_foreign(error):
                 raise

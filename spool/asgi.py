@@ -40,7 +40,8 @@ from spool.starlette_stack import put_outermost
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Message, Receive, Send], Awaitable[None]]
+Application = Callable[[Any, Any, Any], Awaitable[None]]
+"""Of a scope, `receive` and `send`, for which each framework has types of its own."""
 
 _HEADER: Final = b"x-request-id"
 _TRACEPARENT: Final = b"traceparent"
@@ -79,7 +80,7 @@ class AnalyticsMiddleware(Middleware[Application]):
         if self._routes is None:
             self._routes = routes_of(self._app, scope)
         scope[MARK] = routed = Routed(scope)
-        exchange = _Exchange(self._emitter, scope, receive, send, lambda: self._label(scope, routed))
+        exchange = _Exchange(self._emitter, routed, receive, send, lambda: self._label(scope, routed))
         if self._excluded(scope.get("root_path", ""), scope["path"]):
             exchange.omit_metrics()
         begun = begin_empty(request_id=exchange.request_id, trace_id=trace_id(_header(scope, _TRACEPARENT)))
@@ -128,13 +129,14 @@ class _Exchange:
     """One request and its response on their way through."""
 
     def __init__(
-        self, emitter: Emitter, scope: Message, receive: Receive, send: Send, label: Callable[[], str]
+        self, emitter: Emitter, routed: Routed, receive: Receive, send: Send, label: Callable[[], str]
     ) -> None:
-        self.request_id = request_id(_header(scope, _HEADER))
+        self.request_id = request_id(_header(routed.scope, _HEADER))
+        self._routed = routed
         self._receive = receive
         self._send = send
         self._label = label
-        self._timer = RequestTimer(emitter, scope["method"])
+        self._timer = RequestTimer(emitter, routed.scope["method"])
         self._status: str | None = None
         self._has_trailers = False
         self._disconnected = False
@@ -151,6 +153,7 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         kind = message["type"]
         if kind == "http.response.start":
+            self._routed.answered = True
             self._status = str(message["status"])
             self._has_trailers = message.get("trailers", False)
             headers = [header for header in message.get("headers", ()) if header[0].lower() != _HEADER]

@@ -187,6 +187,7 @@ class _Exchange:
         self._endpoint = endpoint
         self._id = request_id(request.headers.get(_HEADER))
         self._complete = False
+        self._failed = False
 
     def begin(self) -> Any:
         return begin_empty(request_id=self._id, trace_id=trace_id(self._request.headers.get("traceparent")))
@@ -209,7 +210,8 @@ class _Exchange:
             try:
                 close()
             finally:
-                self.end(str(response.status_code) if self._complete else DISCONNECTED)
+                sent = self._complete or self._failed
+                self.end(str(response.status_code) if sent else DISCONNECTED)
 
         response.close = closed
         return response
@@ -223,6 +225,9 @@ class _Exchange:
             except StopIteration:
                 self._complete = True
                 return
+            except Exception:
+                self._failed = True
+                raise
             finally:
                 end(begun)
             yield piece
@@ -236,13 +241,16 @@ class _Exchange:
             except StopAsyncIteration:
                 self._complete = True
                 return
+            except Exception:
+                self._failed = True
+                raise
             finally:
                 end(begun)
             yield piece
 
     def end(self, status: str) -> None:
         if not self._timer.ended:
-            self._timer.end(self._label(), status)
+            self._timer.end(self._label(), status, failed=self._failed)
 
     def _label(self) -> str:
         request = self._request

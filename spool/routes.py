@@ -23,12 +23,13 @@ _RECORDS: Final = "_analytics_spool_records"
 class Routed:
     """What is known of a request's way: its path when it arrived, and what its router or framework left."""
 
-    __slots__ = ("arrived", "mounted_at", "path", "request", "scope")
+    __slots__ = ("answered", "arrived", "mounted_at", "path", "request", "scope")
 
     def __init__(self, scope: MutableMapping[str, Any]) -> None:
         self.scope = scope
         self.arrived: Any = scope.get("endpoint")
         """What a router outside of the middleware has chosen."""
+        self.answered = False
         self.path: str | None = None
         """The path that the router was given, None if the request did not reach it."""
         self.mounted_at = _mounted_at(scope)
@@ -126,13 +127,27 @@ class _Django:
             app = getattr(handler, "application", None)  # of one that serves static files itself
 
     def template(self, routed: Routed) -> str:
+        if routed.request is None and not routed.answered:  # the client left before Django made a request
+            from django.urls import resolve
+
+            scope = routed.scope
+            path = (
+                path_below(scope.get("root_path", ""), scope["path"])
+                if "path" in scope
+                else scope["PATH_INFO"]
+            )
+            return _django_route(resolve(path))
         return MIDDLEWARE if routed.request is None else django_template(routed.request)
+
+
+def _django_route(match: Any) -> str:
+    return "/" + str(match.route).lstrip("/")
 
 
 def django_template(request: Any) -> str:
     """Return what Django resolved a request to; if nothing, whether a middleware was before it."""
     if (match := request.resolver_match) is not None:
-        return "/" + str(match.route).lstrip("/")
+        return _django_route(match)
     from django.urls import Resolver404, resolve
 
     try:

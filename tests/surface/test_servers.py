@@ -1,0 +1,234 @@
+"""Every status and label of 13 kinds of request, per framework and per server, beside what the client saw."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import orjson
+import pytest
+
+from tests.processes import HANGS_AFTER, environment, eventually, free_port
+
+BIN = Path(sys.executable).parent
+JSON = {"Content-Type": "application/json"}
+PREFLIGHT = {"Origin": "https://family.example", "Access-Control-Request-Method": "GET"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A request, and the label of its endpoint."""
+
+    path: str
+    label: str
+    method: str = "GET"
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+
+
+KINDS = {
+    "a parameter": Kind("/items/007", "ITEMS"),
+    "only the head": Kind("/items/7", "ITEMS", "HEAD"),
+    "no route": Kind("/anything-unmatched", "unmatched"),
+    "another method": Kind("/items/7", "ITEMS", "DELETE"),
+    "an unhandled exception": Kind("/fails", "/fails"),
+    "an error of the application": Kind("/gone", "/gone"),
+    "a file": Kind("/file", "/file"),
+    "a stream": Kind("/stream", "/stream"),
+    "a stream that breaks": Kind("/broken", "/broken"),
+    "a body": Kind("/posted", "/posted", "POST", JSON, b'{"x": 1}'),
+    "a redirect": Kind("/moved", "/moved"),
+    "a preflight": Kind("/items/7", "preflight", "OPTIONS", PREFLIGHT),
+    "an answer of a middleware": Kind("/items/7?locked=1", "middleware"),
+}
+"""12 and one that servers treat in different ways."""
+
+ITEMS = {
+    "starlette": "/items/{item}", "fastapi": "/items/{item}", "litestar": "/items/{item}",
+    "quart": "/items/<int:item>", "flask": "/items/<int:item>", "django": "/items/<int:item>",
+}  # fmt: skip
+EXCEPTIONS = {
+    # Their functions before a request run after the route was found; Litestar's site has no such middleware.
+    ("quart", "an answer of a middleware"): "/items/<int:item>",
+    ("flask", "an answer of a middleware"): "/items/<int:item>",
+    ("litestar", "an answer of a middleware"): "/items/{item}",
+    # Litestar looks for path and method at once.
+    ("litestar", "another method"): "unmatched",
+    ("litestar", "only the head"): "unmatched",
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server, and how it is started."""
+
+    command: Callable[[int], list[str]]
+    application: str
+    module: str
+
+
+def _asgi(module: str, *arguments: str) -> Server:
+    return Server(lambda port: [each.format(port=port) for each in arguments], "asgi_app", module)
+
+
+def _wsgi(module: str, *arguments: str) -> Server:
+    return Server(lambda port: [each.format(port=port) for each in arguments], "wsgi_app", module)
+
+
+SERVERS = {
+    "uvicorn": _asgi("uvicorn", "uvicorn", "{{app}}", "--port={port}", "--log-level=critical"),
+    "hypercorn": _asgi("hypercorn", "hypercorn", "{{app}}", "--bind=127.0.0.1:{port}"),
+    "granian": _asgi("granian", "granian", "{{app}}", "--interface=asgi", "--port={port}"),
+    "gunicorn with uvicorn": _asgi(
+        "gunicorn", "gunicorn", "{{app}}", "--bind=127.0.0.1:{port}", "--worker-class=uvicorn.workers.UvicornWorker",
+    ),
+    "gunicorn": _wsgi("gunicorn", "gunicorn", "{{app}}", "--bind=127.0.0.1:{port}"),
+    "gunicorn with threads": _wsgi("gunicorn", "gunicorn", "{{app}}", "--bind=127.0.0.1:{port}", "--threads=2"),
+    "waitress": _wsgi("waitress", "waitress-serve", "--listen=127.0.0.1:{port}", "{{app}}"),
+    "granian with WSGI": _wsgi("granian", "granian", "{{app}}", "--interface=wsgi", "--port={port}"),
+    "uWSGI": _wsgi(
+        "uwsgi", "uwsgi", "--http-socket=127.0.0.1:{port}", "--module={{app}}", "--enable-threads", "--die-on-term",
+        "--need-app",
+    ),
+}  # fmt: skip
+SHORT = {"uvicorn", "waitress"}
+"""One of each interface in the default run: each start takes seconds, of which most import the frameworks."""
+
+
+class Site:
+    """A server that runs, and the metrics of what it served."""
+
+    def __init__(self, port: int, spool: Path) -> None:
+        self.port = port
+        self._spool = spool
+
+    def requests(self) -> list[tuple[str, str, str]]:
+        found = [
+            line for file in sorted(self._spool.glob("*.*n*")) for line in file.read_bytes().split(b"\n")[:-1]
+        ]
+        labels = [orjson.loads(line)["labels"] for line in found if b'"api_request_count"' in line]
+        return [(each["endpoint"], each["method"], each["status"]) for each in labels]
+
+    def send(self, framework: str, kind: Kind) -> tuple[str, str | None, bool]:
+        """Return the status that the client saw, the id of the request, and whether the body was complete."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANGS_AFTER)
+        headers = {"X-Framework": framework, "X-Request-ID": "r1", **kind.headers}
+        connection.request(kind.method, kind.path, kind.body, headers)
+        answer = connection.getresponse()
+        try:
+            answer.read()
+            complete = True
+        except (http.client.IncompleteRead, ConnectionError):
+            complete = False
+        connection.close()
+        return str(answer.status), answer.getheader("X-Request-ID"), complete
+
+    def seen(self, before: int) -> tuple[str, str, str]:
+        """Wait for the metric of one more request."""
+        eventually(lambda: len(self.requests()) > before, 30)
+        (one,) = self.requests()[before:]
+        return one
+
+
+@contextmanager
+def serving(server: Server, home: Path) -> Iterator[Site]:
+    port, spool = free_port(), home / "spool"
+    app = f"tests.surface.sites:{server.application}"
+    command = [each.format(app=app) for each in server.command(port)]
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(
+            [BIN / command[0], *command[1:]],
+            env=environment(
+                SITE=str(home), SPOOL_DIR=str(spool), SPOOL_SEGMENT_BYTES="65536", PYTHONPATH=str(Path.cwd()), PYTHONWARNINGS="ignore",
+                VIRTUAL_ENV=sys.prefix,
+            ),
+            stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        try:
+            eventually(lambda: process.poll() is not None or is_open(port), 60)
+            assert process.poll() is None, (home / "log").read_text()
+            yield Site(port, spool)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def frameworks(application: str) -> list[str]:
+    wanted = (
+        ["starlette", "fastapi", "litestar", "quart", "django"]
+        if application == "asgi_app"
+        else ["flask", "django"]
+    )
+    return [each for each in wanted if find_spec(each) is not None]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in SERVERS],
+)
+def test_every_status_and_label_is_what_the_client_saw(tmp_path: Path, name: str) -> None:
+    server = SERVERS[name]
+    if find_spec(server.module) is None and which(str(BIN / server.module)) is None:
+        pytest.skip(f"{server.module} is not installed")
+    wrong = []
+    with serving(server, tmp_path) as site:
+        for framework in frameworks(server.application):
+            for kind_name, kind in KINDS.items():
+                before = len(site.requests())
+                status, identifier, _ = site.send(framework, kind)
+                label = EXCEPTIONS.get((framework, kind_name), kind.label).replace("ITEMS", ITEMS[framework])
+                expected = label, kind.method, status
+                seen = site.seen(before)
+                if seen != expected or identifier != "r1":
+                    wrong.append((framework, kind_name, expected, seen, identifier))
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def abort_an_upload(port: int, framework: str, path: str) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nX-Framework: {framework}\r\nContent-Length: 1000\r\n"
+        client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + b"half of it")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in SHORT else pytest.param(name, marks=pytest.mark.long)
+        for name, server in SERVERS.items() if server.application == "asgi_app"
+    ],
+)  # fmt: skip
+def test_what_the_client_cannot_see_has_the_status_that_happened(tmp_path: Path, name: str) -> None:
+    """An upload that it aborts, an application that answers nothing, and one that a timeout ends."""
+    server = SERVERS[name]
+    if find_spec(server.module) is None:
+        pytest.skip(f"{server.module} is not installed")
+    wrong: list[Any] = []
+    with serving(server, tmp_path) as site:
+        for framework in frameworks(server.application):
+            before = len(site.requests())
+            abort_an_upload(site.port, framework, "/posted")
+            if (seen := site.seen(before)) != ("/posted", "POST", "499"):
+                wrong.append((framework, seen))
+        for path in ("/nothing", "/cancelled"):
+            before = len(site.requests())
+            sent = site.send("bare", Kind(path, "unmatched"))
+            if (seen := site.seen(before)) != ("unmatched", "GET", "500"):
+                wrong.append((path, sent, seen))
+    assert not wrong, "\n".join(map(str, wrong))

@@ -1,7 +1,7 @@
 """The same site in each framework, each with the middleware as the README installs it, for servers of their own.
 
-`asgi_app` and `wsgi_app` hand a request to the framework that its header `x-framework` names. A framework that is
-not installed is missing in both.
+`app`, of the interface that the variable INTERFACE names, hands a request to the framework that its header
+`x-framework` names. A framework that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -336,18 +335,6 @@ ASGI = {
 WSGI = {"flask": flask, "django": django_wsgi}
 
 
-def __getattr__(name: str) -> Any:
-    """Make the one that a server asks for: Django can be set up only once in a process."""
-    if name in {"asgi_app", "wsgi_app"}:
-        return _made(name)
-    raise AttributeError(name)
-
-
-@cache
-def _made(name: str) -> Any:
-    return _asgi(_installed(ASGI)) if name == "asgi_app" else _wsgi(_installed(WSGI))
-
-
 def _installed(makers: dict[str, Callable[[], Any]]) -> dict[str, Any]:
     made = {}
     for name, make in makers.items():
@@ -374,3 +361,7 @@ def _asgi(made: dict[str, Any]) -> Callable[..., Awaitable[None]]:
 
 def _wsgi(made: dict[str, Any]) -> Callable[..., Any]:
     return lambda environ, start: made[environ["HTTP_X_FRAMEWORK"]](environ, start)
+
+
+# Django can be set up only once in a process.
+app = _asgi(_installed(ASGI)) if os.environ["INTERFACE"] == "asgi" else _wsgi(_installed(WSGI))

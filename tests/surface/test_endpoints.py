@@ -417,13 +417,15 @@ def hostile(chosen: random.Random, count: int) -> Iterator[tuple[str, str, list[
 
 
 async def send_all(app: Any, requests: list[tuple[str, str, list[tuple[bytes, bytes]]]]) -> None:
-    async def receive() -> Any:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
     async def send(message: Any) -> None:
         pass
 
     for method, path, headers in requests:
+        messages = iter([{"type": "http.request", "body": b""}])
+
+        async def receive(messages: Iterator[Any] = messages) -> Any:
+            return next(messages, {"type": "http.disconnect"})
+
         await app(
             {
                 "type": "http", "method": method, "path": path, "headers": [(b"host", b"x.example"), *headers],

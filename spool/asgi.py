@@ -16,7 +16,7 @@ away before the last byte it is 499.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Final
 
 from spool.context import begin_empty, end
@@ -44,6 +44,7 @@ Application = Callable[[Any, Any, Any], Awaitable[None]]
 """Of a scope, `receive` and `send`, for which each framework has types of its own."""
 
 _HEADER: Final = b"x-request-id"
+_LENGTH: Final = b"content-length"
 _TRACEPARENT: Final = b"traceparent"
 _PREFLIGHT: Final = (b"origin", b"access-control-request-method")
 
@@ -81,7 +82,7 @@ class AnalyticsMiddleware(Middleware[Application]):
             self._routes = routes_of(self._app, scope)
         scope[MARK] = routed = Routed(scope)
         exchange = _Exchange(self._emitter, routed, receive, send, lambda: self._label(scope, routed))
-        if self._excluded(scope.get("root_path", ""), scope["path"]):
+        if self._exclude and self._excluded(scope.get("root_path", ""), scope["path"]):
             exchange.omit_metrics()
         begun = begin_empty(request_id=exchange.request_id, trace_id=trace_id(_header(scope, _TRACEPARENT)))
         try:
@@ -139,6 +140,8 @@ class _Exchange:
         self._timer = RequestTimer(emitter, routed.scope["method"])
         self._status: str | None = None
         self._has_trailers = False
+        self._left = 0
+        """Bytes of the body that the header Content-Length announced and that were not sent yet."""
         self._disconnected = False
 
     def omit_metrics(self) -> None:
@@ -156,8 +159,7 @@ class _Exchange:
             self._routed.answered = True
             self._status = str(message["status"])
             self._has_trailers = message.get("trailers", False)
-            headers = [header for header in message.get("headers", ()) if header[0].lower() != _HEADER]
-            message = {**message, "headers": [*headers, (_HEADER, self.request_id.encode())]}
+            message = {**message, "headers": self._headers(message.get("headers", ()))}
         try:
             await self._send(message)
         except OSError:  # since version 2.4 of the specification, if the client is gone
@@ -166,7 +168,22 @@ class _Exchange:
         if self._is_last(kind, message) and not self._timer.ended:
             self._end()
 
+    def _headers(self, given: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        headers = [(_HEADER, self.request_id.encode())]
+        for header in given:
+            name = header[0].lower()
+            if name == _LENGTH and header[1].isdigit():
+                self._left = int(header[1])
+            if name != _HEADER:
+                headers.append(header)
+        return headers
+
     def _is_last(self, kind: str, message: Message) -> bool:
+        if kind == "http.response.body" and self._left:
+            # With the last of the announced bytes the client may be gone before the application says that it is done.
+            self._left -= len(message.get("body", b""))
+            if self._left <= 0 and not self._has_trailers:
+                return True
         if kind in {"http.response.body", "http.response.zerocopysend"}:
             return not self._has_trailers and not message.get("more_body", False)
         if kind == "http.response.trailers":

@@ -104,9 +104,10 @@ class Exclusions:
         self._below = tuple(f"{path}/" for path in self._exact if path != "/")
 
     def __contains__(self, path: str) -> bool:
-        return bool(self._exact) and (
-            (path.rstrip("/") or "/") in self._exact or path.startswith(self._below)
-        )
+        return (path.rstrip("/") or "/") in self._exact or path.startswith(self._below)
+
+    def __bool__(self) -> bool:
+        return bool(self._exact)
 
 
 class Middleware(Generic[Application]):

@@ -196,7 +196,7 @@ def record_requests(host: Any) -> None:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # of the class that is made
         known.__init__(self, *args, **kwargs)
-        mark = (getattr(self, "scope", None) or self.environ).get(MARK)
+        mark = (getattr(self, "environ", None) or self.scope).get(MARK)
         if isinstance(mark, Routed):
             mark.request = self
 

@@ -61,7 +61,7 @@ class AnalyticsMiddleware(Middleware[Application]):
             self._emitter, environ, start_response, context, lambda: self._label(environ, routed)
         )
         root = environ.get("SCRIPT_NAME", "")
-        if self._excluded(root, root + environ.get("PATH_INFO", "")):
+        if self._exclude and self._excluded(root, root + environ.get("PATH_INFO", "")):
             exchange.omit_metrics()
         return exchange.begin(self._app)
 
@@ -99,6 +99,8 @@ class _Exchange:
         self._endpoint: str | None = None
         self.begun = False
         """Whether bytes of the body were sent, and the status with them."""
+        self.length: int | None = None
+        """Of the body, if the header Content-Length announces it."""
 
     def omit_metrics(self) -> None:
         self._timer.ended = True
@@ -133,8 +135,14 @@ class _Exchange:
         self._environ.pop(MARK, None)
 
     def _start(self, status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
-        kept = [header for header in headers if header[0].lower() != "x-request-id"]
-        write = self._start_response(status, [*kept, ("X-Request-ID", self._request_id)], *exc_info)
+        kept = [("X-Request-ID", self._request_id)]
+        for header in headers:
+            name = header[0].lower()
+            if name == "content-length" and header[1].isdigit():
+                self.length = int(header[1])
+            if name != "x-request-id":
+                kept.append(header)
+        write = self._start_response(status, kept, *exc_info)
         self._status = status[:3]
         if not self._timer.ended:  # what the framework knows of the request is there now, if not in the end
             self._endpoint = self._label()
@@ -179,6 +187,7 @@ class _Response:
         self._exchange = exchange
         self._pieces = pieces
         self._taken = 0
+        self._bytes = 0
         self._rest: Iterator[bytes] = exchange.run(iter, pieces)
 
     def __iter__(self) -> Iterator[bytes]:
@@ -195,6 +204,7 @@ class _Response:
             raise
         if piece:
             self._exchange.begun = True
+            self._bytes += len(piece)
         self._taken += 1
         return piece
 
@@ -208,8 +218,9 @@ class _Response:
             self._exchange.end(disconnected=not self._is_complete())
 
     def _is_complete(self) -> bool:
-        """Whether the server has all pieces, although it did not ask for one more."""
-        return False
+        """Whether the server has all of the body, although it did not ask for one more piece."""
+        length = self._exchange.length
+        return length is not None and self._bytes >= length
 
 
 class _SizedResponse(_Response):
@@ -219,4 +230,4 @@ class _SizedResponse(_Response):
         return len(self._pieces)  # type: ignore[arg-type]  # by isinstance
 
     def _is_complete(self) -> bool:
-        return self._taken >= len(self)
+        return self._taken >= len(self) or super()._is_complete()

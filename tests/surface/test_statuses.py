@@ -170,6 +170,23 @@ def test_a_client_that_is_gone_while_it_is_sent_to_is_a_499(emitter: Emitter, re
     assert statuses(recorded) == (["499"], [])
 
 
+@pytest.mark.parametrize(("length", "status"), [(b"10", "200"), (b"11", "499")])
+def test_a_client_that_leaves_with_the_last_of_the_announced_bytes_has_them(
+    emitter: Emitter, recorded: Recorder, length: bytes, status: str
+) -> None:
+    """As the clients of Quart do, which announces the length and sends an empty piece at the end."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({**START, "headers": [(b"Content-Length", length)]})
+        for _ in range(2):
+            await send({"type": "http.response.body", "body": b"x" * 5, "more_body": True})
+        await receive()
+        await send({"type": "http.response.body", "body": b""})
+
+    serve(app, emitter, arrives=[{"type": "http.disconnect"}])
+    assert statuses(recorded) == ([status], [])
+
+
 def test_a_cancellation_by_an_outer_timeout_is_the_servers(emitter: Emitter, recorded: Recorder) -> None:
     async def waits(*_: Any) -> None:
         await asyncio.Event().wait()
@@ -252,6 +269,20 @@ def test_a_response_of_one_piece_keeps_its_length(emitter: Emitter, recorded: Re
     assert "Content-Length: 5" in sent
     assert sent.endswith("hello")
     assert statuses(recorded) == (["200"], [])
+
+
+@pytest.mark.parametrize(("length", "status"), [("5", "200"), ("6", "499")])
+def test_a_server_that_counts_the_bytes_may_ask_for_no_more(
+    emitter: Emitter, recorded: Recorder, length: str, status: str
+) -> None:
+    def app(environ: Any, start: Any) -> Iterator[bytes]:
+        start("200 OK", [("Content-Length", length)])
+        yield b"hello"
+
+    response = wsgi.AnalyticsMiddleware(app, emitter=emitter)({"REQUEST_METHOD": "GET"}, lambda *_: None)
+    next(iter(response))
+    response.close()  # type: ignore[attr-defined]  # as servers do
+    assert statuses(recorded) == ([status], [])
 
 
 def test_a_stream_gets_no_length(emitter: Emitter, recorded: Recorder) -> None:

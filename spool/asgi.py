@@ -60,6 +60,7 @@ class AnalyticsMiddleware(Middleware[Application]):
     """
 
     _routes: Routes | None = None
+    _routes_known = False
     _placed = False
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -78,13 +79,14 @@ class AnalyticsMiddleware(Middleware[Application]):
             await self._websocket(scope, receive, send)
 
     async def _http(self, scope: Message, receive: Receive, send: Send) -> None:
-        if self._routes is None:
-            self._routes = routes_of(self._app, scope)
+        if not self._routes_known:
+            self._routes, self._routes_known = routes_of(self._app, scope), True
         scope[MARK] = routed = Routed(scope)
         exchange = _Exchange(self._emitter, routed, receive, send, lambda: self._label(scope, routed))
         if self._exclude and self._excluded(scope.get("root_path", ""), scope["path"]):
             exchange.omit_metrics()
         begun = begin_empty(request_id=exchange.request_id, trace_id=trace_id(_header(scope, _TRACEPARENT)))
+        begun.scope.request = scope["method"], scope["path"]
         try:
             await self._app(scope, exchange.receive, exchange.send)
         except GeneratorExit:  # the event loop was closed: nobody answers, or waits

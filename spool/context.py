@@ -172,10 +172,12 @@ _NOBODY: Final = Context()
 class Scope:
     """A stretch of work, such as a request, with what is bound to it at the moment."""
 
-    __slots__ = ("__weakref__", "context", "followers")
+    __slots__ = ("__weakref__", "context", "followers", "request")
 
     def __init__(self, context: Context) -> None:
         self.context = context
+        self.request: tuple[str, str] | None = None
+        """Method and path of the HTTP request that the scope is of, if an ASGI middleware serves it."""
         self.followers: WeakSet[Scope] | None = None
         """Scopes in this one that have ended in another copy, and so show what is bound here."""
 

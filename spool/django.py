@@ -45,6 +45,7 @@ from spool.request import (
     calling_user_function,
     given_endpoint,
     request_id,
+    served_request,
     trace_id,
 )
 from spool.routes import Routed, django_template
@@ -127,6 +128,8 @@ class AnalyticsMiddleware:
         if MARK in carrier:
             if isinstance(mark := carrier[MARK], Routed):
                 mark.request = request
+            return self._get_response(request)
+        if served_request() == (request.method, request.path):
             return self._get_response(request)
         carrier[MARK] = None
         exchange = _Exchange(request, self._timer(request), self._options.endpoint)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final, Generic, TypeVar
 
 from spool import ids
+from spool.context import in_force
 from spool.emitter import Emitter, get_emitter
 from spool.interruption import is_foreign
 from spool.log import Warnings
@@ -87,6 +88,15 @@ def inner_of(app: object) -> Iterator[Any]:
 def wrapped_with(app: object, attribute: str) -> Any:
     """Return what has an attribute of an application and those inside of it, None if none has."""
     return next((each for each in inner_of(app) if hasattr(each, attribute)), None)
+
+
+def served_request() -> tuple[str, str] | None:
+    """Return method and path of the request that an ASGI middleware serves here, None if none does.
+
+    Within it, a WSGI application that is mounted sees the same request, in an environment that has no mark.
+    """
+    scope = in_force()
+    return None if scope is None else scope.request
 
 
 class Exclusions:

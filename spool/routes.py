@@ -60,21 +60,33 @@ class Routes(Protocol):
 
 def routes_of(app: object, scope: MutableMapping[str, Any]) -> Routes | None:
     """Return the routes of an ASGI application, or of the one in the scope that the middleware is in."""
-    host = wrapped_with(app, "url_path_for") or wrapped_with(scope.get("app"), "url_path_for")
-    if host is not None:
-        from spool.starlette_routes import StarletteRoutes
+    try:
+        host = wrapped_with(app, "url_path_for") or wrapped_with(scope.get("app"), "url_path_for")
+        if host is not None:
+            from spool.starlette_routes import StarletteRoutes
 
-        return StarletteRoutes(host)
-    if (host := wrapped_with(app, "asgi_router")) is not None:
-        watch(host, "asgi_handler")
-        return _Litestar()
-    if "path_template" in scope:
-        return _Litestar()
-    return routes_by_request(app)
+            return StarletteRoutes(host)
+        if (host := wrapped_with(app, "asgi_router")) is not None:
+            watch(host, "asgi_handler")
+            return _Litestar()
+        return _Litestar() if "path_template" in scope else _of_request_class(app)
+    except Exception as error:  # a release of a framework that keeps its routes in another way
+        if is_foreign(error):
+            raise
+        return None
 
 
-def routes_by_request(app: object) -> Routes | None:
-    """Return the routes of an application whose framework makes request objects, None for any other."""
+def routes_of_wsgi(app: object) -> Routes | None:
+    """Return the routes of a WSGI application."""
+    try:
+        return _of_request_class(app)
+    except Exception as error:
+        if is_foreign(error):
+            raise
+        return None
+
+
+def _of_request_class(app: object) -> Routes | None:
     if wrapped_with(app, "resolve_request") is not None:
         return _Django(app)
     if (host := wrapped_with(app, "url_map")) is not None:

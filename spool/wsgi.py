@@ -27,9 +27,10 @@ from spool.request import (
     RequestTimer,
     given_endpoint,
     request_id,
+    served_request,
     trace_id,
 )
-from spool.routes import Routed, Routes, routes_by_request, template_of
+from spool.routes import Routed, Routes, routes_of_wsgi, template_of
 
 Environment = dict[str, Any]
 Application = Callable[[Environment, Callable[..., Any]], Iterable[bytes]]
@@ -50,18 +51,19 @@ class AnalyticsMiddleware(Middleware[Application]):
     _routes_known = False
 
     def __call__(self, environ: Environment, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if MARK in environ:
+        root, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
+        served = served_request()
+        if MARK in environ or (served is not None and served == _request(environ, root + path)):
             return self._app(environ, start_response)
         if not self._routes_known:
-            self._routes, self._routes_known = routes_by_request(self._app), True
+            self._routes, self._routes_known = routes_of_wsgi(self._app), True
         environ[MARK] = routed = Routed(environ)
         # The response is made piece by piece after this returned, in the same context.
         context = contextvars.copy_context()
         exchange = _Exchange(
             self._emitter, environ, start_response, context, lambda: self._label(environ, routed)
         )
-        root = environ.get("SCRIPT_NAME", "")
-        if self._exclude and self._excluded(root, root + environ.get("PATH_INFO", "")):
+        if self._exclude and self._excluded(root, root + path):
             exchange.omit_metrics()
         return exchange.begin(self._app)
 
@@ -76,6 +78,11 @@ class AnalyticsMiddleware(Middleware[Application]):
             if is_foreign(error):
                 raise
             return UNMATCHED
+
+
+def _request(environ: Environment, path: str) -> tuple[str, str]:
+    """Return method and path as ASGI has them: WSGI has the path's bytes as characters."""
+    return environ.get("REQUEST_METHOD", ""), path.encode("latin-1", "replace").decode(errors="replace")
 
 
 class _Exchange:

@@ -311,6 +311,22 @@ def test_the_templates_of_other_frameworks_under_asgi(
     assert endpoints(recorded) == [template, "unmatched", "unmatched", "/"]
 
 
+def test_an_application_that_cannot_be_looked_into_is_served_nonetheless(
+    emitter: Emitter, recorded: Recorder
+) -> None:
+    class Proxy:
+        """As a proxy of werkzeug is outside of a request."""
+
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(name)
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await PlainTextResponse("x")(scope, receive, send)
+
+    assert TestClient(asgi.AnalyticsMiddleware(Proxy(), emitter=emitter)).get("/").status_code == 200
+    assert endpoints(recorded) == ["unmatched"]
+
+
 def test_an_asgi_application_without_a_known_framework_is_unmatched(
     emitter: Emitter, recorded: Recorder
 ) -> None:
@@ -506,6 +522,26 @@ def test_two_middlewares_count_once(emitter: Emitter, recorded: Recorder) -> Non
     inside = wsgi.AnalyticsMiddleware(simple, emitter=emitter)
     Client(wsgi.AnalyticsMiddleware(inside, emitter=emitter)).get("/")
     assert len(labels(recorded)) == 1
+
+
+@pytest.mark.filterwarnings("ignore:starlette.middleware.wsgi")
+def test_a_middleware_of_a_mounted_wsgi_application_does_not_count_again(
+    emitter: Emitter, recorded: Recorder
+) -> None:
+    from starlette.middleware.wsgi import WSGIMiddleware
+
+    def simple(environ: Any, start: Any) -> list[bytes]:
+        start("200 OK", [])
+        return [b"x"]
+
+    inner = wsgi.AnalyticsMiddleware(simple, emitter=emitter)
+    app = asgi.AnalyticsMiddleware(
+        Starlette(routes=[Mount("/old", app=WSGIMiddleware(inner))]), emitter=emitter
+    )
+    client = TestClient(app)
+    for path in ("/old/x", "/old/ü"):
+        client.get(path)
+    assert labels(recorded) == [("/old", "GET", "200")] * 2
 
 
 @pytest.mark.parametrize("lifespan", [False, True], ids=["first-request", "lifespan"])

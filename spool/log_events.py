@@ -55,6 +55,13 @@ class EventHandler(logging.Handler):
     def createLock(self) -> None:  # noqa: N802  # of logging
         self.lock = None
 
+    def handle(self, record: logging.LogRecord) -> Any:
+        """Emit the record if it passes the filters, as `logging.Handler` does within its lock."""
+        passed = self.filter(record)
+        if passed:
+            self.emit(passed if isinstance(passed, logging.LogRecord) else record)
+        return passed
+
     def emit(self, record: logging.LogRecord) -> None:
         if record.name != "spool":
             _emit(self._emitter or get_emitter(), self._choose, record)

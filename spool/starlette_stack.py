@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
+from spool.interruption import is_foreign
 from spool.request import inner_of
 
 
@@ -23,6 +24,15 @@ def put_outermost(middleware: Any, scope: Mapping[str, Any]) -> Any:
     middleware, and the outer one no handler, so that the application's runs once. Not if a middleware of the
     application lies between, which may handle errors itself.
     """
+    try:
+        return _put_outermost(middleware, scope)
+    except Exception as error:  # a release of Starlette that keeps its stack in another way
+        if is_foreign(error):
+            raise
+        return None
+
+
+def _put_outermost(middleware: Any, scope: Mapping[str, Any]) -> Any:
     errors = sys.modules.get("starlette.middleware.errors")
     stack: Any = getattr(scope["app"], "middleware_stack", None)
     if errors is None or type(stack) is not errors.ServerErrorMiddleware:

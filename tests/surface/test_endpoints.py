@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -623,3 +625,12 @@ def test_a_middleware_that_handles_exceptions_keeps_its_right_to(
     client = TestClient(app)
     assert [client.get("/fails").status_code for _ in range(2)] == [409, 409]
     assert labels(recorded)[1] == ("/fails", "GET", "409")
+
+
+def test_the_middlewares_import_no_framework() -> None:
+    code = (
+        "import sys, spool.asgi, spool.wsgi, spool.log_events\n"
+        "frameworks = {'starlette', 'fastapi', 'flask', 'werkzeug', 'django', 'quart', 'litestar', 'asgiref', 'structlog'}\n"
+        "assert not frameworks & set(sys.modules), frameworks & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -92,6 +92,9 @@ SERVERS = {
     "gunicorn with uvicorn": _asgi(
         "gunicorn", "gunicorn", "{{app}}", "--bind=127.0.0.1:{port}", "--worker-class=uvicorn.workers.UvicornWorker",
     ),
+    "gunicorn with its own ASGI": _asgi(
+        "gunicorn", "gunicorn", "{{app}}", "--bind=127.0.0.1:{port}", "--worker-class=asgi",
+    ),
     "gunicorn": _wsgi("gunicorn", "gunicorn", "{{app}}", "--bind=127.0.0.1:{port}"),
     "gunicorn with threads": _wsgi("gunicorn", "gunicorn", "{{app}}", "--bind=127.0.0.1:{port}", "--threads=2"),
     "waitress": _wsgi("waitress", "waitress-serve", "--listen=127.0.0.1:{port}", "{{app}}"),

@@ -49,6 +49,7 @@ from spool.request import (
     trace_id,
 )
 from spool.routes import Routed, django_template
+from spool.wsgi_input import watched
 
 _HEADER: Final = "X-Request-ID"
 
@@ -191,6 +192,11 @@ class _Exchange:
         self._id = request_id(request.headers.get(_HEADER))
         self._complete = False
         self._failed = False
+        self._input = None
+        if hasattr(request, "environ"):  # under WSGI: the class has taken the server's input already
+            self._input = watched(getattr(request, "_stream", None), request.environ)
+            if self._input is not None:
+                request._stream = self._input
 
     def begin(self) -> Any:
         return begin_empty(request_id=self._id, trace_id=trace_id(self._request.headers.get("traceparent")))
@@ -252,6 +258,8 @@ class _Exchange:
             yield piece
 
     def end(self, status: str) -> None:
+        if self._input is not None and self._input.is_cut_off():
+            status = DISCONNECTED
         if not self._timer.ended:
             self._timer.end(self._label(), status, failed=self._failed)
 

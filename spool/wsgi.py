@@ -31,6 +31,7 @@ from spool.request import (
     trace_id,
 )
 from spool.routes import Routed, Routes, routes_of_wsgi, template_of
+from spool.wsgi_input import watched
 
 Environment = dict[str, Any]
 Application = Callable[[Environment, Callable[..., Any]], Iterable[bytes]]
@@ -104,6 +105,9 @@ class _Exchange:
         self._timer = RequestTimer(emitter, environ.get("REQUEST_METHOD", ""))
         self._status: str | None = None
         self._endpoint: str | None = None
+        self._input = watched(environ.get("wsgi.input"), environ)
+        if self._input is not None:
+            environ["wsgi.input"] = self._input
         self.begun = False
         """Whether bytes of the body were sent, and the status with them."""
         self.length: int | None = None
@@ -134,7 +138,9 @@ class _Exchange:
     def end(self, *, disconnected: bool = False, failed: bool = False) -> None:
         if not self._timer.ended:
             status = self._status or FAILED
-            if disconnected and not self._has_no_body(status):
+            if self._input is not None and self._input.is_cut_off():
+                status, failed = DISCONNECTED, False
+            elif disconnected and not self._has_no_body(status):
                 status = DISCONNECTED
             elif failed and not self.begun:
                 status = FAILED  # instead of what the application wanted

@@ -221,9 +221,11 @@ def test_every_status_and_label_is_what_the_client_saw(running: tuple[Server, Si
     assert not wrong, "\n".join(map(str, wrong))
 
 
-@pytest.mark.parametrize("running", servers("asgi"), indirect=True)
+@pytest.mark.parametrize("running", servers(), indirect=True)
 def test_an_upload_that_the_client_aborts_is_a_499(running: tuple[Server, Site]) -> None:
     server, site = running
+    if server.module in {"waitress", "granian"} and server.interface == "wsgi":
+        pytest.skip("the server reads the whole body before it calls the application")
     seen = {}
     for framework in frameworks(server.interface):
         before = len(site.requests())

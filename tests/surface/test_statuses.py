@@ -6,6 +6,7 @@ import asyncio
 import io
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from wsgiref.handlers import SimpleHandler
@@ -398,3 +399,60 @@ def test_a_server_that_knows_the_number_of_pieces_may_ask_for_no_more(
     next(iter(response))
     response.close()  # type: ignore[attr-defined]  # as servers do
     assert statuses(recorded) == (["200"], [])
+
+
+class Upload(io.RawIOBase):
+    """The input of a server whose client sends half of what it announced."""
+
+    def __init__(self, sent: bytes, error: bool) -> None:
+        self._sent = io.BytesIO(sent)
+        self._error = error
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._sent.read(size)
+        if self._error and not data:
+            raise ConnectionResetError
+        return data
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._sent.readline(size or -1)
+
+
+READS: dict[str, Callable[[Any], Any]] = {
+    "at once": lambda stream: stream.read(),
+    "the length": lambda stream: stream.read(10),
+    "in pieces": lambda stream: list(iter(lambda: stream.read(3), b"")),
+    "by lines": list,
+    "all lines": lambda stream: stream.readlines(),
+}
+
+
+@pytest.mark.parametrize("error", [False, True], ids=["end", "error"])
+@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+@pytest.mark.parametrize(("sent", "status"), [(b"123456", "499"), (b"1234567890", "201")])
+def test_an_upload_under_wsgi_that_the_client_aborts_is_a_499(
+    emitter: Emitter, recorded: Recorder, read: Callable[[Any], Any], sent: bytes, status: str, error: bool
+) -> None:
+    def app(environ: Any, start: Any) -> list[bytes]:
+        with suppress(ConnectionResetError):
+            read(environ["wsgi.input"])
+        start("201 Created", [])
+        return []
+
+    environ = {"REQUEST_METHOD": "POST", "CONTENT_LENGTH": "10", "wsgi.input": Upload(sent, error)}
+    list(wsgi.AnalyticsMiddleware(app, emitter=emitter)(environ, lambda *_: None))
+    assert statuses(recorded) == ([status], [])
+
+
+@pytest.mark.parametrize("length", ["", "0", "10", "x"])
+def test_an_application_need_not_read_what_it_is_sent(
+    emitter: Emitter, recorded: Recorder, length: str
+) -> None:
+    def app(environ: Any, start: Any) -> list[bytes]:
+        assert environ["wsgi.input"].read(2) == b"12"
+        start("201 Created", [])
+        return []
+
+    environ = {"REQUEST_METHOD": "POST", "CONTENT_LENGTH": length, "wsgi.input": io.BytesIO(b"1234567890")}
+    list(wsgi.AnalyticsMiddleware(app, emitter=emitter)(environ, lambda *_: None))
+    assert statuses(recorded) == (["201"], [])

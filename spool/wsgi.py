@@ -164,7 +164,7 @@ class _Exchange:
             self.begun = True
             write(data)
 
-        return writing
+        return writing if callable(write) else write
 
     def _has_no_body(self, status: str) -> bool:
         """Whether a server may close the response without asking for its pieces."""

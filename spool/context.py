@@ -174,12 +174,14 @@ _NOBODY: Final = Context()
 class Scope:
     """A stretch of work, such as a request, with what is bound to it at the moment."""
 
-    __slots__ = ("__weakref__", "context", "followers", "task")
+    __slots__ = ("__weakref__", "context", "followers", "request", "task")
 
     def __init__(self, context: Context, task: ref[Any] | None = None) -> None:
         self.context = context
         self.task = task
         """The task that began it and may replace what is bound, None if it began outside of asyncio."""
+        self.request: tuple[str, str] | None = None
+        """Method and path of the HTTP request that the scope is of, if an ASGI middleware serves it."""
         self.followers: WeakSet[Scope] | None = None
         """Scopes in this one that have ended in another copy, and so show what is bound here."""
 
@@ -324,6 +326,11 @@ def begin_empty(**values: Unpack[Values]) -> Begun:
     return Begun(inner, _scope.set(inner))
 
 
+def resume(scope: Scope) -> Begun:
+    """Put a scope in force again, for a further piece of its work, until that is given to `end`."""
+    return Begun(scope, _scope.set(scope))
+
+
 def _encoded(context: Context) -> Context:
     if context.user_id is not None and context.family_unit_id is not None:
         context.encode()
@@ -373,4 +380,6 @@ def update(**values: Unpack[Values]) -> None:
     if task is None or task == inner.task:  # a thread without tasks acts for the task that waits for it
         inner.context = bound
     else:
-        _scope.set(Scope(bound, task))
+        own = Scope(bound, task)
+        own.request = inner.request
+        _scope.set(own)

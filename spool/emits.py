@@ -11,6 +11,7 @@ from spool.declare import CATALOGUE, WHO, Event
 from spool.emitter import Emitter, get_emitter
 from spool.fields import DeclarationError
 from spool.interruption import is_foreign
+from spool.kinds import Kind, kind_of
 from spool.record import Refused
 from spool.suggest import did_you_mean
 
@@ -34,12 +35,17 @@ def emits(name: str | Event[...], **sources: Source) -> Callable[[Function], Fun
     counted as a drop.
 
     Raises `DeclarationError`, a ValueError and KeyError, for an event or a field that does not exist, a
-    required field without a source, and a source that begins with no argument of the function.
+    required field without a source, a source that begins with no argument of the function, and a generator.
     """
     wanted = _event(name)
     _check_fields(wanted, sources)
 
     def decorate(function: Function) -> Function:
+        kind = kind_of(function)
+        if kind not in {Kind.RESULT, Kind.COROUTINE}:
+            raise DeclarationError(
+                f'event "{wanted.name}" cannot be emitted by a generator, which does not return'
+            )
         signature = inspect.signature(function)
         for each, source in sources.items():
             _check_source(wanted.name, each, source, signature.parameters, function)
@@ -81,7 +87,7 @@ def emits(name: str | Event[...], **sources: Source) -> Callable[[Function], Fun
                     emitter._drops.too_deep += 1
             return result
 
-        return cast(Function, awaited if inspect.iscoroutinefunction(function) else called)
+        return cast(Function, awaited if kind is Kind.COROUTINE else called)
 
     return decorate
 

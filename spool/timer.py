@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import time
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from types import AsyncGeneratorType, CoroutineType, GeneratorType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from spool.annotations import Metadata
+from spool.kinds import Kind, kind_of
 
 if TYPE_CHECKING:
     from spool.emitter import Emitter
@@ -26,6 +26,9 @@ class Timer:
         async def make_thumbnail(photo): ...
 
     As a decorator it may run in many threads and tasks at once; as a block, one timer is for one block.
+
+    A coroutine is timed to its end. A generator, sync or async, is timed from its first item to its end, with what
+    its consumer does in between. Raises TypeError for a class and for what cannot be called.
     """
 
     def __init__(self, emitter: Emitter, metric_name: str, labels: Metadata | None) -> None:
@@ -43,7 +46,7 @@ class Timer:
     ) -> None:
         begin = self._started.pop()
         try:
-            self._end(begin)
+            self._end(begin, raised=kind is not None)
         except RecursionError:
             self._emitter._drops.too_deep += 1
 
@@ -55,42 +58,121 @@ class Timer:
     ) -> None:
         begin = self._started.pop()
         try:
-            self._end(begin)
+            self._end(begin, raised=kind is not None)
         except RecursionError:
             self._emitter._drops.too_deep += 1
 
     def __call__(self, function: Function) -> Function:
-        """Return the function, timed; its signature stays."""
+        """Return the function, timed; its signature and its kind stay."""
+        if isinstance(function, (staticmethod, classmethod)):
+            return cast(Function, type(function)(self(function.__func__)))
+        if isinstance(function, type) or not callable(function):
+            raise TypeError(f"cannot time {function!r}: decorate a function or a method")
+        timed = _TIMED[kind_of(function)](self, function)
+        return cast(Function, functools.wraps(function)(timed))
 
-        @functools.wraps(function)
-        async def awaited(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter_ns()
-            try:
-                return await function(*args, **kwargs)
-            finally:
-                try:
-                    self._end(begin)
-                except RecursionError:
-                    self._emitter._drops.too_deep += 1
-
-        @functools.wraps(function)
-        def called(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter_ns()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                try:
-                    self._end(begin)
-                except RecursionError:
-                    self._emitter._drops.too_deep += 1
-
-        return cast(Function, awaited if inspect.iscoroutinefunction(function) else called)
-
-    def _end(self, begin: int) -> None:
-        duration = (time.perf_counter_ns() - begin) / 1_000_000
+    def _end(self, begin: int, *, raised: bool) -> None:
         try:
+            duration = (time.perf_counter_ns() - begin) / 1_000_000
             self._emitter.record_timer(
                 metric_name=self._metric_name, duration_ms=duration, labels=self._labels
             )
         except RecursionError:
             self._emitter._drops.too_deep += 1
+        except ValueError:  # with `strict`
+            if not raised:
+                raise
+
+
+class _Run:
+    """One run of a function. Its end is a frame no deeper than the function was, so near the recursion limit too."""
+
+    __slots__ = ("_begin", "_timer")
+
+    def __init__(self, timer: Timer) -> None:
+        self._timer = timer
+        self._begin = 0
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter_ns()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._timer._end(self._begin, raised=kind is not None)
+        except RecursionError:
+            self._timer._emitter._drops.too_deep += 1
+
+
+def _timed_call(timer: Timer, function: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter_ns()
+        raised = True
+        result = None
+        try:
+            result = function(*args, **kwargs)
+            raised = False
+        finally:
+            if (kind := _SUSPENDED.get(type(result))) is None:
+                try:
+                    timer._end(begin, raised=raised)
+                except RecursionError:
+                    timer._emitter._drops.too_deep += 1
+        if kind is not None:  # another decorator hid what the function is
+            return _TIMED[kind](timer, lambda: result)()
+        return result
+
+    return called
+
+
+def _timed_coroutine(timer: Timer, function: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, Any]]:
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        with _Run(timer):
+            return await function(*args, **kwargs)
+
+    return awaited
+
+
+def _timed_generator(timer: Timer, function: Callable[..., Any]) -> Callable[..., Generator[Any, Any, Any]]:
+    def iterated(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        with _Run(timer):
+            return (yield from function(*args, **kwargs))
+
+    return iterated
+
+
+def _timed_async_generator(
+    timer: Timer, function: Callable[..., Any]
+) -> Callable[..., AsyncGenerator[Any, Any]]:
+    async def iterated(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        with _Run(timer):
+            generator = function(*args, **kwargs)
+            step = anext(generator)
+            while True:  # `yield from`, which there is not for them
+                try:
+                    item = await step
+                except StopAsyncIteration:
+                    return
+                try:
+                    step = generator.asend((yield item))
+                except GeneratorExit:
+                    await generator.aclose()
+                    raise
+                except BaseException as error:
+                    step = generator.athrow(error)
+
+    return iterated
+
+
+_TIMED = {
+    Kind.RESULT: _timed_call,
+    Kind.COROUTINE: _timed_coroutine,
+    Kind.GENERATOR: _timed_generator,
+    Kind.ASYNC_GENERATOR: _timed_async_generator,
+}
+_SUSPENDED = {
+    CoroutineType: Kind.COROUTINE,
+    GeneratorType: Kind.GENERATOR,
+    AsyncGeneratorType: Kind.ASYNC_GENERATOR,
+}

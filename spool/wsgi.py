@@ -1,45 +1,93 @@
 """Request metrics, request ids and context for any WSGI application; no framework is imported.
 
-    app.wsgi_app = AnalyticsMiddleware(app.wsgi_app)                  # Flask
-    application = AnalyticsMiddleware(get_wsgi_application())         # Django
+    app.wsgi_app = AnalyticsMiddleware(app.wsgi_app)                  # Flask, or spool.flask
+    application = AnalyticsMiddleware(get_wsgi_application())         # Django, or spool.django
 
-The same metrics and labels as spool/asgi.py. The route's template is what Flask leaves in the environment, or
-what Django, if it is loaded, resolves the path to.
+The same metrics and labels as spool/asgi.py. A server sees of the response what it would see without the
+middleware: the server's own file wrapper, which it sends by sendfile(2), and the number of pieces, of which it
+makes the Content-Length of a single one.
 """
 
 from __future__ import annotations
 
 import contextvars
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, Final
 
 from spool.context import begin_empty
 from spool.emitter import Emitter
 from spool.interruption import is_foreign
-from spool.request import DISCONNECTED, UNMATCHED, Middleware, RequestTimer, request_id, trace_id
+from spool.request import (
+    DISCONNECTED,
+    FAILED,
+    MARK,
+    PREFLIGHT,
+    UNMATCHED,
+    Middleware,
+    RequestTimer,
+    given_endpoint,
+    request_id,
+    served_request,
+    trace_id,
+)
+from spool.routes import Routed, Routes, routes_of_wsgi, template_of
+from spool.wsgi_input import watched
 
 Environment = dict[str, Any]
 Application = Callable[[Environment, Callable[..., Any]], Iterable[bytes]]
+
+_WITHOUT_BODY: Final = frozenset({"204", "304"})
+_PREFLIGHT: Final = ("HTTP_ORIGIN", "HTTP_ACCESS_CONTROL_REQUEST_METHOD")
 
 
 class AnalyticsMiddleware(Middleware[Application]):
     """Wraps a WSGI application (PEP 3333).
 
-    `emitter` is the process-wide one unless given; requests to a path of `exclude`, or below, have no metrics.
+    `emitter` is the process-wide one unless given. Requests to a path of `exclude`, a list, or below have no
+    metrics; "/" is the root alone. `endpoint`, a function of the environment, returns a request's label, or None
+    for the template of its route. Raises `ExcludeError`, a TypeError and ValueError, for what is not a list of paths.
     """
 
+    _routes: Routes | None = None
+    _routes_known = False
+
     def __call__(self, environ: Environment, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        root, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
+        served = served_request()
+        if MARK in environ or (served is not None and served == _request(environ, root + path)):
+            return self._app(environ, start_response)
+        if not self._routes_known:
+            self._routes, self._routes_known = routes_of_wsgi(self._app), True
+        environ[MARK] = routed = Routed(environ)
         # The response is made piece by piece after this returned, in the same context.
         context = contextvars.copy_context()
-        exchange = _Exchange(self._emitter, environ, start_response, context)
-        if self._excluded(environ.get("PATH_INFO", "")):
+        exchange = _Exchange(
+            self._emitter, environ, start_response, context, lambda: self._label(environ, routed)
+        )
+        if self._exclude and self._excluded(root, root + path):
             exchange.omit_metrics()
         return exchange.begin(self._app)
 
+    def _label(self, environ: Environment, routed: Routed) -> str:
+        if self._endpoint is not None and (label := given_endpoint(self._endpoint, environ)) is not None:
+            return label
+        if environ.get("REQUEST_METHOD") == "OPTIONS" and all(name in environ for name in _PREFLIGHT):
+            return PREFLIGHT
+        try:
+            return template_of(self._routes, routed)
+        except Exception as error:  # a release of a framework that keeps its routes in another way
+            if is_foreign(error):
+                raise
+            return UNMATCHED
+
+
+def _request(environ: Environment, path: str) -> tuple[str, str]:
+    """Return method and path as ASGI has them: WSGI has the path's bytes as characters."""
+    return environ.get("REQUEST_METHOD", ""), path.encode("latin-1", "replace").decode(errors="replace")
+
 
 class _Exchange:
-    """One request and its response, iterated and closed by the server."""
+    """One request and its response."""
 
     def __init__(
         self,
@@ -47,86 +95,152 @@ class _Exchange:
         environ: Environment,
         start_response: Callable[..., Any],
         context: contextvars.Context,
+        label: Callable[[], str],
     ) -> None:
         self._environ = environ
         self._start_response = start_response
         self._context = context
+        self._label = label
         self._request_id = request_id(environ.get("HTTP_X_REQUEST_ID"))
         self._timer = RequestTimer(emitter, environ.get("REQUEST_METHOD", ""))
-        self._status = "500"
-        self._template: str | None = None
-        self._app: Application | None = None
-        self._pieces: Iterable[bytes] = ()
-        self._rest: Iterator[bytes] = iter(())
+        self._status: str | None = None
+        self._endpoint: str | None = None
+        self._input = watched(environ.get("wsgi.input"), environ)
+        if self._input is not None:
+            environ["wsgi.input"] = self._input
+        self.begun = False
+        """Whether bytes of the body were sent, and the status with them."""
+        self.length: int | None = None
+        """Of the body, if the header Content-Length announces it."""
 
     def omit_metrics(self) -> None:
         self._timer.ended = True
 
-    def begin(self, app: Application) -> _Exchange:
+    def begin(self, app: Application) -> Iterable[bytes]:
+        """Call the application and return the response as the server has to see it."""
         trace = trace_id(self._environ.get("HTTP_TRACEPARENT"))
         self._context.run(begin_empty, request_id=self._request_id, trace_id=trace)
-        self._app = app
         try:
-            self._pieces = self._context.run(app, self._environ, self._start)
-            self._rest = iter(self._pieces)
-        except Exception:
-            self._fail()
+            pieces = self._context.run(app, self._environ, self._start)
+            if self._is_servers_own(pieces):
+                self._end_when_closed(pieces)
+                return pieces
+            response = _SizedResponse if isinstance(pieces, Sized) else _Response
+            return response(self, pieces)
+        except BaseException:
+            self.end(failed=True)
             raise
-        return self
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call it in the context of the request."""
+        return self._context.run(function, *arguments)
+
+    def end(self, *, disconnected: bool = False, failed: bool = False) -> None:
+        if not self._timer.ended:
+            status = self._status or FAILED
+            if self._input is not None and self._input.is_cut_off():
+                status, failed = DISCONNECTED, False
+            elif disconnected and not self._has_no_body(status):
+                status = DISCONNECTED
+            elif failed and not self.begun:
+                status = FAILED  # instead of what the application wanted
+            self._timer.end(self._endpoint or self.run(self._label), status, failed=failed)
+        self._environ.pop(MARK, None)
+
+    def _start(self, status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
+        kept = [("X-Request-ID", self._request_id)]
+        for header in headers:
+            name = header[0].lower()
+            if name == "content-length" and header[1].isdigit():
+                self.length = int(header[1])
+            if name != "x-request-id":
+                kept.append(header)
+        write = self._start_response(status, kept, *exc_info)
+        self._status = status[:3]
+        if not self._timer.ended:  # what the framework knows of the request is there now, if not in the end
+            self._endpoint = self._label()
+
+        def writing(data: bytes) -> None:
+            self.begun = True
+            write(data)
+
+        return writing if callable(write) else write
+
+    def _has_no_body(self, status: str) -> bool:
+        """Whether a server may close the response without asking for its pieces."""
+        return self._environ.get("REQUEST_METHOD") == "HEAD" or status in _WITHOUT_BODY
+
+    def _is_servers_own(self, pieces: object) -> bool:
+        """Whether it was made by the server's file wrapper, which uWSGI has as a function that returns the file."""
+        wrapper = self._environ.get("wsgi.file_wrapper")
+        if isinstance(wrapper, type):
+            return isinstance(pieces, wrapper)
+        return wrapper is not None and hasattr(pieces, "read")
+
+    def _end_when_closed(self, pieces: Any) -> None:
+        close = getattr(pieces, "close", None)
+
+        def closed() -> None:
+            try:
+                if close is not None:
+                    self.run(close)
+            finally:
+                self.end()
+
+        try:
+            pieces.close = closed
+        except AttributeError:  # a type that takes no attributes: the server sends it after this
+            self.end()
+
+
+class _Response:
+    """The pieces of a response, iterated and closed by the server."""
+
+    def __init__(self, exchange: _Exchange, pieces: Iterable[bytes]) -> None:
+        self._exchange = exchange
+        self._pieces = pieces
+        self._taken = 0
+        self._bytes = 0
+        self._rest: Iterator[bytes] = exchange.run(iter, pieces)
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
         try:
-            return self._context.run(next, self._rest)
+            piece: bytes = self._exchange.run(next, self._rest)
         except StopIteration:
-            self._timer.end(self._endpoint(), self._status)
+            self._exchange.end()
             raise
-        except Exception:
-            self._fail()
+        except BaseException:
+            self._exchange.end(failed=True)
             raise
+        if piece:
+            self._exchange.begun = True
+            self._bytes += len(piece)
+        self._taken += 1
+        return piece
 
     def close(self) -> None:
         """What the server calls in the end, also if the client went away before it."""
         try:
             close = getattr(self._pieces, "close", None)
             if close is not None:
-                self._context.run(close)
+                self._exchange.run(close)
         finally:
-            self._timer.end(self._endpoint(), DISCONNECTED)
+            self._exchange.end(disconnected=not self._is_complete())
 
-    def _start(self, status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
-        self._status = status[:3]
-        self._template = _flask_template(self._environ)
-        kept = [header for header in headers if header[0].lower() != "x-request-id"]
-        return self._start_response(status, [*kept, ("X-Request-ID", self._request_id)], *exc_info)
-
-    def _fail(self) -> None:
-        self._timer.end(self._endpoint(), "500")
-
-    def _endpoint(self) -> str:
-        try:
-            return self._template or self._context.run(_resolve, self._app, self._environ)
-        except Exception as error:  # no such path, or a framework that keeps its routes in another way
-            if is_foreign(error):
-                raise
-            return UNMATCHED
+    def _is_complete(self) -> bool:
+        """Whether the server has all of the body, although it did not ask for one more piece."""
+        length = self._exchange.length
+        return length is not None and self._bytes >= length
 
 
-def _flask_template(environ: Environment) -> str | None:
-    """What Flask matched, as long as its request is under way."""
-    rule = getattr(environ.get("werkzeug.request"), "url_rule", None)
-    return None if rule is None else str(rule.rule)
+class _SizedResponse(_Response):
+    """One whose number of pieces is known before, as a list's is."""
 
+    def __len__(self) -> int:
+        return len(self._pieces)  # type: ignore[arg-type]  # by isinstance
 
-def _resolve(app: Application | None, environ: Environment) -> str:
-    """Ask the framework for the template of a path: Flask for one that raised, Django for any."""
-    rules = getattr(getattr(app, "__self__", None), "url_map", None)
-    if rules is not None:
-        rule, _ = rules.bind_to_environ(environ).match(return_rule=True)
-        return str(rule.rule)
-    django = sys.modules.get("django.urls")
-    if django is not None:
-        return "/" + str(django.resolve(environ.get("PATH_INFO", "/")).route).lstrip("/")
-    return UNMATCHED
+    def _is_complete(self) -> bool:
+        return self._taken >= len(self) or super()._is_complete()

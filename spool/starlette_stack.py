@@ -1,0 +1,68 @@
+"""Puts the middleware around the whole of a Starlette or FastAPI application that it was added to.
+
+`add_middleware` puts it inside of `ServerErrorMiddleware`, which answers what nobody handled: that response
+would have no request id, its handler no user, and its status would be a guess. So the first call, which
+is the lifespan under a server, replaces the application's stack by one with the middleware outside.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from copy import copy
+from typing import Any
+
+from spool.interruption import is_foreign
+from spool.request import inner_of
+
+
+def put_outermost(middleware: Any, scope: Mapping[str, Any]) -> Any:
+    """Put it around the stack of the scope's application if it is in it.
+
+    Return what has to serve the call in progress in place of the middleware, None if nothing has to. That call,
+    if it is a request, is inside of the stack already: it gets a `ServerErrorMiddleware` of its own within the
+    middleware, and the outer one no handler, so that the application's runs once. Not if a middleware of the
+    application lies between, which may handle errors itself.
+    """
+    try:
+        return _put_outermost(middleware, scope)
+    except Exception as error:  # a release of Starlette that keeps its stack in another way
+        if is_foreign(error):
+            raise
+        return None
+
+
+def _put_outermost(middleware: Any, scope: Mapping[str, Any]) -> Any:
+    errors = sys.modules.get("starlette.middleware.errors")
+    stack: Any = getattr(scope["app"], "middleware_stack", None)
+    if errors is None or type(stack) is not errors.ServerErrorMiddleware:
+        return None
+    if "router" in scope and not _is_in(stack, middleware):  # but in an application that is mounted
+        return None
+    outermost = _around(middleware, copy(stack))
+    scope["app"].middleware_stack = outermost
+    if not _only_the_frameworks_own(stack.app, middleware):
+        return None
+    inner = copy(stack)
+    inner.app = middleware._app
+    stack.handler, stack.debug = None, False
+    return _around(middleware, inner)
+
+
+def _around(middleware: Any, app: Any) -> Any:
+    made = copy(middleware)
+    made._app = app
+    return made
+
+
+def _is_in(layer: object, middleware: object) -> bool:
+    return any(each is middleware for each in inner_of(layer))
+
+
+def _only_the_frameworks_own(layer: Any, innermost: object) -> bool:
+    while layer is not innermost:
+        module = type(layer).__module__
+        if not module.startswith(("starlette.", "fastapi.")) or hasattr(layer, "dispatch_func"):
+            return False
+        layer = getattr(layer, "app", None)
+    return True

@@ -74,6 +74,7 @@ def test_a_file_that_changes_while_it_is_read_stays_and_loads_the_next_time(
     assert path.exists() and not source.retired
 
 
+@pytest.mark.long
 def test_memory_is_bounded_for_a_file_of_nothing_but_tiny_rejects(cli: Cli) -> None:
     segment(cli.spool, 1, *[b"%x" % n for n in range(600_000)])
     # A child's peak begins with its parent's size (getrusage(2)), so a small parent asks.

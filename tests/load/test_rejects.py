@@ -65,6 +65,7 @@ def test_a_line_of_control_characters_as_long_as_a_chunk_can_be_read_again(
     cli("doctor", code=None)
 
 
+@pytest.mark.long
 def test_a_reject_file_larger_than_a_gibibyte_is_read(tmp_path: Path, cli: Cli) -> None:
     """As an older loader wrote them."""
     (cli.spool / "rejected").mkdir()
@@ -192,6 +193,7 @@ def test_a_retry_of_a_large_file_loads_it_in_pieces(connection: Connection, tmp_
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_memory_of_a_retry_is_bounded(cli: Cli, one_connection: Connection) -> None:
     big_rejects(cli.spool, 400)
     code = (

@@ -16,7 +16,7 @@ from tests.processes import LOADER, environment
 pytest.importorskip("vl_convert", reason="the extra report is not installed")
 
 
-@pytest.mark.long  # the demo itself is run by tests/surface/test_cli.py
+@pytest.mark.long  # the demo itself is run by tests/commands/test_cli.py
 def test_the_demo_ends_with_the_page_and_keeps_everything_running_until_a_signal(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     command = [*LOADER, "demo", "--keep", "--html", str(page)]

@@ -36,6 +36,7 @@ _BRACE: Final = ord("{")
 _NULL: Final = "\\N"
 _AFTER_ID: Final = len('{"event_id":"0190163d-8694-739b-aea5-966c26f8ad91","')
 _NUMBER: Final = re.compile(rb"-?\d+(\.\d+)?([eE][+-]?\d+)?")
+_BELOW_ZERO: Final = re.compile(rb"-[0.]*[1-9]")
 _ESCAPED_NUL: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 
@@ -274,7 +275,7 @@ def _value(raw: msgspec.Raw, metric_type: str | None) -> str:
     data = bytes(raw)
     if not _NUMBER.fullmatch(data):
         _reject("invalid_value", f"value is not a number: {data[:100]!r}")
-    if metric_type == "counter" and data.startswith(b"-") and data.strip(b"-0.eE+"):
+    if metric_type == "counter" and _BELOW_ZERO.match(data):
         _reject("invalid_value", f"a counter's value is below zero: {data[:100].decode()}")
     return data.decode()
 

@@ -42,6 +42,18 @@ def test_backslashes_and_blanks_are_escaped_for_copy() -> None:
     assert columns(line)[-1] == r'{"a": "tab\\tquote\\" \\\\u0000"}'
 
 
+@pytest.mark.parametrize(
+    ("value", "below"),
+    [
+        ("-0", False), ("-0.0", False), ("-0e5", False), ("-0.000E-17", False), ("-1", True), ("-0.01", True),
+        ("-0.0001e9", True), ("-10", True),
+    ],
+)  # fmt: skip
+def test_a_counter_below_zero_is_refused_and_zero_may_have_a_sign(value: str, below: bool) -> None:
+    line = orjson.dumps(METRIC).replace(b'"value":1', f'"value":{value}'.encode())
+    assert isinstance(decode(line), Reject) is below
+
+
 CANONICAL = "0190163d-8694-739b-aea5-966c26f8ad91"
 UUIDS = {
     CANONICAL.upper(): CANONICAL,

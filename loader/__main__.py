@@ -17,7 +17,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("loader", "spool"):
             raise
-        sys.exit(f"loader: {error.name} is not installed: pip install 'analytics-spool[loader]'")
+        from loader.extras import missing
+
+        sys.exit(f"loader: {missing(str(error.name), 'loader')}")
     cli(prog_name="loader")
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
-from loader import settings
+from loader import extras, settings
 from loader.cli import terminal
 from loader.errors import LoaderError
 from loader.service.signals import interrupted_by_hangup
@@ -35,9 +34,7 @@ def command(dsn: str | None, html: Path | None, keep: bool) -> None:
       loader demo
       loader demo --keep
     """
-    for needed in ("fastapi", "httpx", "uvicorn", "jinja2", "vl_convert"):
-        if find_spec(needed) is None:
-            raise LoaderError(f"{needed} is not installed: pip install 'analytics-spool[demo]'")
+    extras.require(("fastapi", "httpx", "uvicorn", "jinja2", "vl_convert"), "demo")
     from loader.demo import tour  # imports them
 
     with interrupted_by_hangup():

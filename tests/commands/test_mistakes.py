@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 
+from loader.extras import install_command
 from loader.load.database import Connection
 from tests.load.lines import STEM, event, joined, segment
 from tests.processes import Cli
@@ -209,9 +210,9 @@ def test_a_password_on_the_command_line_is_warned_of(cli: Cli) -> None:
 
 
 def test_what_the_demo_needs_is_named() -> None:
-    code = "from loader.cli import demo, main; demo.find_spec = lambda name: None; main.cli(['demo'])"
+    code = "from loader import extras; from loader.cli import main; extras.find_spec = lambda name: None; main.cli(['demo'])"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.returncode == 1 and "pip install 'analytics-spool[demo]'" in ended.stderr
+    assert ended.returncode == 1 and f"fastapi is not installed: {install_command('demo')}" in ended.stderr
 
 
 def test_a_database_that_goes_away_is_told_with_its_exit_code(cli: Cli, one_connection: Connection) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from loader.extras import install_command
 from loader.files import rejects
 from loader.files.limits import CHUNK_BYTES
 from loader.load.database import Connection
@@ -219,4 +220,4 @@ def test_loader_in_an_environment_without_its_dependencies_says_what_to_install(
         LOADER, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
     )
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
-    assert "pip install 'analytics-spool[loader]'" in ended.stderr
+    assert f"click is not installed: {install_command('loader')}" in ended.stderr

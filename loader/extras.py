@@ -1,0 +1,55 @@
+"""The extras of the package: what a command needs beyond the loader, and how to install it here.
+
+The package is not on an index: how it was installed is what `direct_url.json` says (PEP 610), which pip and uv
+write for a directory, an archive or a repository.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+from loader.errors import LoaderError
+
+_PACKAGE: Final = "analytics-spool"
+
+
+def require(modules: Iterable[str], extra: str) -> None:
+    """Raise LoaderError for the first module that is not installed, with the command that installs it."""
+    for module in modules:
+        if find_spec(module) is None:
+            raise LoaderError(missing(module, extra))
+
+
+def missing(module: str, extra: str) -> str:
+    """Return one line for a module that is not installed and the extra that has it."""
+    return f"{module} is not installed: {install_command(extra)}"
+
+
+def install_command(extra: str) -> str:
+    """Return what installs an extra from where the package came from."""
+    return f"pip install {_source(_direct_url(), extra)}"
+
+
+def _direct_url() -> dict[str, Any]:
+    try:
+        text = distribution(_PACKAGE).read_text("direct_url.json")
+    except PackageNotFoundError:  # on the path, but not installed
+        return {}
+    return json.loads(text) if text else {}
+
+
+def _source(found: dict[str, Any], extra: str) -> str:
+    url = found.get("url", "")
+    if "dir_info" in found:
+        editable = "-e " if found["dir_info"].get("editable") else ""
+        return f"{editable}'{unquote(urlsplit(url).path)}[{extra}]'"
+    if "vcs_info" in found:
+        vcs = found["vcs_info"]
+        revision = vcs.get("requested_revision") or vcs["commit_id"]
+        return f"'{_PACKAGE}[{extra}] @ {vcs['vcs']}+{url}@{revision}'"
+    return f"'{_PACKAGE}[{extra}] @ {url}'" if url else f"'{_PACKAGE}[{extra}]'"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import zstandard
 
 from loader.load.database import Connection
@@ -116,6 +117,16 @@ def test_loader_runs_as_a_module_and_as_a_script() -> None:
     script = Path(sys.executable).with_name("loader")
     for command in ([*LOADER, "--version"], [str(script), "--version"]):
         assert "0.1.0" in subprocess.check_output(command, text=True)
+
+
+@pytest.mark.parametrize("path", ["{}", "", ".", "/nowhere:{}:"])
+def test_a_loader_py_of_the_application_does_not_shadow_the_script(tmp_path: Path, path: str) -> None:
+    (tmp_path / "loader.py").write_text("raise SystemExit('of the application')")
+    script = Path(sys.executable).with_name("analytics-loader")
+    variables = environment(PYTHONPATH=path.format(tmp_path))
+    for arguments in (["--version"], ["status", "--help"]):
+        printed = subprocess.check_output([str(script), *arguments], cwd=tmp_path, env=variables, text=True)
+        assert printed.startswith(("loader, version 0.1.0", "Usage: loader status"))
 
 
 def test_the_rejects_that_are_shown_can_be_limited(cli: Cli) -> None:

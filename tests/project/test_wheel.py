@@ -29,6 +29,9 @@ def test_the_wheel_has_the_schema_the_types_and_the_script(wheel: Path) -> None:
         assert units <= {name.partition(".data/data/")[2] for name in names}
         assert archive.read("loader/schema.sql") == (ROOT / "schema.sql").read_bytes()
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("METADATA"))
+        (script,) = (name for name in names if name.endswith(".data/scripts/analytics-loader"))
+        assert archive.getinfo(script).external_attr >> 16 & 0o111, "it may not be executed"
+        assert archive.read(script).startswith(b"#!python\n")  # which installers replace
         (scripts,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
     assert "loader = loader.__main__:main" in scripts
     assert "[pytest11]\nspool.testing = spool.testing" in scripts

@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "export": "Write events or metrics to Parquet, CSV or NDJSON.",
     "rollup": "Compute the rollups of the hours that loads touched.",
     "prune": "Remove old rows, ledger rows, and rejected and archived files.",
+    "schema": "Print the format of a line, for writers in other languages.",
     "demo": "Run the whole pipeline against a temporary Postgres.",
 }
 """Commands with their short help; each is `command` in the module of its name."""

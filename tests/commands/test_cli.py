@@ -136,3 +136,32 @@ def test_the_rejects_that_are_shown_can_be_limited(cli: Cli) -> None:
     assert len(cli("rejects", "show", "--json").splitlines()) == 3
     shown = cli("rejects", "show", "--limit", "2", "--json").splitlines()
     assert [json.loads(line)["raw"] for line in shown] == ["one", "two"]
+
+
+def test_rejects_are_exported_as_they_were_repaired_and_dropped(
+    cli: Cli, one_connection: Connection, tmp_path: Path
+) -> None:
+    wrong = joined(event(1)).replace(b"memory_posted", b"Memory")
+    segment(cli.spool, 1, wrong.removesuffix(b"\n"), b"\xff\x1b[31m", event(2))
+    cli("run", "--once", code=3)
+    assert cli.run("rejects", "export").stdout == wrong + b"\xff\x1b[31m\n"
+    repair = tmp_path / "repair.ndjson"
+    assert cli("rejects", "export", "--code", "invalid_name", "--output", repair) == "lines 1\n"
+    assert repair.read_bytes() == wrong
+    repair.write_bytes(wrong.replace(b"Memory", b"memory_posted"))
+    assert "events 1" in cli("backfill", repair)
+    assert number(one_connection, EVENTS) == 2
+
+    assert "name the files" in cli("rejects", "drop", "--yes", code=2)
+    assert "1 lines would be removed" in cli("rejects", "drop", "--all", "--code", "invalid_name", code=2)
+    assert len(cli("rejects", "show", "--json").splitlines()) == 2
+    assert (
+        cli("rejects", "drop", "--all", "--code", "invalid_name", "--yes")
+        == "dropped 1 lines (invalid_name 1)\n"
+    )
+    (kept,) = cli("rejects", "show", "--json").splitlines()
+    assert json.loads(kept)["raw_base64"]
+    (name,) = (path.name for path in (cli.spool / "rejected").iterdir())
+    assert json.loads(cli("rejects", "drop", name, "--yes", "--json")) == {"dropped": {"not_utf8": 1}}
+    assert list((cli.spool / "rejected").iterdir()) == []
+    assert cli("rejects", "drop", "--all", "--yes") == "dropped 0 lines (none)\n"

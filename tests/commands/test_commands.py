@@ -46,7 +46,7 @@ def every(command: click.Command, name: str = "loader") -> Iterator[tuple[str, c
 
 COMMANDS = dict(every(main.cli))
 FACTS = [name for name, command in COMMANDS.items() if not isinstance(command, click.Group)]
-NO_FACTS = {"loader demo", "loader tail"}
+NO_FACTS = {"loader rejects export", "loader demo", "loader tail"}
 
 
 def examples(command: click.Command) -> list[str]:

@@ -108,8 +108,10 @@ class Daemon:
             self._workers.connect()
             report = self._workers.load(files)
         except OSError as error:
+            self.health.unreadable = f"could not scan {self._spool}: {error}"
             self._report_problems({str(self._spool): f"could not be scanned: {error}"})
         else:
+            self.health.unreadable = None
             self._report_pass(found, report)
             self._refresher.tick(busy=report.files > 0)
             more = found.more

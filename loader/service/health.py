@@ -30,6 +30,8 @@ class Health:
         self.connected = False
         self.waits_for: str | None = None
         """Why nothing is loaded at the moment."""
+        self.unreadable: str | None = None
+        """Why the spool could not be scanned the last time."""
         self.connections: int | None = None
         """Connections that load, if there are fewer than workers."""
         self.last_error: str | None = None
@@ -46,6 +48,12 @@ class Health:
     def connection_made(self) -> None:
         self.connected = True
         self.progressed()
+
+    def obstacle(self) -> str | None:
+        """Return why no row can be loaded at the moment, None if rows can be loaded."""
+        if not self.connected and self.waits_for is None:
+            return "the database has not answered yet"
+        return self.waits_for or self.unreadable
 
     def limited_to(self, connections: int | None) -> bool:
         """Note that so many connections load, None for all. Return whether that is new."""

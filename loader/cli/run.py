@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,10 +38,15 @@ if TYPE_CHECKING:
     help="With --metrics-port, listen on this address, 0.0.0.0 or :: for all; else LOADER_METRICS_ADDRESS, "
     "else 127.0.0.1: this machine only.",
 )  # fmt: skip
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+    default="info", envvar="LOADER_LOG_LEVEL", show_default=True,
+    help="What is logged: info has a summary each minute, debug each pass; else LOADER_LOG_LEVEL.",
+)  # fmt: skip
 @options.as_json
 def command(
     dsn: str | None, spool_dir: Path | None, workers: int, archive: Path | None, once: bool,
-    adopt: tuple[str, ...], metrics_port: int | None, metrics_address: str | None, as_json: bool,
+    adopt: tuple[str, ...], metrics_port: int | None, metrics_address: str | None, log_level: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Watch a spool and load what is sealed, until SIGTERM.
 
@@ -57,7 +63,7 @@ def command(
     from loader.service.notify import Notifier
     from loader.service.signals import until_signal
 
-    log_format.to_stderr()
+    log_format.to_stderr(logging.getLevelNamesMapping()[log_level.upper()])
     if adopt and not once:
         raise UsageError("--adopt goes with --once")
     if as_json and not once:

@@ -40,6 +40,8 @@ class Health:
         self.buckets = [0] * (len(BUCKETS) + 1)
         self.seconds = 0.0
         """All batches' time together."""
+        self._unlogged = (0, Loaded())
+        """Files and lines since the last summary."""
         self._cause = ""
         self._lock = threading.Lock()
         self._started = time.monotonic()
@@ -71,6 +73,8 @@ class Health:
         """Note that a batch was committed, after so many seconds."""
         with self._lock:
             self.total += loaded
+            files, lines = self._unlogged
+            self._unlogged = files, lines + loaded
             self.buckets[bisect_left(BUCKETS, seconds)] += 1
             self.seconds += seconds
             self._recent.append((time.monotonic(), loaded.counts.rows))
@@ -78,7 +82,16 @@ class Health:
         self.progressed()
 
     def files_done(self, files: int) -> None:
-        self.files += files
+        with self._lock:
+            self.files += files
+            before, lines = self._unlogged
+            self._unlogged = before + files, lines
+
+    def take_unlogged(self) -> tuple[int, Loaded]:
+        """Return the files and the lines that were loaded since the last call."""
+        with self._lock:
+            taken, self._unlogged = self._unlogged, (0, Loaded())
+        return taken
 
     def failed(self, reason: str) -> None:
         """Note an error that does not stop the loader."""

@@ -21,7 +21,7 @@ import psycopg
 import watchfiles
 
 from loader import settings
-from loader.errors import LoaderError, OutOfReachError
+from loader.errors import LoaderError, LoginRefusedError, OutOfReachError
 from loader.files import nofollow, rejects
 from loader.files import writers as writer_files
 from loader.files.lock import LOCK, holder, is_foreign, lock_holders
@@ -161,7 +161,7 @@ def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: 
     except (psycopg.Error, LoaderError) as error:
         reason = explain(error)
         remedy = "is the server up, and are host, port, user and password right?"
-        unreachable = isinstance(reason, OutOfReachError)
+        unreachable = isinstance(reason, OutOfReachError) and not isinstance(reason, LoginRefusedError)
         yield Finding(
             "connection", Verdict.FAILED, str(reason), remedy if unreachable else "", reason.exit_code
         )

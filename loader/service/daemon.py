@@ -60,7 +60,7 @@ class Daemon:
         self._notifier = notifier
         self._workers = Workers(dsn, spool, count, signals, None, self.health, self._tick)
         self._parents = ParentRetries(dsn, spool, signals, self.health)
-        self._accounts = Accounts(dsn, spool, signals)
+        self._accounts = Accounts(dsn, spool, signals, self.health)
         self._refresher = Refresher(dsn)
         self._summary = Summary(spool, self.health)
         self._rescan = min(RESCAN_SECONDS, notifier.watchdog_seconds / 4 or RESCAN_SECONDS)

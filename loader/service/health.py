@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from loader.errors import OutOfReachError
 from loader.load.counts import Loaded
 
 BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -106,6 +107,10 @@ class Health:
             self.failed(reason)
         self.progressed()
         return begins
+
+    def knows(self, error: Exception) -> bool:
+        """Whether it is an outage that the load waits out already, and has reported."""
+        return self.waits_for is not None and isinstance(error, OutOfReachError)
 
     def rows_per_second(self) -> float:
         """Return the rate of the last minute, or since the start."""

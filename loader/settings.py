@@ -69,7 +69,9 @@ def spool_directory(given: Path | None, environment: Mapping[str, str] = os.envi
     if status.st_mode & stat.S_IWOTH and status.st_uid != os.geteuid():
         raise UsageError(
             f"spool directory {directory} is another user's ({owner(status.st_uid)}) and everyone may write "
-            f"to it: chmod o-w {directory}, or set SPOOL_DIR or --spool-dir to a directory of your own"
+            f"to it: chmod o-w {directory}, or set SPOOL_DIR or --spool-dir to a directory of your own; in a "
+            "volume such as emptyDir (securityContext: fsGroup) that is one which an init container makes: "
+            f"mkdir -p -m 2770 {directory}/analytics"
         )
     return directory
 

@@ -21,6 +21,10 @@ class OutOfReachError(LoaderError):
     exit_code = 4
 
 
+class LoginRefusedError(OutOfReachError):
+    """The database answered, and refused the login: a person must change the DSN or the server."""
+
+
 class DamagedFileError(LoaderError, ValueError):
     """A file of the spool does not hold what the loader writes."""
 

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 from loader.errors import UsageError
 from spool.segment import DEFAULT_DIRECTORY
 
-_PG_VARIABLES: Final = ("PGHOST", "PGHOSTADDR", "PGDATABASE", "PGSERVICE", "PGUSER", "PGPORT")
+PG_VARIABLES: Final = ("PGHOST", "PGHOSTADDR", "PGDATABASE", "PGSERVICE", "PGUSER", "PGPORT")
 _LONGEST_DSN: Final = 16 << 10
 _DRIVER: Final = re.compile(r"^(postgres(?:ql)?)\+\w+://")
 
@@ -69,7 +69,9 @@ def spool_directory(given: Path | None, environment: Mapping[str, str] = os.envi
     if status.st_mode & stat.S_IWOTH and status.st_uid != os.geteuid():
         raise UsageError(
             f"spool directory {directory} is another user's ({owner(status.st_uid)}) and everyone may write "
-            f"to it: chmod o-w {directory}, or set SPOOL_DIR or --spool-dir to a directory of your own"
+            f"to it: chmod o-w {directory}, or set SPOOL_DIR or --spool-dir to a directory of your own; in a "
+            "volume such as emptyDir (securityContext: fsGroup) that is one which an init container makes: "
+            f"mkdir -p -m 2770 {directory}/analytics"
         )
     return directory
 
@@ -92,13 +94,19 @@ def database_dsn(given: str | None, environment: Mapping[str, str] = os.environ)
     named = (environment.get(name, "") for name in ("LOADER_DSN", "LOADER_DSN_FILE", "DATABASE_URL"))
     direct, file, other = named
     dsn = given or direct or (_written_in(Path(file)) if file else "") or other
-    if not dsn and not any(environment.get(name) for name in _PG_VARIABLES):
+    if not dsn and not any(environment.get(name) for name in PG_VARIABLES):
         raise UsageError(
             "no database is set: set LOADER_DSN (or DATABASE_URL, or libpq's PGHOST and PGDATABASE), "
             "or give --dsn, for example postgresql://user@host/database"
         )
     source = "the DSN" if given else "LOADER_DSN" if direct else "LOADER_DSN_FILE" if file else "DATABASE_URL"
     return _conninfo(dsn, source)
+
+
+def has_database(given: str | None, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether `database_dsn` has anything to go by."""
+    names = ("LOADER_DSN", "LOADER_DSN_FILE", "DATABASE_URL", *PG_VARIABLES)
+    return bool(given) or any(environment.get(name) for name in names)
 
 
 def _conninfo(dsn: str, source: str) -> str:

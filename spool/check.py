@@ -9,6 +9,7 @@ a temporary directory beside the segments and removed, so that it is never loade
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import tempfile
 import uuid
@@ -48,7 +49,7 @@ def findings() -> Iterator[Finding]:
     yield from _server()
     directory = _directory(settings.directory)
     yield directory
-    if directory.verdict == "ok" and kernel.SUPPORTED:
+    if directory.verdict != "failed" and kernel.SUPPORTED:
         yield from _test_event(settings)
 
 
@@ -86,6 +87,12 @@ def _directory(directory: Path) -> Finding:
             "failed", "directory", f'"{directory}": {problem}; set SPOOL_DIR to one this process may write'
         )
     status = f"{directory}" if directory.exists() else f"{directory}, which the first emit creates"
+    if directory.exists() and directory.stat().st_mode & stat.S_IWOTH:
+        remedy = f"chmod 2770 {directory}, or set SPOOL_DIR to {directory}/analytics, made by mkdir -m 2770"
+        finding = (
+            f"{directory}: everyone may write to it, so a loader that is not its owner refuses it; {remedy}"
+        )
+        return Finding("warning", "directory", finding)
     user = f" as user {os.geteuid()}" if hasattr(os, "geteuid") else ""
     return Finding("ok", "directory", status + user)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import traceback
@@ -18,6 +19,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from loader.errors import LoaderError, one_line
+from loader.service import journal
 
 COMMANDS: Final = {
     "init": "Create or upgrade the tables; idempotent.",
@@ -127,7 +129,7 @@ def _version() -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"Error: {one_line(message)}", err=True)
+    click.echo(f"{journal.prefix(logging.ERROR)}Error: {one_line(message)}", err=True)
     sys.exit(code)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,12 +31,22 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--metrics-port", type=click.IntRange(1, 65535), envvar="LOADER_METRICS_PORT",
-    help="Answer Prometheus on this port of this machine; else LOADER_METRICS_PORT.",
+    help="Answer Prometheus, and probes of /healthz, on this port; else LOADER_METRICS_PORT.",
+)  # fmt: skip
+@click.option(
+    "--metrics-address", metavar="ADDRESS", envvar="LOADER_METRICS_ADDRESS",
+    help="With --metrics-port, listen on this address, 0.0.0.0 or :: for all; else LOADER_METRICS_ADDRESS, "
+    "else 127.0.0.1: this machine only.",
+)  # fmt: skip
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+    default="info", envvar="LOADER_LOG_LEVEL", show_default=True,
+    help="What is logged: info has a summary each minute, debug each pass; else LOADER_LOG_LEVEL.",
 )  # fmt: skip
 @options.as_json
 def command(
     dsn: str | None, spool_dir: Path | None, workers: int, archive: Path | None, once: bool,
-    adopt: tuple[str, ...], metrics_port: int | None, as_json: bool,
+    adopt: tuple[str, ...], metrics_port: int | None, metrics_address: str | None, log_level: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Watch a spool and load what is sealed, until SIGTERM.
 
@@ -52,11 +63,13 @@ def command(
     from loader.service.notify import Notifier
     from loader.service.signals import until_signal
 
-    log_format.to_stderr()
+    log_format.to_stderr(logging.getLevelNamesMapping()[log_level.upper()])
     if adopt and not once:
         raise UsageError("--adopt goes with --once")
     if as_json and not once:
         raise UsageError("--json goes with --once: the daemon's log is JSON already")
+    if metrics_address and metrics_port is None and not once:
+        raise UsageError("--metrics-address goes with --metrics-port (LOADER_METRICS_PORT)")
     source = dsn_source(dsn)
     spool = settings.spool_directory(spool_dir)
     if dsn and settings.has_password(dsn):
@@ -72,7 +85,7 @@ def command(
         if metrics_port is not None:
             from loader.service import metrics  # which takes long to import
 
-            metrics.serve(metrics_port, spool, watching.health)
+            metrics.serve(metrics_address or metrics.ADDRESS, metrics_port, spool, watching.health)
         watching.run()
 
 

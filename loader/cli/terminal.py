@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TextIO
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 import click
 
 from loader.errors import one_line
+from loader.service import journal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +39,7 @@ def say(text: str, style: str = "") -> None:
 
 def warn(text: str) -> None:
     """Print one line to standard error."""
-    click.echo(_encodable(one_line(text), sys.stderr), err=True)
+    click.echo(journal.prefix(logging.WARNING) + _encodable(one_line(text), sys.stderr), err=True)
 
 
 def _encodable(text: str, stream: TextIO) -> str:

@@ -14,6 +14,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -65,7 +66,21 @@ def _write(file: BinaryIO) -> None:
     """Write who has the lock, for people; on a full disk the lock holds without it."""
     with contextlib.suppress(OSError):
         os.ftruncate(file.fileno(), 0)
-        os.pwrite(file.fileno(), f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.pwrite(file.fileno(), f"{_me()}\n".encode(), 0)
+
+
+def _me() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}, version {installed_version()}"
+
+
+def installed_version() -> str:
+    """Return the version of the package as it is installed now."""
+    return metadata.version("analytics-spool")
+
+
+def version_of(who: str) -> str:
+    """Return the version of a holder of a lock, as `holder` returns it; empty for one that wrote none."""
+    return who.partition(", version ")[2]
 
 
 def _lock(file: BinaryIO | int, spool: Path) -> None:

@@ -11,12 +11,13 @@ Codes: https://www.postgresql.org/docs/current/errcodes-appendix.html. Whole cod
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import Final
 
 import psycopg
 
-from loader.errors import LoaderError, OutOfReachError
+from loader.errors import LoaderError, LoginRefusedError, OutOfReachError
 
 
 class Action(Enum):
@@ -82,6 +83,20 @@ _ADVICE: Final = {
 }
 
 
+_LOGIN_ADVICE: Final = {
+    "password authentication failed": "check the user and the password of the DSN",
+    "no password supplied": "put the password into the DSN, or into the file LOADER_DSN_FILE",
+    "authentication failed": "let this user in with a line in pg_hba.conf, or change the DSN",
+    "no pg_hba.conf entry": "let this user in with a line in pg_hba.conf, or change the DSN",
+    'role ".*" does not exist': "make the role with `loader init --role`, or change the user of the DSN",
+    'role ".*" is not permitted to log in': "ALTER ROLE ... LOGIN, as a superuser",
+    'database ".*" does not exist': "change the database of the DSN, or create it",
+    "permission denied for database": "GRANT CONNECT ON DATABASE ... TO the role, as the database's owner",
+}
+"""Pattern of a refusal (SQLSTATE 28P01, 28000, 3D000, 42501) and what to do. libpq passes on no code of a failed
+login, only the text (https://www.postgresql.org/docs/current/libpq-connect.html)."""
+
+
 _OUT_OF_REACH: Final = ("08", "57P01", "57P02", "57P03")
 """The connection broke, or the server shuts down, crashed or starts."""
 
@@ -99,8 +114,15 @@ def explain(error: psycopg.Error | OSError | LoaderError) -> LoaderError:
         return LoaderError(f"can't write rejects: {error}")
     message = error.diag.message_primary or "; ".join(filter(None, map(str.strip, str(error).splitlines())))
     message = message.removeprefix("connection failed: ").removeprefix("connection is bad: ")
+    if error.sqlstate is None and (login := _login_advice(message)):
+        return LoginRefusedError(f"the database refused the login: {message}: {login}")
     if error.sqlstate is None or error.sqlstate.startswith(_OUT_OF_REACH):
         return OutOfReachError(f"the database is out of reach: {message}")
     if action(error.sqlstate) is Action.RETRY:
         return OutOfReachError(f"the database can't load now: {message}")
     return LoaderError(": ".join(filter(None, (message, advice(error.sqlstate)))))
+
+
+def _login_advice(message: str) -> str:
+    """Return what to do if the message is a server's refusal of a login, else an empty string."""
+    return next((what for pattern, what in _LOGIN_ADVICE.items() if re.search(pattern, message)), "")

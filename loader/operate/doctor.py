@@ -21,8 +21,8 @@ import psycopg
 import watchfiles
 
 from loader import settings
-from loader.errors import LoaderError, OutOfReachError
-from loader.files import nofollow, rejects
+from loader.errors import LoaderError, LoginRefusedError, OutOfReachError
+from loader.files import lock, nofollow, rejects
 from loader.files import writers as writer_files
 from loader.files.lock import LOCK, holder, is_foreign, lock_holders
 from loader.files.scan import STALE_SECONDS, Adopter, backlog, is_stale, segment_names
@@ -32,6 +32,7 @@ from loader.load.database import Connection, connect, transaction
 from loader.load.deviations import Severity
 from loader.load.dropped import dropped, unreported
 from loader.load.sqlstate import explain
+from loader.operate import unit
 from loader.operate.status import reject_counts
 from loader.service.daemon import UNWATCHABLE
 from spool.account import Statement
@@ -147,7 +148,10 @@ def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: 
     if archive is not None:
         yield from _guarded(_archive, archive)
     try:
-        with connect(settings.database_dsn(dsn)) as connection:
+        conninfo, source = _database(dsn, known)
+        if source:
+            yield _ok("settings", f'the DSN is the service\'s, from "{source}"')
+        with connect(conninfo) as connection:
             yield _ok("connection", f"{connection.info.user}@{connection.info.host}/{connection.info.dbname}")
             with connection.transaction():
                 found = _settings(connection)
@@ -161,10 +165,16 @@ def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: 
     except (psycopg.Error, LoaderError) as error:
         reason = explain(error)
         remedy = "is the server up, and are host, port, user and password right?"
-        unreachable = isinstance(reason, OutOfReachError)
+        unreachable = isinstance(reason, OutOfReachError) and not isinstance(reason, LoginRefusedError)
         yield Finding(
             "connection", Verdict.FAILED, str(reason), remedy if unreachable else "", reason.exit_code
         )
+
+
+def _database(dsn: str | None, spool: Path | None) -> tuple[str, str]:
+    """Return the DSN, and the service's file that it is from, empty for one that was given or set."""
+    of_unit = None if settings.has_database(dsn) else unit.database_dsn(spool)
+    return of_unit or (settings.database_dsn(dsn), "")
 
 
 def _guarded(check: Callable[[Path], Iterator[Finding]], path: Path) -> Iterator[Finding]:
@@ -252,6 +262,10 @@ def _lock(spool: Path) -> Iterator[Finding]:
         yield _warning("loader", who, f"fuser -v {spool / LOCK}")
     elif who is None:
         yield _warning("loader", "none runs here", "systemctl start analytics-loader, or `loader run`")
+    elif (version := lock.version_of(who)) != lock.installed_version():
+        like = f"version {version}" if version else "an older version"
+        finding = f"{who}: {like} still runs, and {lock.installed_version()} is installed"
+        yield _warning("loader", finding, "systemctl restart analytics-loader")
     else:
         yield _ok("loader", who)
 

@@ -22,6 +22,7 @@ from loader.files.writers import Stated
 from loader.load import writers
 from loader.load.database import connect, transaction
 from loader.load.sqlstate import explain
+from loader.service.health import Health
 from loader.service.signals import Signals
 from spool.account import Statement
 
@@ -68,8 +69,9 @@ def settle_quietly(dsn: Callable[[], str], spool: Path) -> None:
 class Accounts:
     """A thread that settles until `stop` is set. `dsn` is called at each connect."""
 
-    def __init__(self, dsn: Callable[[], str], spool: Path, signals: Signals) -> None:
+    def __init__(self, dsn: Callable[[], str], spool: Path, signals: Signals, health: Health) -> None:
         self._dsn = dsn
+        self._health = health
         self._spool = spool
         self._stop = signals.stop
         self._recorded: dict[str, tuple[float, tuple[Statement, bool]]] = {}
@@ -91,7 +93,9 @@ class Accounts:
                 self._settle_due()
             except (psycopg.Error, OSError, LoaderError) as error:
                 wait = min(2 * wait, _LONGEST_WAIT)
-                self._report(str(explain(error)) if isinstance(error, psycopg.Error) else str(error))
+                reason = explain(error) if isinstance(error, psycopg.Error) else error
+                if not self._health.knows(reason):
+                    self._report(str(reason))
             else:
                 wait = _TICK_SECONDS
                 self._report("")
@@ -113,7 +117,7 @@ class Accounts:
         return ended != recorded[1] or age >= (5 * _TICK_SECONDS if ended else _LIVING_SECONDS)
 
     def _report(self, problem: str) -> None:
-        """Log why statements are not recorded, once; the load itself logs an outage, too."""
+        """Log why statements are not recorded, once; an outage that the load logs is not logged again."""
         if problem != self._reported:
             self._reported = problem
             if problem:

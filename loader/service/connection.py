@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +85,14 @@ class WorkerConnection:
         if connection is not None:
             connection.close()
 
+    def close_if_lost(self) -> None:
+        """Close an idle connection that the server ended, so that an outage is noticed while nothing is loaded.
+
+        A server sends an idle client its farewell, and otherwise only settings that were reloaded.
+        """
+        if self._connection is not None and _is_readable(self._connection):
+            self.close()
+
     def cut(self) -> None:
         """Interrupt whatever the connection does, from another thread: its socket is shut down."""
         connection = self._connection
@@ -99,3 +108,13 @@ class WorkerConnection:
         except psycopg.Error:
             self.close()
             raise
+
+
+def _is_readable(connection: Connection) -> bool:
+    """Whether the server has sent something, or closed the connection."""
+    poll = select.poll()
+    try:
+        poll.register(connection.fileno(), select.POLLIN)
+    except psycopg.Error:  # the driver noticed it already
+        return True
+    return bool(poll.poll(0))

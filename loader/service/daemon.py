@@ -29,6 +29,7 @@ from loader.service.parents import ParentRetries
 from loader.service.rollup import Refresher
 from loader.service.run import Report
 from loader.service.signals import Signals
+from loader.service.summary import Summary
 from loader.service.workers import Workers
 from spool.segment import OPEN, SEALED
 
@@ -59,8 +60,9 @@ class Daemon:
         self._notifier = notifier
         self._workers = Workers(dsn, spool, count, signals, None, self.health, self._tick)
         self._parents = ParentRetries(dsn, spool, signals, self.health)
-        self._accounts = Accounts(dsn, spool, signals)
+        self._accounts = Accounts(dsn, spool, signals, self.health)
         self._refresher = Refresher(dsn)
+        self._summary = Summary(spool, self.health)
         self._rescan = min(RESCAN_SECONDS, notifier.watchdog_seconds / 4 or RESCAN_SECONDS)
         self._reloads = 0
         self._reported: dict[str, str] = {}
@@ -84,6 +86,7 @@ class Daemon:
             for _ in self._hints():
                 self._load_all()
             self._notifier.stopping()
+        self._summary.log()
         log.info("stopped")
 
     def _prepare(self) -> None:
@@ -108,8 +111,10 @@ class Daemon:
             self._workers.connect()
             report = self._workers.load(files)
         except OSError as error:
+            self.health.unreadable = f"could not scan {self._spool}: {error}"
             self._report_problems({str(self._spool): f"could not be scanned: {error}"})
         else:
+            self.health.unreadable = None
             self._report_pass(found, report)
             self._refresher.tick(busy=report.files > 0)
             more = found.more
@@ -140,7 +145,7 @@ class Daemon:
         if report.files:
             self.health.files_done(report.files)
             facts = {"files": report.files, **report.loaded.facts()}
-            log.info(
+            log.debug(
                 "%(files)d files: %(events)d events, %(metrics)d metrics, %(duplicates)d duplicates, "
                 "%(rejected)d rejected, %(known)d known",
                 facts, extra={**facts, "bytes": report.loaded.bytes},
@@ -156,6 +161,7 @@ class Daemon:
 
     def _report_status(self) -> None:
         """Send the status to systemd: at once if it changed, else as often as measuring it is cheap."""
+        self._summary.tick()
         status, begun = (self.health.connected, self.health.waits_for), time.monotonic()
         if status == self._reported_status and begun < self._status_due:
             return

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from loader.errors import OutOfReachError
 from loader.load.counts import Loaded
 
 BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -30,6 +31,8 @@ class Health:
         self.connected = False
         self.waits_for: str | None = None
         """Why nothing is loaded at the moment."""
+        self.unreadable: str | None = None
+        """Why the spool could not be scanned the last time."""
         self.connections: int | None = None
         """Connections that load, if there are fewer than workers."""
         self.last_error: str | None = None
@@ -38,6 +41,8 @@ class Health:
         self.buckets = [0] * (len(BUCKETS) + 1)
         self.seconds = 0.0
         """All batches' time together."""
+        self._unlogged = (0, Loaded())
+        """Files and lines since the last summary."""
         self._cause = ""
         self._lock = threading.Lock()
         self._started = time.monotonic()
@@ -46,6 +51,12 @@ class Health:
     def connection_made(self) -> None:
         self.connected = True
         self.progressed()
+
+    def obstacle(self) -> str | None:
+        """Return why no row can be loaded at the moment, None if rows can be loaded."""
+        if not self.connected and self.waits_for is None:
+            return "the database has not answered yet"
+        return self.waits_for or self.unreadable
 
     def limited_to(self, connections: int | None) -> bool:
         """Note that so many connections load, None for all. Return whether that is new."""
@@ -63,6 +74,8 @@ class Health:
         """Note that a batch was committed, after so many seconds."""
         with self._lock:
             self.total += loaded
+            files, lines = self._unlogged
+            self._unlogged = files, lines + loaded
             self.buckets[bisect_left(BUCKETS, seconds)] += 1
             self.seconds += seconds
             self._recent.append((time.monotonic(), loaded.counts.rows))
@@ -70,7 +83,16 @@ class Health:
         self.progressed()
 
     def files_done(self, files: int) -> None:
-        self.files += files
+        with self._lock:
+            self.files += files
+            before, lines = self._unlogged
+            self._unlogged = before + files, lines
+
+    def take_unlogged(self) -> tuple[int, Loaded]:
+        """Return the files and the lines that were loaded since the last call."""
+        with self._lock:
+            taken, self._unlogged = self._unlogged, (0, Loaded())
+        return taken
 
     def failed(self, reason: str) -> None:
         """Note an error that does not stop the loader."""
@@ -85,6 +107,10 @@ class Health:
             self.failed(reason)
         self.progressed()
         return begins
+
+    def knows(self, error: Exception) -> bool:
+        """Whether it is an outage that the load waits out already, and has reported."""
+        return self.waits_for is not None and isinstance(error, OutOfReachError)
 
     def rows_per_second(self) -> float:
         """Return the rate of the last minute, or since the start."""

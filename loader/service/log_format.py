@@ -1,4 +1,7 @@
-"""Log lines: for people on a terminal, else one JSON object each. No byte of them steers a terminal."""
+"""Log lines: for people on a terminal, else one JSON object each, with its priority in systemd's journal.
+
+No byte of them steers a terminal.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Final, TextIO
 from pythonjsonlogger.json import JsonFormatter
 
 from loader.errors import one_line
+from loader.service import journal
 
 _FIELDS: Final = {"asctime": "timestamp", "levelname": "level", "name": "logger"}
 
@@ -21,20 +25,23 @@ class _ToStderr(logging.StreamHandler[TextIO]):
         self.stream = sys.stderr
         super().emit(record)
 
+    def format(self, record: logging.LogRecord) -> str:
+        return journal.prefix(record.levelno) + super().format(record)
+
 
 class _Readable(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return one_line(super().format(record))
 
 
-def to_stderr() -> None:
-    """Send what the loader logs, and warnings of its libraries, to standard error."""
+def to_stderr(level: int = logging.INFO) -> None:
+    """Send what the loader logs from a level on, and warnings of its libraries, to standard error."""
     handler = _ToStderr()
     handler.setFormatter(
         _Readable("%(asctime)s %(levelname)s %(message)s") if sys.stderr.isatty() else _json()
     )
     logging.basicConfig(handlers=[handler])
-    logging.getLogger("loader").setLevel(logging.INFO)
+    logging.getLogger("loader").setLevel(level)
 
 
 def _json() -> logging.Formatter:

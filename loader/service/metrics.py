@@ -1,13 +1,21 @@
-"""The status of a loader for Prometheus: on a port of this machine only, collected at each scrape."""
+"""The status of a loader over HTTP, collected at each request; by default for this machine only.
+
+/healthz            200 while rows can be loaded, else 503 with the reason in one line
+any other path      the metrics for Prometheus
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Final
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -16,24 +24,81 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from loader.errors import UsageError
+from loader.errors import UsageError, one_line
 from loader.files.scan import backlog
 from loader.service.health import BUCKETS, Health
 
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
 ADDRESS: Final = "127.0.0.1"
+_HEALTH_PATH: Final = "/healthz"
 
 
-def serve(port: int, spool: Path, health: Health) -> None:
-    """Answer scrapes in a thread of its own. Raises UsageError if the port is not available."""
+def serve(address: str, port: int, spool: Path, health: Health) -> None:
+    """Answer requests in threads of their own. Raises UsageError if the address or the port is not available."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     registry.register(_LoaderCollector(spool, health))
     try:
-        start_http_server(port, ADDRESS, registry)
+        server = _bound(address, port)
     except OSError as error:
         raise UsageError(
-            f"cannot listen on metrics port {port}: {error.strerror}: choose another --metrics-port"
+            f'cannot listen on metrics port {port} of "{address}": {error.strerror}: '
+            "choose another --metrics-port or --metrics-address"
         ) from None
+    server.set_app(_Application(registry, health))
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+
+class _Application:
+    """Health under its path, and what prometheus_client answers under all others."""
+
+    def __init__(self, registry: CollectorRegistry, health: Health) -> None:
+        self._metrics = make_wsgi_app(registry)
+        self._health = health
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ.get("PATH_INFO") != _HEALTH_PATH:
+            answer: Iterable[bytes] = self._metrics(environ, start_response)
+            return answer
+        obstacle = self._health.obstacle()
+        status = "200 OK" if obstacle is None else "503 Service Unavailable"
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Cache-Control", "no-store")])
+        return [f"{one_line(obstacle or 'ok')}\n".encode()]
+
+
+def _bound(address: str, port: int) -> _Server:
+    """Return a server for the first meaning of an address or a host name. Raises OSError."""
+    family, *_, resolved = socket.getaddrinfo(
+        address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    server = _Server((str(resolved[0]), port), _Silent, bind_and_activate=False)
+    server.socket.close()
+    server.address_family, server.socket = family, socket.socket(family, socket.SOCK_STREAM)
+    server.server_bind()
+    server.server_activate()
+    return server
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        """Bind without the reverse look-up of http.server, which may take seconds without a name server."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+
+class _Silent(WSGIRequestHandler):
+    """Logs no request: a probe comes every few seconds."""
+
+    timeout = 30  # seconds for a client that sends nothing
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the name of the standard library
+        pass
 
 
 class _LoaderCollector(Collector):
@@ -45,7 +110,7 @@ class _LoaderCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         health, counts = self._health, self._health.total.counts
-        up = health.connected and health.waits_for is None
+        up = health.obstacle() is None
         yield GaugeMetricFamily(
             "analytics_loader_up", "1 if rows can be loaded, 0 while the loader waits.", value=up
         )

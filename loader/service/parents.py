@@ -74,7 +74,9 @@ class ParentRetries:
             try:
                 self._retry(self._due())
             except (psycopg.Error, OSError, LoaderError, ValueError) as error:
-                self._report(str(error) if isinstance(error, ValueError) else str(explain(error)))
+                reason = error if isinstance(error, ValueError) else explain(error)
+                if not self._health.knows(reason):
+                    self._report(str(reason))
 
     def _due(self) -> list[Path]:
         """Return the files whose turn it is, and plan their next one."""
@@ -123,7 +125,7 @@ class ParentRetries:
             log.info("%d rejected lines of %s have their parent now and were loaded", counts.lines, path.name)
 
     def _report(self, problem: str) -> None:
-        """Log why rejects are not retried, once; the load itself logs an outage, too."""
+        """Log why rejects are not retried, once; an outage that the load logs is not logged again."""
         if problem != self._reported:
             self._reported = problem
             if problem:

@@ -17,7 +17,7 @@ from typing import Final, ParamSpec, TypeVar
 import psycopg
 import tenacity
 
-from loader.errors import LoaderError, OutOfReachError
+from loader.errors import LoaderError, LoginRefusedError, OutOfReachError
 from loader.files.rejects import CannotWriteError
 from loader.load.sqlstate import explain, is_temporary
 from loader.service.health import Health
@@ -108,7 +108,8 @@ class RetryPolicy:
 
     def _log(self, reason: LoaderError) -> None:
         # The message of an outage changes from attempt to attempt; that it is an outage does not.
-        cause = str(reason).partition(":")[0] if isinstance(reason, OutOfReachError) else str(reason)
+        is_outage = isinstance(reason, OutOfReachError) and not isinstance(reason, LoginRefusedError)
+        cause = str(reason).partition(":")[0] if is_outage else str(reason)
         if self._health.retrying(str(reason), cause):
             log.warning("%s; retrying with backoff, at most %g s apart", reason, _LONGEST_WAIT)
 

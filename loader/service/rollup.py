@@ -18,6 +18,7 @@ import psycopg
 from loader.errors import one_line
 from loader.load import rollups
 from loader.load.database import connect
+from loader.load.sqlstate import is_lost
 
 log = logging.getLogger("loader")
 
@@ -66,6 +67,8 @@ class Refresher:
                 log.info("refreshed the rollups of %d hours and days", done, extra={"refreshed": done})
         except (psycopg.errors.SerializationFailure, *_OLDER_TABLES):
             pass  # the next one finds the marks again; tables of an earlier version have no rollups
+        except psycopg.OperationalError as error:
+            problem = None if is_lost(error) else one_line(str(error))  # the load itself reports an outage
         except Exception as error:
             problem = one_line(str(error))
         finally:

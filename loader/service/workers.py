@@ -65,6 +65,8 @@ class Workers:
 
     def connect(self) -> None:
         """Return once the database answers, or `stop` is set. Raises LoaderError if waiting did not help."""
+        for connection in self._connections:
+            connection.close_if_lost()
         if any(connection.is_open for connection in self._connections):
             return
         first = self._connections[0]

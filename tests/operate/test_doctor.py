@@ -9,12 +9,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from loader.errors import UsageError
 from loader.load.database import Connection
-from loader.operate import doctor
+from loader.operate import doctor, unit
 from tests.load.lines import STEM, event, joined, segment
 from tests.processes import (
     LOADER,
@@ -259,3 +261,63 @@ def test_nothing_is_wrong_beside_a_daemon_that_is_busy(cli: Cli, one_connection:
         finally:
             stop.set()
             emitting.join()
+
+
+@pytest.mark.parametrize("left", ["pid {} on host\n", "pid {} on host, version 0.0.1\n"])
+def test_an_old_version_that_still_runs_after_an_upgrade_is_noticed(cli: Cli, left: str) -> None:
+    lock = cli.spool / ".loader.lock"
+    with cli.daemon() as process:
+        eventually(
+            lambda: lock.exists() and lock.read_text().endswith(f", version {version('analytics-spool')}\n")
+        )
+        assert examined(cli)["loader"]["verdict"] == "ok"
+        lock.write_text(left.format(process.pid))  # as the release before left it
+        finding = examined(cli)["loader"]
+        assert finding["verdict"] == "warning" and "restart" in finding["remedy"]
+        assert "still runs" in finding["finding"] and version("analytics-spool") in finding["finding"]
+
+
+@pytest.mark.parametrize(
+    ("files", "spool", "expected"),
+    [
+        ({"environment": "# a remark\nLOADER_DSN=host=/a\n", "dsn": "host=/b"}, "analytics", "host=/a"),
+        ({"environment": "LOADER_DSN='host=/a dbname=x'\n"}, "spool", "dbname=x"),
+        ({"environment": "PGHOST=/c\n", "dsn": "host=/b\n"}, "analytics", "host=/b"),
+        ({"environment": "LOADER_WORKERS=2\nPGHOST=/c\n", "dsn": "\n"}, "analytics", ""),
+        ({"photos.dsn": "host=/p", "dsn": "host=/b"}, "analytics-photos", "host=/p"),
+        ({"photos.dsn": "host=/p"}, "analytics", None),
+    ],
+)
+def test_the_database_of_the_service_is_found(
+    tmp_path: Path, files: dict[str, str], spool: str, expected: str | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    found = unit.database_dsn(Path("/var/spool") / spool, tmp_path)
+    assert found is None if expected is None else found and expected in found[0]
+
+
+@as_root
+def test_a_file_of_the_service_that_may_not_be_read_is_named_with_the_command(tmp_path: Path) -> None:
+    (tmp_path / "dsn").write_text("host=/a")
+    (tmp_path / "dsn").chmod(0o600)
+    reachable_by_others(tmp_path)
+
+    def look() -> None:
+        with pytest.raises(UsageError, match=r'nobody cannot read ".*/dsn".*sudo loader doctor'):
+            unit.database_dsn(None, tmp_path)
+
+    assert as_another_user(look) == 0
+
+
+@as_root
+def test_doctor_takes_the_database_of_the_service_if_none_is_set(cli: Cli, tmp_path: Path) -> None:
+    """In a mount namespace of its own, in which the test's directory is /etc."""
+    (tmp_path / "etc" / "analytics-loader").mkdir(parents=True)
+    (tmp_path / "etc" / "analytics-loader" / "dsn").write_text(cli.dsn)
+    del cli.environment["LOADER_DSN"]
+    script = f'mount --bind {tmp_path}/etc /etc && exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", script, "sh", *LOADER, "doctor"]
+    ended = subprocess.run(command, env=cli.environment, capture_output=True, text=True)
+    assert 'from "/etc/analytics-loader/dsn"' in ended.stdout, ended.stdout + ended.stderr
+    assert "ok       connection" in ended.stdout

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import signal
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from loader.demo import embedded
 from loader.load.database import Connection
 from spool import Emitter
 from tests.load.lines import event, metric, rows, segment
 from tests.processes import Cli, eventually, free_port
 
 LISTEN = "0A"
+EVERYWHERE = "0.0.0.0"  # noqa: S104  # what a probe from outside a container needs
 
 
 def scrape(port: int) -> dict[str, float]:
@@ -117,3 +122,72 @@ def test_what_an_emitter_drops_reaches_every_place(cli: Cli, one_connection: Con
     emitter.close()
     ((labels, value),) = rows(one_connection, "SELECT labels, value FROM analytics_metrics")
     assert (labels, value) == ({"cause": "invalid_uuid", "name": "seen"}, 3)
+
+
+def probe(port: int, host: str = "127.0.0.1") -> tuple[int, str]:
+    """The status and the text of /healthz; 0 while nobody listens."""
+    try:
+        with urllib.request.urlopen(f"http://{host}:{port}/healthz") as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError:
+        return 0, ""
+
+
+def test_healthz_is_503_while_the_database_is_away_also_if_nothing_is_to_load(cli: Cli) -> None:
+    port = free_port()
+    with embedded.cluster() as cluster:
+        Cli(cli.spool, cluster.dsn)("init")
+        cli = Cli(cli.spool, cluster.dsn)
+        cli.environment["WATCHDOG_USEC"] = "1000000"  # scans every quarter of it
+        with cli.daemon("--metrics-port", str(port)):
+            eventually(lambda: probe(port) == (200, "ok\n"))
+            cluster.stop(signal.SIGKILL)
+            eventually(lambda: probe(port)[0] == 503)
+            why = probe(port)[1]
+            assert "out of reach" in why and why.count("\n") == 1, why
+            assert scrape(port)["analytics_loader_up"] == 0
+            cluster.start()
+            eventually(lambda: probe(port)[0] == 200)
+
+
+def test_healthz_names_missing_tables_and_a_refusal(cli: Cli, one_connection: Connection) -> None:
+    with serving(cli) as port:
+        one_connection.execute("REVOKE INSERT ON analytics_events FROM analytics_loader")
+        one_connection.commit()
+        segment(cli.spool, 1, event(1))
+        eventually(lambda: probe(port)[0] == 503)
+        assert "permission denied" in probe(port)[1]
+    one_connection.execute("DROP TABLE analytics_settings CASCADE")
+    one_connection.commit()
+    port = free_port()
+    with cli.daemon("--metrics-port", str(port)):
+        eventually(lambda: "loader init" in probe(port)[1])
+        assert probe(port)[0] == 503
+
+
+def test_healthz_is_503_while_the_spool_cannot_be_scanned(cli: Cli) -> None:
+    cli.environment["WATCHDOG_USEC"] = "1000000"  # scans every quarter of it
+    with serving(cli) as port:
+        away = cli.spool.rename(cli.spool.with_name("away"))
+        eventually(lambda: "could not scan" in probe(port)[1])
+        away.rename(cli.spool)
+        eventually(lambda: probe(port)[0] == 200)
+
+
+@pytest.mark.parametrize(
+    ("address", "host"), [(EVERYWHERE, "127.0.0.2"), ("::1", "[::1]"), ("localhost", "localhost")]
+)
+def test_the_metrics_listen_on_the_given_address(cli: Cli, address: str, host: str) -> None:
+    cli.environment["LOADER_METRICS_ADDRESS"] = address
+    port = free_port()
+    with cli.daemon("--metrics-port", str(port)):
+        eventually(lambda: probe(port, host)[0] == 200)
+
+
+def test_an_address_that_cannot_be_had_is_refused_in_one_line(cli: Cli) -> None:
+    for address in ("192.0.2.1", "no such host"):
+        printed = cli("run", "--metrics-port", str(free_port()), "--metrics-address", address, code=2)
+        assert f'"{address}"' in printed and printed.count("\n") == 1
+    assert "--metrics-port" in cli("run", "--metrics-address", EVERYWHERE, code=2)

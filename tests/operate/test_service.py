@@ -9,14 +9,20 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from loader.demo import embedded
 from loader.files.limits import CHUNK_BYTES
+from loader.load.counts import Counts, Loaded
 from loader.load.database import Connection
+from loader.service.health import Health
+from loader.service.summary import Summary
+from spool import Emitter
 from tests.load.lines import event, number, rejected, segment, waits_for_events
 from tests.processes import HANGS_AFTER, LOADER, Cli, as_root, eventually, slowness
 
@@ -263,6 +269,91 @@ def test_log_lines_are_json_where_nobody_reads_them(cli: Cli) -> None:
     assert all({"timestamp", "level", "logger", "message"} <= set(line) for line in log)
     (loaded,) = [line for line in log if "events" in line]
     assert (loaded["events"], loaded["files"], loaded["level"]) == (2, 1, "INFO")
+
+
+@pytest.mark.parametrize(
+    ("dsn", "level", "expected"),
+    [
+        ("", "info", {"<4>", "<6>"}),
+        ("", "WARNING", {"<4>"}),
+        ("", "debug", {"<4>", "<6>", "<7>"}),
+        ("u:x@host", "info", {"<3>"}),
+    ],
+)
+def test_lines_for_the_journal_have_a_priority(cli: Cli, dsn: str, level: str, expected: set[str]) -> None:
+    """The journal is named by device and inode: here a file is."""
+    path = segment(cli.spool, 1, event(1))
+    (cli.spool / "stray.ndjson").write_bytes(b"")
+    log = cli.spool.parent / "journal"
+    with log.open("wb") as stream:
+        status = os.fstat(stream.fileno())
+        cli.environment["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
+        cli.environment |= {"LOADER_LOG_LEVEL": level, "LOADER_DSN": dsn or cli.dsn}
+        process = subprocess.Popen([*LOADER, "run"], env=cli.environment, stderr=stream)
+        eventually(lambda: not path.exists() or process.poll() is not None)
+        process.terminate()
+        process.wait()
+    lines = log.read_text().splitlines()
+    assert {line[:3] for line in lines} == expected, lines
+    assert cli("run", "--log-level", "x", code=2).startswith("Error: ")  # another stream is not the journal
+
+
+def test_a_summary_is_logged_once_a_minute_if_anything_was_loaded(
+    spool: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "loader")
+    health = Health()
+    summary, waiting = Summary(spool, health, 0.0), Summary(spool, health)
+    summary.tick()
+    for _ in range(2):
+        health.loaded(Loaded(Counts(2, 1, 0, 1)), 0.1)
+        health.files_done(1)
+    waiting.tick()
+    assert not caplog.messages
+    summary.tick()
+    summary.tick()
+    (line,) = caplog.messages
+    assert line.startswith("2 files in 0 s: 6 rows (4 events, 2 metrics), 0 duplicates, 2 rejected")
+
+
+@contextmanager
+def asking_for_a_password() -> Iterator[str]:
+    """The DSN of a server of its own that lets the role in with the password "right" alone."""
+    with embedded.cluster() as cluster:
+        home = Path(str(conninfo_to_dict(cluster.dsn)["host"]))
+        (home / "data" / "pg_hba.conf").write_text("local all postgres trust\nlocal all all scram-sha-256\n")
+        Cli(home, cluster.dsn)("init", "--role", "analytics_loader")
+        with psycopg.connect(cluster.dsn, autocommit=True) as connection:
+            connection.execute("ALTER ROLE analytics_loader PASSWORD 'right'")
+            connection.execute("SELECT pg_reload_conf()")
+        yield make_conninfo(cluster.dsn, user="analytics_loader")
+
+
+def test_a_refused_login_is_reported_as_such_and_once(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "dsn"
+    del cli.environment["LOADER_DSN"]
+    cli.environment["LOADER_DSN_FILE"] = str(file)
+    with asking_for_a_password() as dsn:
+        file.write_text(f"{dsn} password=wrong")
+        segment(cli.spool, 1, event(1))
+        with closing(Emitter(cli.spool)), under_systemd(cli) as systemd:  # whose statement is due, too
+            systemd.until("STATUS=waiting: the database refused the login")
+            systemd.during(2.0)  # for some more attempts
+            for other in ("", "password=right dbname=none"):
+                expected = {"": "no password supplied"}.get(other, "none")
+                printed = cli("init", "--dsn", f"{dsn} {other}", code=4)
+                assert (
+                    "refused the login" in printed and expected in printed and "out of reach" not in printed
+                )
+            file.write_text(f"{dsn} password=right")
+            systemd.process.send_signal(signal.SIGHUP)
+            systemd.until("STATUS=nothing waits")
+            systemd.stop()
+    log = systemd.log.read_text()
+    assert (
+        log.count("password authentication failed") == 1 and log.count("check the user and the password") == 1
+    )
+    assert "out of reach" not in log and log.count("goes on") == 1
 
 
 def test_no_password_is_told_anywhere(cli: Cli, tmp_path: Path) -> None:

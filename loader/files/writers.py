@@ -138,9 +138,24 @@ def recover_drops(spool: Path, statement: Statement) -> int:
             os.fsync(file.fileno())
         os.rename(stem + UNFINISHED, stem + SEALED, src_dir_fd=directory, dst_dir_fd=directory)
         os.fsync(directory)
-        for offset, count in account.as_reported(os.pread(fd, account.BYTES, 0)):
-            os.pwrite(fd, struct.pack("=Q", count), offset)
+        _replace_with_reported(spool, statement.writer, os.pread(fd, account.BYTES, 0))
     return sum(report.end - report.begin for report in statement.unreported)
+
+
+def _replace_with_reported(spool: Path, writer: str, data: bytes) -> None:
+    """Put a copy in which all drops are reported in the place of a dead writer's file. Raises OSError.
+
+    The file itself may be another user's, whose group may read it and no more.
+    """
+    reported = bytearray(data)
+    for offset, count in account.as_reported(data):
+        struct.pack_into("=Q", reported, offset, count)
+    with nofollow.opened(spool / DIRECTORY) as directory:
+        with nofollow.create_file(writer + UNFINISHED, directory) as file:
+            file.write(reported)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(writer + UNFINISHED, writer, src_dir_fd=directory, dst_dir_fd=directory)
 
 
 def remove(spool: Path, statement: Statement) -> None:
@@ -152,14 +167,17 @@ def remove(spool: Path, statement: Statement) -> None:
 
 @contextlib.contextmanager
 def _taken(spool: Path, writer: str) -> Iterator[int | None]:
-    """Yield a descriptor of a dead writer's file with its lock, None if it is gone or its writer is not dead."""
+    """Yield a descriptor of a dead writer's file, locked; None if it is gone or its writer is not dead.
+
+    The lock is a shared one, for which the file need not be open for writing on any file system; it keeps the
+    writer out, and `loader.files.lock` keeps out another loader.
+    """
     with contextlib.ExitStack() as until:
         try:
             directory = until.enter_context(nofollow.opened(spool / DIRECTORY))
-            fd = os.open(writer, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
-            until.callback(os.close, fd)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = until.enter_context(nofollow.open_file(writer, directory))
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except (FileNotFoundError, BlockingIOError):
             yield None
         else:
-            yield fd
+            yield file.fileno()

@@ -50,12 +50,15 @@ def test_every_command_runs(cli: Cli, tmp_path: Path) -> None:
 @needs_systemd
 @as_root
 def test_the_service_is_installed_as_far_as_it_goes_without_systemd(wheel: Path, tmp_path: Path) -> None:
-    (steps,) = snippets("bash")
+    install, start, *_ = snippets("bash")  # tests/operate/boot follows all of them, on a machine of its own
+    steps = install + "systemctl enable --now analytics-loader\n"
+    assert steps.splitlines()[-1] in start
     for name in ("passwd", "group"):
         (tmp_path / "etc").mkdir(exist_ok=True)
         shutil.copy(f"/etc/{name}", tmp_path / "etc")
     for given, here in (
-        (r"(?<!\w)/(opt|etc)/", rf"{tmp_path}/\1/"),
+        (r"(?<!\w)/(opt|etc|usr/local)/", rf"{tmp_path}/\1/"),
+        (r"^umask", f"mkdir -p {tmp_path}/usr/local/bin\numask"),
         (r"pip install '.\[loader\]'", f"pip install --quiet --no-deps {wheel}"),
         (r"(systemd-\w+|systemctl) ?", rf"\1 --root={tmp_path} "),
         (r"enable --now", "enable"),

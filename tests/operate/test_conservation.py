@@ -24,7 +24,7 @@ from tests.emit.lines import emit
 from tests.load.lines import event as event_line
 from tests.load.lines import number, rows, segment
 from tests.operate.test_doctor import examined
-from tests.processes import Cli, eventually
+from tests.processes import Cli, as_another_user, as_root, eventually, reachable_by_others
 
 SUMS = (
     "SELECT sum(emitted)::bigint, sum(rows)::bigint, sum(duplicates)::bigint, sum(rejects)::bigint, "
@@ -231,6 +231,37 @@ def test_drops_of_a_killed_writer_are_reported_once(watched: Cli, one_connection
         watched("run", "--once")
     assert rows(one_connection, REPORTED) == [("invalid_uuid", "seen", 7)]
     assert not list((watched.spool / ".writers").iterdir())
+
+
+@as_root
+def test_a_loader_reports_and_removes_what_a_dead_writer_of_another_user_stated(tmp_path: Path) -> None:
+    """As a service does that runs as a user of its own, in the group of those who emit."""
+    group, writer_user, loader_user = 54321, 54322, 54323
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    os.chown(spool, loader_user, group)
+    spool.chmod(0o2770)
+    reachable_by_others(tmp_path)
+
+    def emit_and_drop() -> None:
+        emitter = Emitter(spool)
+        emit(emitter)
+        emitter.emit_event(event_type="seen", user_id="x")
+        emitter._account.update(emitter._appender.sealed_so_far(), emitter._drops)
+
+    def settle() -> None:
+        (before, ended), *_ = writers.statements(spool)
+        assert ended and writers.recover_drops(spool, before) == 1
+        (after, ended), *_ = writers.statements(spool)
+        assert ended and after == before._replace(unreported=[])
+        assert writers.recover_drops(spool, after) == 0
+        writers.remove(spool, after)
+        assert not list((spool / ".writers").iterdir())
+
+    assert as_another_user(lambda: writers.prepare(spool), loader_user, group) == 0
+    assert as_another_user(emit_and_drop, writer_user, group) == 0
+    assert as_another_user(settle, loader_user, group) == 0
+    assert sum(DROPPED_METRIC.encode() in path.read_bytes() for path in spool.glob("*.ndjson")) == 1
 
 
 def test_a_report_that_was_announced_and_written_is_not_repeated(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loader import settings
-from loader.cli import options, terminal
+from loader.cli import options, terminal, units
 from loader.errors import LoaderError
 
 if TYPE_CHECKING:
@@ -56,6 +56,6 @@ def command(dsn: str | None, spool_dir: Path | None, as_json: bool) -> None:
     else:
         for title, section in facts.items():
             if section:
-                terminal.facts(title, section)
+                terminal.facts(title, units.readable(section))
     if failure:
         raise failure

@@ -12,7 +12,7 @@ from typing import Final
 import click
 
 from loader import settings
-from loader.cli import options
+from loader.cli import options, terminal
 from loader.errors import UsageError
 
 POLL_SECONDS: Final = 0.2
@@ -59,5 +59,8 @@ def command(
 
 def _print(lines: Iterable[bytes]) -> None:
     for line in lines:
-        sys.stdout.buffer.write(line)
+        if sys.stdout.isatty():  # which would obey a control character that JSON may hold, such as U+009B
+            terminal.say(line.decode(errors="backslashreplace").removesuffix("\n"))
+        else:
+            sys.stdout.buffer.write(line)
     sys.stdout.flush()

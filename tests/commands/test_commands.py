@@ -241,6 +241,16 @@ def test_log_lines_are_readable_on_a_terminal(cli: Cli, one_connection: Connecti
     assert re.search(r"\d{4}-\d\d-\d\d \S+ WARNING schema version 9 is newer", shown) and "{" not in shown
 
 
+def test_no_line_that_is_printed_as_it_is_steers_a_terminal(cli: Cli) -> None:
+    line = event(1).replace(
+        b"memory_posted", "\x9b2J".encode()
+    )  # a control character that JSON need not escape
+    segment(cli.spool, 1, line)
+    assert cli("tail") == line.decode() + "\n"
+    _, shown = on_a_terminal(cli, "tail")
+    assert "\x9b" not in shown and r"\x9b2J" in shown
+
+
 @pytest.mark.parametrize("command", ["backfill", "run --once"])
 def test_an_interrupted_load_says_how_to_go_on_and_goes_on(
     cli: Cli, one_connection: Connection, tmp_path: Path, command: str

@@ -1,8 +1,8 @@
 """A Debian with systemd as process 1, in namespaces of its own: made by debootstrap, booted by systemd-nspawn(1).
 
 It shares the kernel with the host and nothing else: no network, its own files, users, processes and service
-manager. It runs below one process of the test, in a mount and a PID namespace, so that both end with that process
-and nothing of it is left, whatever the test ends with.
+manager. It runs below one process of the test, in a mount and a PID namespace: its processes and mounts end with that
+process, which the kernel ends with the test.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SUITE: Final = "bookworm"
 PACKAGES: Final = ("systemd-sysv", "dbus", "python3-venv", "postgresql")
 MADE_BEFORE: Final = "TEST_DEBIAN_ROOT"
 """The environment variable that names a directory in which debootstrap has made such a system."""
-_TOOLS: Final = ("debootstrap", "systemd-nspawn", "nsenter", "unshare")
+_TOOLS: Final = ("debootstrap", "systemd-nspawn", "nsenter", "setpriv", "unshare")
 _REBOOT: Final = 133
 """The exit code of `systemd-nspawn --keep-unit` if the machine is to be started again (its source, `run_container`)."""
 _SETTLED: Final = ("running", "degraded")
@@ -78,10 +78,11 @@ class Machine:
         """Start it, and wait until the service manager has started everything."""
         for cgroup in self._cgroups:
             cgroup.mkdir(exist_ok=True)
+        dying_with_us = ["setpriv", "--pdeathsig=KILL"]
         unshare = ["unshare", "--mount", "--pid", "--mount-proc", "--fork", "--kill-child"]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*unshare, "sh", "-euc", self._start()],
+                [*dying_with_us, *unshare, "sh", "-euc", self._start()],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         self._leader = eventually(self._find_leader)

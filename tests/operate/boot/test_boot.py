@@ -202,7 +202,7 @@ def test_settings_of_the_environment_file_work_within_the_sandbox(service: Machi
     service(f"cp {example} /root/kept; sed -i 's/^#LOADER/LOADER/' {example}; systemctl restart {UNIT}")
     emit(service, "archived")
     loads(service, "archived")
-    service.eventually("find /var/lib/analytics-archive -name '*.zst' | grep -c .", "1")
+    service.eventually("find /var/lib/analytics-archive -name '*.zst' -print -quit | grep -c .", "1")
     page = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9187/metrics').read().decode())"
     assert "analytics_loader_up 1.0" in service(f'python3 -c "{page}"')
     service(f"cp /root/kept {example}")

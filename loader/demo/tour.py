@@ -41,6 +41,7 @@ REQUESTS: Final = 2000
 _AT_ONCE: Final = 32
 _START_SECONDS: Final = 180.0
 _CATCH_UP_SECONDS: Final = 40.0
+_END_SECONDS: Final = 10.0
 _LOADER: Final = (sys.executable, "-m", "loader", "run")
 
 
@@ -143,6 +144,17 @@ def served(spool: Path, application: str = "loader.demo.application:app") -> Ite
             yield address
         finally:
             server.terminate()
+            server.wait()
+            _end_group(server.pid)
+
+
+def _end_group(group: int) -> None:
+    """End the workers of a server that was ended before it could end them: they would make their spool again."""
+    deadline = time.monotonic() + _END_SECONDS
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, signal.SIGKILL)
+            time.sleep(0.01)  # until they are gone
 
 
 def _answers(address: str) -> bool:

@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
@@ -198,7 +199,7 @@ def _opened(path: Path) -> int:
     except FileExistsError:
         fd = os.open(path, os.O_RDWR | kernel.EXISTING_FILE)
         status = os.fstat(fd)
-        if status.st_nlink != 1 or status.st_uid != os.geteuid():
+        if status.st_nlink != 1 or (sys.platform != "win32" and status.st_uid != os.geteuid()):
             os.close(fd)
             raise
         return fd

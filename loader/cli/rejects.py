@@ -202,7 +202,7 @@ def export_rejects(
     from loader.cli import terminal
     from loader.see.whole import whole_file
 
-    found = (each for each in _lines(_reject_files(settings.spool_directory(spool_dir), names)))
+    found = _lines(_reject_files(settings.spool_directory(spool_dir), names))
     wanted = (each.raw for each in found if not codes or each.code in codes)
     if output is None:
         if sys.stdout.isatty():  # which would obey what a line holds

@@ -51,6 +51,6 @@ def duration(seconds: float) -> str:
 
 
 def _short(number: float) -> str:
-    """Return two digits at least: below 10, one of them after the point, unless it is 0."""
+    """Return one digit after the point below 10, unless it is 0, and none from 10 on."""
     text = f"{number:.1f}".removesuffix(".0")
     return text if len(text) <= len("9.9") else f"{number:.0f}"

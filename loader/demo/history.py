@@ -62,7 +62,7 @@ def write(dsn: str, file: Path | None) -> Path:
 
 @contextlib.contextmanager
 def served(dsn: str) -> Iterator[str]:
-    """Serve the page, made anew for each request, on a free port of this machine; yield its address."""
+    """Serve the page, rendered for each request, on a free port of this machine; yield its address."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -54,7 +54,7 @@ class Refresher:
         connection, thread = self._connection, self._thread
         if thread is not None and thread.is_alive():
             if connection is not None:
-                with contextlib.suppress(psycopg.Error):  # it ended meanwhile, or the server does not answer
+                with contextlib.suppress(psycopg.Error):  # it has ended, or the server does not answer
                     connection.cancel_safe(timeout=_STOP_SECONDS)
             thread.join(_STOP_SECONDS)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final, Generic, TypeVar
 
-from spool import ids
+from spool import fork, ids
 from spool.context import in_force
 from spool.emitter import Emitter, get_emitter
 from spool.interruption import is_foreign
@@ -219,5 +219,7 @@ class RequestTimer:
             )
 
 
-_draw: Final = random.Random().random
-"""Of a generator of its own: the application may seed the global one, for each request even."""
+_generator: Final = random.Random()
+"""Of this module alone: the application may seed the global one, for each request even."""
+_draw: Final = _generator.random
+fork.in_child(_generator.seed)  # else the first requests of all workers, the slow ones, are drawn alike

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import pytest
 
 from loader.load.database import Connection
 from spool import Emitter, asgi
+from spool.request import RequestTimer
 from spool.testing import record
 from tests.load.lines import number, rows
 from tests.processes import Cli, environment
@@ -104,6 +107,7 @@ from django.urls import path
 from flask import Flask
 from spool import asgi, get_emitter, wsgi
 from spool.flask import Analytics
+from spool.request import RequestTimer
 from spool.testing import record
 
 urlpatterns = [path("django", lambda request: HttpResponse("feed"))]
@@ -149,6 +153,28 @@ def test_every_middleware_samples_and_only_if_asked(tmp_path: Path, rate: str, t
     command = [sys.executable, "-W", "ignore", "-c", EVERY_MIDDLEWARE]
     ended = subprocess.run(command, env=variables, check=True, capture_output=True, text=True, timeout=60)
     assert ended.stdout.split() == [str(timers)]
+
+
+def test_forked_workers_do_not_sample_the_same_requests(tmp_path: Path) -> None:
+    emitter = Emitter(tmp_path / "spool", request_timer_rate=0.5)
+
+    def serve() -> None:
+        for each in range(64):
+            RequestTimer(emitter, "GET").end(f"/{each}", "200")
+        emitter.close()
+
+    for _ in range(2):
+        if (child := os.fork()) == 0:
+            serve()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    lines = [
+        list(map(orjson.loads, file.read_bytes().splitlines())) for file in tmp_path.glob("spool/*.ndjson")
+    ]
+    first, second = (
+        {line["labels"]["endpoint"] for line in worker if line["metric_name"] == DURATION} for worker in lines
+    )
+    assert first != second
 
 
 WEIGHED = (

@@ -1819,10 +1819,14 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET time
 AS $function$
 DECLARE
     width CONSTANT TEXT := coalesce((SELECT value FROM @.analytics_settings WHERE name = 'partition_width'), 'day');
+    step CONSTANT INTERVAL := '1 ' || width;
     first CONSTANT TIMESTAMPTZ := coalesce(since, now() - interval '2 days');
-    finish CONSTANT TIMESTAMPTZ := coalesce(until, now() + interval '14 days' + ('1 ' || width)::interval);
+    finish CONSTANT TIMESTAMPTZ := coalesce(until, now() + interval '14 days' + step);
     wanted TEXT;
     key NAME;
+    covered TSTZMULTIRANGE;
+    needed TSTZMULTIRANGE;
+    gap TSTZRANGE;
     begins TIMESTAMPTZ;
     ends TIMESTAMPTZ;
     made INT := 0;
@@ -1834,30 +1838,26 @@ BEGIN
     END IF;
     PERFORM pg_advisory_xact_lock(hashtext('analytics_partitions'));
     FOR wanted, key IN VALUES ('events', 'event_id'), ('metrics', 'id') LOOP
-        begins := date_trunc(width, first);
-        WHILE made < at_most AND begins < finish LOOP
-            ends := (SELECT @.analytics_id_time(p.high) FROM @.analytics_partitions(wanted) p
-                WHERE NOT p.is_default AND coalesce(p.low <= @.analytics_id_at(begins), true) AND p.high > @.analytics_id_at(begins));
-            IF ends IS NULL THEN  -- up to the next boundary, or to the partition that begins before it
-                ends := (SELECT least(date_trunc(width, begins) + ('1 ' || width)::interval, min(@.analytics_id_time(p.low)))
-                    FROM @.analytics_partitions(wanted) p WHERE p.low > @.analytics_id_at(begins));
+        covered := (SELECT range_agg(tstzrange(@.analytics_id_time(p.low), @.analytics_id_time(p.high)))
+            FROM @.analytics_partitions(wanted) p WHERE NOT p.is_default);
+        needed := CASE WHEN first < finish
+            THEN tstzmultirange(tstzrange(date_trunc(width, first), date_trunc(width, finish - interval '1 microsecond') + step))
+            ELSE '{}' END;
+        -- Rows of other days that wait in the default partition: loaded late, or from another clock.
+        IF since IS NULL AND (SELECT count(*) FROM @.analytics_partitions(wanted)) < 400 THEN
+            EXECUTE format($q$SELECT $1 + coalesce(range_agg(tstzrange(day, day + $3)), '{}') FROM (
+                SELECT DISTINCT date_trunc($2, @.analytics_id_time(%1$I)) AS day FROM @.%2$I
+                WHERE %1$I < @.analytics_id_at($4) AND substr(%1$I::text, 15, 1) = '7') AS waiting$q$,
+                key, format('analytics_%s_default', wanted)) INTO needed USING needed, width, step, finish;
+        END IF;
+        FOR gap IN SELECT unnest(needed - covered) LOOP
+            begins := lower(gap);
+            WHILE begins < upper(gap) AND made < at_most LOOP
+                ends := least(date_trunc(width, begins) + step, upper(gap));
                 PERFORM @.analytics_make_partition(wanted, key, begins, ends);
                 made := made + 1;
-            END IF;
-            begins := ends;
-        END LOOP;
-        -- Rows of other days that wait in the default partition: loaded late, or from another clock.
-        WHILE since IS NULL AND made < at_most AND (SELECT count(*) FROM @.analytics_partitions(wanted)) < 400 LOOP
-            EXECUTE format($q$SELECT min(@.analytics_id_time(%1$I)) FROM @.%2$I
-                WHERE %1$I < @.analytics_id_at($1) AND substr(%1$I::text, 15, 1) = '7'$q$,
-                key, format('analytics_%s_default', wanted)) INTO begins USING finish;
-            EXIT WHEN begins IS NULL;
-            begins := greatest(date_trunc(width, begins), (SELECT max(@.analytics_id_time(p.high)) FROM @.analytics_partitions(wanted) p
-                WHERE p.high <= @.analytics_id_at(begins)));
-            ends := (SELECT least(date_trunc(width, begins) + ('1 ' || width)::interval, min(@.analytics_id_time(p.low)))
-                FROM @.analytics_partitions(wanted) p WHERE p.low > @.analytics_id_at(begins));
-            PERFORM @.analytics_make_partition(wanted, key, begins, ends);
-            made := made + 1;
+                begins := ends;
+            END LOOP;
         END LOOP;
     END LOOP;
     RETURN made;

@@ -52,6 +52,8 @@ def action(sqlstate: str | None) -> Action:
 
 
 _CHECK_VIOLATION: Final = "23514"
+_PARTITION_CHECK: Final = "ExecPartitionCheckEmitError"
+"""Function that reports a row that is not within the bounds of the partition it was sent to."""
 _RAISE: Final = "exec_stmt_raise"
 """Function of Postgres' source that reports what PL/pgSQL's RAISE raised."""
 
@@ -84,6 +86,11 @@ def lacks_partition(error: psycopg.Error) -> bool:
     if error.sqlstate != _CHECK_VIOLATION or is_raised(error):
         return False
     return (error.diag.constraint_name or "") in ("", *MIGRATION_CHECKS)
+
+
+def meets_new_partition(error: psycopg.Error) -> bool:
+    """Whether a row's partition was attached while the row waited for the default partition: try again."""
+    return lacks_partition(error) and error.diag.source_function == _PARTITION_CHECK
 
 
 def retry_pattern() -> str:

@@ -154,7 +154,7 @@ class PartitionModel(RuleBasedStateMachine):
         found += [(("metrics", id_), payload) for id_, payload in metrics]
         assert sorted(found) == sorted(self.stored.items())
         codes = [each.code for path in rejects.files(self.spool) for each in rejects.read(path)]
-        assert len(codes) == self.rejected and set(codes) <= {"bad_name", "collision"}
+        assert len(codes) == self.rejected and set(codes) <= {"invalid_name", "collision"}
         assert (
             number(self.connection, "SELECT coalesce(sum(duplicates), 0) FROM analytics_loads")
             == self.duplicates

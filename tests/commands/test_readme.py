@@ -25,6 +25,7 @@ import psycopg
 import pytest
 
 from loader.cli import main
+from loader.load.database import Connection
 from loader.load.decode import Row, decode
 from loader.load.outcome import BLANK
 from loader.service.health import Health
@@ -55,6 +56,7 @@ LANGUAGES = {
 }
 """Languages of blocks that a test runs, and `text`."""
 INSTALL = [block for block in README.snippets("sh") if block.startswith("pip install")]
+STATEMENTS = re.findall(r"```sql\n(.*?)```", README.section("Query"), re.DOTALL)
 
 
 def names(document: Document) -> str:
@@ -101,17 +103,22 @@ def test_every_command_runs(cli: Cli, tmp_path: Path, document: Document) -> Non
         assert ended.returncode == 0, f"{command}: {ended.stdout}{ended.stderr}"
 
 
-def test_the_application_emits_and_what_it_emits_is_loaded(cli: Cli, tmp_path: Path) -> None:
+def test_the_application_emits_and_what_it_emits_is_loaded_and_found(
+    cli: Cli, one_connection: Connection, tmp_path: Path
+) -> None:
     (snippet,) = README.snippets("python")
     (tmp_path / "application.py").write_text(snippet)
+    (assignment, url) = re.findall(r'^(ID=\w+(?:-\w+)*)$|"http://[^/]+(/.*)"$', README.text, re.MULTILINE)
     request = (
-        "from fastapi.testclient import TestClient; import application, uuid\n"
-        "who = {'user': str(uuid.uuid4()), 'family': str(uuid.uuid4())}\n"
-        "answer = TestClient(application.app).post(f'/memories/{uuid.uuid4()}', params=who)\n"
+        "from fastapi.testclient import TestClient; import application, sys\n"
+        "answer = TestClient(application.app).post(sys.argv[1])\n"
         "assert answer.status_code == 200 and answer.headers['x-request-id']"
     )
-    subprocess.run([sys.executable, "-c", request], cwd=tmp_path, env=cli.environment, check=True)
+    path = url[1].replace("${ID}", assignment[0].removeprefix("ID="))
+    subprocess.run([sys.executable, "-c", request, path], cwd=tmp_path, env=cli.environment, check=True)
     assert "events 2, metrics 4" in cli("run", "--once")
+    for statement in STATEMENTS:
+        assert one_connection.execute(statement.encode()).fetchall(), statement
 
 
 def title(snippet: str) -> str:
@@ -411,9 +418,6 @@ def filled(one_server: str) -> Iterator[str]:
             )
             connection.execute("VACUUM ANALYZE")
         yield dsn
-
-
-STATEMENTS = re.findall(r"```sql\n(.*?)```", README.section("Query"), re.DOTALL)
 
 
 @pytest.mark.parametrize("statement", STATEMENTS)

@@ -173,6 +173,7 @@ def test_a_long_command_has_a_subject_and_options_that_exist(command: str) -> No
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=names)
 def test_commands_in_sentences_exist(document: Document) -> None:
+    assert all(line.count("`") % 2 == 0 for line in document.prose.splitlines()), "code that is broken in two"
     for span in document.spans():
         if re.search(r"(^|\s|-)(loader|pytest|python -m|pip install) ", f"{span} ") and span != "loader":
             check_words(shlex.split(span))

@@ -6,6 +6,8 @@ take longer to import than some of its commands take to run.
 
 from typing import TYPE_CHECKING
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from spool.emitter import Emitter, Stats, get_emitter
     from spool.identity import analytics_uuid

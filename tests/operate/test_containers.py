@@ -1,10 +1,9 @@
-"""The README's compose file and pod, run as processes with their users, groups, modes and mounts."""
+"""The compose file and the pod of loader/README.md, run as processes with their users, groups, modes and mounts."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import urllib.error
@@ -19,6 +18,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from loader.load.database import Connection
+from tests import documents
 from tests.load.lines import number
 from tests.processes import (
     HANGS_AFTER,
@@ -31,7 +31,6 @@ from tests.processes import (
     reachable_by_others,
 )
 
-README = Path(__file__).parents[2] / "README.md"
 GROUP = 10000
 EMIT = """
 import uuid
@@ -67,9 +66,9 @@ class Container:
 
 
 def documented(name: str) -> Any:
-    """A file of the README."""
+    """A file of loader/README.md."""
     yaml = pytest.importorskip("yaml")
-    (text,) = re.findall(rf"```yaml\n# {name}\n(.*?)```", README.read_text(), re.DOTALL)
+    (text,) = (each for each in documents.LOADER.snippets("yaml") if each.startswith(f"# {name}\n"))
     return yaml.safe_load(text)
 
 

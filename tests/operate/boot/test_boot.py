@@ -1,6 +1,6 @@
-"""The README's section "Operate", followed literally on a fresh Debian that has been booted.
+"""The installation in loader/README.md, followed literally on a fresh Debian that has been booted.
 
-Without a network the machine installs the wheels that pip has brought to the host. All else is the README's: its
+Without a network the machine installs the wheels that pip has brought to the host. All else is the document's: its
 blocks run as they are, with the wheel in the place of the checkout.
 """
 
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.documents import LOADER
 from tests.operate.boot.machine import Machine, booted, make_root, obstacle
 from tests.release import PIP
 
-README = Path(__file__).parents[3] / "README.md"
 UNIT = "analytics-loader"
 DSN = f"/etc/{UNIT}/dsn"
 PEER = "postgresql:///family"
@@ -38,10 +38,9 @@ pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(obstacle()), reason=obst
 
 
 def blocks() -> dict[str, str]:
-    """Return the commands of the section, by what they are for."""
-    section = README.read_text().partition("\n## Operate\n")[2].partition("\n## ")[0]
+    """Return the commands of the document, by what they are for."""
     names = ("install", "start", "application", "instance", "upgrade")
-    return dict(zip(names, re.findall(r"```bash\n(.*?)```", section, re.DOTALL), strict=True))
+    return dict(zip(names, LOADER.snippets("bash"), strict=True))
 
 
 def of_wheel(commands: str, name: str) -> str:
@@ -81,7 +80,7 @@ def packages(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def machine(packages: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A machine on which the README was followed, by a root who makes private files."""
+    """A machine on which the document was followed, by a root who makes private files."""
     root = tmp_path_factory.mktemp("debian") / "root"
     root.mkdir(mode=0o755)
     try:

@@ -1,4 +1,4 @@
-"""The README's questions: every statement and command runs; the training set does not see the future."""
+"""The questions of loader/see/README.md: every statement and command runs; the training set does not see the future."""
 
 from __future__ import annotations
 

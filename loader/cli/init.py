@@ -12,14 +12,14 @@ from loader.cli import options, terminal
 @options.dsn
 @click.option(
     "--foreign-keys/--no-foreign-keys", default=None,
-    help="Whether events refer to auth.users and family_units; remembered, at first they do. Keys slow the "
-    "load, turn an event of a deleted user into a reject, and keep a user with events from being deleted. "
-    "--no-foreign-keys drops them.",
+    help="Add or drop the foreign keys to auth.users and family_units; remembered; new tables have "
+    "them. The keys slow loading, reject events of deleted users, and prevent the deletion of "
+    "users with events.",
 )  # fmt: skip
 @click.option(
     "--optional-identity/--required-identity", default=None,
-    help="Whether events may lack a user or a family; remembered, at first they may not. Emitters write such "
-    "events with SPOOL_IDENTITY=optional.",
+    help="Accept or reject events without a user or a family; remembered; new tables reject them. "
+    "Emitters write such events with SPOOL_IDENTITY=optional.",
 )  # fmt: skip
 @click.option(
     "--role", metavar="NAME",
@@ -27,8 +27,8 @@ from loader.cli import options, terminal
 )  # fmt: skip
 @click.option(
     "--reader", metavar="NAME",
-    help="A role for dashboards and analysts (SELECT, the questions, statements of at most 30 s), created "
-    "if it does not exist.",
+    help="A role for dashboards and analysts (SELECT, the question functions, a statement "
+    "timeout of 30 s), created if it does not exist.",
 )  # fmt: skip
 @options.as_json
 def command(
@@ -75,9 +75,10 @@ def command(
 
 _FOREIGN_KEYS = {
     "on": "Foreign keys: on, if auth.users and family_units exist (--no-foreign-keys drops them).",
-    "off": "Foreign keys: off, as was chosen (--foreign-keys adds them).",
+    "off": "Foreign keys: off, as configured (--foreign-keys adds them).",
 }
 _IDENTITY = {
     "required": "Identity: required (--optional-identity accepts events without a user or a family).",
-    "optional": "Identity: optional, as was chosen (--required-identity rejects events without one).",
+    "optional": "Identity: optional, as configured (--required-identity rejects events without a user "
+    "or a family).",
 }

@@ -24,7 +24,7 @@ _CONNECTION: Final = {
     "connect_timeout": "5",
     "tcp_user_timeout": "30000",
 }
-"""Defaults of a connection: the application name, the encoding of the rows, and time-outs, in seconds and
+"""Defaults of a connection: the application name, the encoding of the rows, and timeouts, in seconds and
 milliseconds, for a host that does not answer (https://www.postgresql.org/docs/current/libpq-connect.html)."""
 
 

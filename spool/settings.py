@@ -25,7 +25,7 @@ _MAX_SEGMENT_BYTES: Final = 1 << 30
 """A process keeps two segments mapped; the address space and `posix_fallocate` of every platform allow this."""
 _MAX_TEXT: Final = 200
 _MAX_AGE: Final = 7 * 86_400.0
-"""A week. Multiples of it are used as time-outs, which have a maximum (`threading.TIMEOUT_MAX`)."""
+"""A week. Multiples of it are used as timeouts, which have a maximum (`threading.TIMEOUT_MAX`)."""
 
 
 Event = dict[str, Any]

@@ -1,7 +1,7 @@
-"""The indexes that serve the questions, built beside the load on tables that have rows.
+"""Builds the indexes for the questions on tables with rows, concurrently with loading.
 
-`CREATE INDEX CONCURRENTLY` cannot run in a transaction, so it is not part of schema.sql; what to build is
-(`analytics_indexes`).
+`CREATE INDEX CONCURRENTLY` cannot run in a transaction, so it is not part of schema.sql; the list of indexes
+is (`analytics_indexes`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _WANTED: Final = (
 )
 
 
-# No load waits for a lock that this waits for. A pooler may hand the session to others, so the limits come back.
+# This never blocks a load. The limits are reset, because a pooler may pass the session on to other clients.
 _WITHOUT_LIMITS: Final = "SET statement_timeout = 0; SET lock_timeout = 0"
 _RESET_LIMITS: Final = "RESET statement_timeout; RESET lock_timeout"
 
 
 @dataclass(frozen=True)
 class _Index:
-    """An index that is wanted, the schema of the tables as SQL writes it, and what the index replaces."""
+    """A required index, the quoted schema of the tables, and the index that it replaces."""
 
     name: str
     definition: str
@@ -42,10 +42,10 @@ class _Index:
 
 
 def build(connection: Connection) -> list[str]:
-    """Build the indexes that are missing, drop those they replace, and return the names of those built.
+    """Build missing indexes, drop those they replace, and return the names of the new ones.
 
-    The connection must not be in a transaction; it is in autocommit mode in the meantime. An index that an
-    earlier attempt left invalid is built again. Raises psycopg.Error.
+    The connection must not be in a transaction; it is switched to autocommit mode temporarily. An index that
+    an earlier attempt left invalid is rebuilt. Raises psycopg.Error.
     """
     with transaction(connection):
         wanted = [_Index(*row) for row in connection.execute(_WANTED).fetchall()]

@@ -1,7 +1,7 @@
-"""The daemon's refresher: computes the rollups of hours that have ended, beside the load, not in its way.
+"""The daemon's refresher: computes the rollups of hours that have ended, without blocking the load.
 
-A thread per refresh, with a connection of its own. A refresh waits for no lock and holds none that a load
-wants; one that is cut off is rolled back, and the marks of its hours stay.
+Each refresh runs in a thread with a connection of its own. It waits for no lock and holds none that a load
+needs. An interrupted refresh is rolled back, and the marks of its hours remain.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ log = logging.getLogger("loader")
 
 IDLE_SECONDS: Final = 60.0
 BUSY_SECONDS: Final = 300.0
-"""Seconds between refreshes; longer under load, where a backfill may touch the same hours again and again."""
+"""Seconds between refreshes; longer under load, when a backfill may touch the same hours repeatedly."""
 _STOP_SECONDS: Final = 2.0
 _OLDER_TABLES: Final = (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable)
 
 
 class Refresher:
-    """Refreshes the rollups from time to time. To be used by one thread."""
+    """Refreshes the rollups periodically. To be used by one thread."""
 
     def __init__(self, dsn: Callable[[], str]) -> None:
         self._dsn = dsn
@@ -41,7 +41,7 @@ class Refresher:
         self._reported: str | None = None
 
     def tick(self, *, busy: bool) -> None:
-        """Start a refresh if one is due. Call it often; it returns at once."""
+        """Start a refresh if one is due. Call it often; it returns immediately."""
         running = self._thread is not None and self._thread.is_alive()
         due = self._last + (BUSY_SECONDS if busy else IDLE_SECONDS)
         if not running and not self._stopped.is_set() and time.monotonic() >= due:
@@ -49,7 +49,7 @@ class Refresher:
             self._thread.start()
 
     def close(self) -> None:
-        """Cut off a refresh that is running."""
+        """Interrupt a running refresh."""
         self._stopped.set()
         connection, thread = self._connection, self._thread
         if thread is not None and thread.is_alive():
@@ -66,9 +66,11 @@ class Refresher:
             if done:
                 log.info("refreshed the rollups of %d hours and days", done, extra={"refreshed": done})
         except (psycopg.errors.SerializationFailure, *_OLDER_TABLES):
-            pass  # the next one finds the marks again; tables of an earlier version have no rollups
+            pass  # the next refresh finds the marks again; tables of an earlier version have no rollups
         except psycopg.OperationalError as error:
-            problem = None if is_lost(error) else one_line(str(error))  # the load itself reports an outage
+            problem = (
+                None if is_lost(error) else one_line(str(error))
+            )  # an outage is reported by the load itself
         except Exception as error:
             problem = one_line(str(error))
         finally:

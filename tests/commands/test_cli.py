@@ -101,8 +101,8 @@ def test_the_demo_finds_every_acknowledged_emit_once() -> None:
         [*LOADER, "demo"], env=environment(), capture_output=True, text=True, timeout=HANGS_AFTER
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "SIGKILL" in ended.stdout and "What arrived" in ended.stdout
-    (page,) = re.findall(r"a page without script: (\S+)", ended.stdout)
+    assert "SIGKILL" in ended.stdout and "Rows by event and metric" in ended.stdout
+    (page,) = re.findall(r"a page without scripts: (\S+)", ended.stdout)
     assert "Unusual hours" in Path(page).read_text("utf-8")
     Path(page).unlink()
 
@@ -153,7 +153,9 @@ def test_rejects_are_exported_as_they_were_repaired_and_dropped(
     assert number(one_connection, EVENTS) == 2
 
     assert "name the files" in cli("rejects", "drop", "--yes", code=2)
-    assert "1 lines would be removed" in cli("rejects", "drop", "--all", "--code", "invalid_name", code=2)
+    assert "1 lines would be deleted permanently" in cli(
+        "rejects", "drop", "--all", "--code", "invalid_name", code=2
+    )
     assert len(cli("rejects", "show", "--json").splitlines()) == 2
     assert (
         cli("rejects", "drop", "--all", "--code", "invalid_name", "--yes")

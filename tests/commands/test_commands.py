@@ -173,7 +173,7 @@ VOLATILE = (
     (r"(touched +)[\d.]+ d\b", r"\1N d"),
     (r"[\d.]+ (s|min|h|d) ago", "N ago"),
     (r"[\d.]+ GB of [\d.]+ GB", "N GB of N GB"),
-    (r"\d+ instances and \d+ watches", "N instances and N watches"),
+    (r"\d+ instances, \d+ watches", "N instances, N watches"),
     (r"\S+:\S+, mode 2770", "OWNER:GROUP, mode 2770"),
     (r"[─━]+", "─"),
     (r"[┏┳┓┡╇┩┌┬┐└┴┘├┼┤]", "+"),
@@ -264,7 +264,7 @@ def test_an_interrupted_load_says_how_to_go_on_and_goes_on(
             segment(cli.spool, n + 1, *[event(n * MANY // 20 + i) for i in range(MANY // 20)])
     begun = partial(number, one_connection, EVENTS)
     code, shown = on_a_terminal(cli, *arguments, "--workers", "1", interrupt_when=begun)
-    assert code == 1 and "run it again to go on" in shown, shown
+    assert code == 1 and "run the command again to continue" in shown, shown
     left = number(one_connection, EVENTS)
     assert 0 < left < MANY and f"events {left}" in shown
     cli(*arguments)

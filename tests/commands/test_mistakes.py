@@ -125,7 +125,7 @@ MISTAKES: dict[str, tuple[Prepare, str, int, str]] = {
     ),
     "too few workers": (nothing, "run --workers 0", 2, "--workers"),
     "workers that are no number": (setting("LOADER_WORKERS", "many"), "run", 2, "LOADER_WORKERS"),
-    "JSON of a daemon": (nothing, "run --json", 2, "--json goes with --once"),
+    "JSON of a daemon": (nothing, "run --json", 2, "--json requires --once"),
     "nothing to backfill": (nothing, "backfill", 2, "PATH"),
     "a file that is not there": (
         nothing,
@@ -137,7 +137,7 @@ MISTAKES: dict[str, tuple[Prepare, str, int, str]] = {
         in_spool("empty"),
         "backfill {home}/spool/empty",
         2,
-        "spool/empty has no file",
+        "spool/empty contains no file",
     ),
     "an open segment": (
         given(f"{STEM.format(1)}.open", b""),
@@ -206,7 +206,7 @@ def test_a_port_that_is_taken_is_named(cli: Cli) -> None:
 
 def test_a_password_on_the_command_line_is_warned_of(cli: Cli) -> None:
     printed = cli("run", "--once", "--dsn", f"{cli.dsn} password=sesame")
-    assert "shows its password" in printed and "sesame" not in printed
+    assert "exposes its password" in printed and "sesame" not in printed
 
 
 def test_what_the_demo_needs_is_named() -> None:

@@ -99,7 +99,7 @@ def test_segments_of_dead_writers_are_loaded_by_once(cli: Cli, one_connection: C
 def test_a_second_loader_says_who_has_the_directory(cli: Cli) -> None:
     with cli.daemon() as process:
         eventually(lambda: (cli.spool / ".loader.lock").exists())
-        eventually(lambda: f"has a loader already: pid {process.pid}" in cli("run", "--once", code=1))
+        eventually(lambda: f"already has a loader: pid {process.pid}" in cli("run", "--once", code=1))
     cli("run", "--once")
 
 

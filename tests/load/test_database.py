@@ -31,7 +31,7 @@ def test_a_lock_that_is_held_for_long_is_told_and_not_waited_for_in_silence(conn
     reason = explain(psycopg.errors.LockNotAvailable("canceling statement due to lock timeout"))
     assert (reason.exit_code, str(reason)) == (
         4,
-        "the database can't load now: canceling statement due to lock timeout",
+        "the database cannot load at the moment: canceling statement due to lock timeout",
     )
 
 

@@ -72,7 +72,7 @@ def test_a_loader_starts_although_its_lock_file_cannot_be_written(small_disk: Pa
     with lock.exclusive(small_disk):
         if inodes:
             (small_disk / "1").unlink()  # now there is room for a lock file
-        with pytest.raises(LoaderError, match="has a loader already"), lock.exclusive(small_disk):
+        with pytest.raises(LoaderError, match="already has a loader"), lock.exclusive(small_disk):
             pass
     with lock.exclusive(small_disk):
         pass

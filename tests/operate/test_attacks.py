@@ -149,7 +149,7 @@ def test_a_spool_of_another_user_that_everyone_may_write_to_is_refused(cli: Cli)
     cli("run", "--once")
     os.chown(cli.spool, NOBODY, NOBODY)
     printed = cli("run", "--once", code=2)
-    assert "everyone may write" in printed and "chmod o-w" in printed and printed.count("\n") == 1
+    assert "world-writable" in printed and "chmod o-w" in printed and printed.count("\n") == 1
     assert not (cli.spool / ".loader.lock").is_symlink()
     cli.spool.chmod(0o2770)
     cli("run", "--once")

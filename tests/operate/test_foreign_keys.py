@@ -115,7 +115,7 @@ def test_rows_without_their_parent_leave_a_key_for_new_rows(cli: Cli, one_connec
     one_connection.execute(f"{USERS}; {FAMILIES}; INSERT INTO family_units VALUES ('{ID}')".encode())
     one_connection.commit()
     printed = cli.owner()("init")
-    assert "holds for new rows only" in printed and "violates foreign key constraint" in printed
+    assert "applies to new rows only" in printed and "violates foreign key constraint" in printed
     assert rows(one_connection, KEYS) == [("auth.users", False), ("family_units", True)]
     one_connection.execute(f"INSERT INTO auth.users VALUES ('{ID}')".encode())
     one_connection.commit()

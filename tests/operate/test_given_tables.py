@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
     "late uniqueness": ((("event_id UUID UNIQUE", "event_id UUID UNIQUE DEFERRABLE"),), "is deferrable"),
     "late primary key": ((("id UUID PRIMARY KEY", "id UUID PRIMARY KEY DEFERRABLE"),), "is deferrable"),
     "metrics without a key": ((("id UUID PRIMARY KEY", "id UUID"),), 'does not ensure that "id" is unique'),
-    "partitioned": (PARTITIONED, "partitioned by something else"),
+    "partitioned": (PARTITIONED, "partitioned by another column"),
     "a missing column": ((("session_id UUID,", ""),), 'lacks the column "session_id"'),
     "computed": (
         (("session_id UUID,", "session_id UUID GENERATED ALWAYS AS (user_id) STORED,"),), 'computes the column "session_id"',

@@ -156,7 +156,7 @@ def test_prune_that_is_interrupted_says_how_to_go_on(cli: Cli, one_connection: C
     pruning.send_signal(signal.SIGINT)
     printed, errors = (part.decode() for part in pruning.communicate(timeout=HANGS_AFTER))
     left = number(one_connection, EVENTS)
-    assert pruning.returncode == 1 and "run it again to go on" in errors
+    assert pruning.returncode == 1 and "run the command again to continue" in errors
     assert f"events {100_000 - left}" in printed and left > 0
     cli.owner()("prune", "--older-than", "1d")
     assert number(one_connection, EVENTS) == 0

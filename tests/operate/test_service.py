@@ -102,7 +102,7 @@ def test_it_is_ready_after_the_first_look_with_a_connection(cli: Cli, one_connec
         systemd.until("READY=1")
         before = systemd.messages[: systemd.messages.index("READY=1")]
         assert any(message.startswith("STATUS=") for message in before)
-        systemd.until("STATUS=nothing waits")
+        systemd.until("STATUS=no backlog")
         assert number(one_connection, EVENTS) == 1
         systemd.stop()
         systemd.until("STOPPING=1")
@@ -120,7 +120,7 @@ def test_a_database_that_is_down_is_waited_for_and_the_status_says_so(cli: Cli, 
         systemd.until("WATCHDOG=1")  # a loader that waits is alive
         assert systemd.stop() < STOP_SECONDS / 2
     log = systemd.log.read_text()
-    assert "sesame" not in log + "".join(systemd.messages) and "goes on" not in log
+    assert "sesame" not in log + "".join(systemd.messages) and "loading continues" not in log
 
 
 def test_an_outage_at_the_start_is_over_once_the_database_answers(cli: Cli, tmp_path: Path) -> None:
@@ -131,9 +131,9 @@ def test_an_outage_at_the_start_is_over_once_the_database_answers(cli: Cli, tmp_
     with under_systemd(cli) as systemd:
         systemd.until("STATUS=waiting")
         file.write_text(good)
-        systemd.until("STATUS=nothing waits")
+        systemd.until("STATUS=no backlog")
         systemd.stop()
-        assert "goes on" in systemd.log.read_text()
+        assert "loading continues" in systemd.log.read_text()
 
 
 def test_status_tells_backlog_rate_and_what_is_waited_for(cli: Cli, one_connection: Connection) -> None:
@@ -143,7 +143,7 @@ def test_status_tells_backlog_rate_and_what_is_waited_for(cli: Cli, one_connecti
             one_connection.execute("LOCK TABLE analytics_events IN ACCESS EXCLUSIVE MODE")
             segment(cli.spool, 1, *[event(n) for n in range(1000)])
             systemd.until("STATUS=1 files (0.3 MB) wait, the oldest for")
-        systemd.until("STATUS=nothing waits")
+        systemd.until("STATUS=no backlog")
         (cli.spool / "stray.ndjson").write_bytes(b"")
         segment(cli.spool, 2, event(1))
         systemd.until("last error")
@@ -263,7 +263,7 @@ def test_sighup_connects_anew_with_the_dsn_as_it_is_now(
 def test_log_lines_are_json_where_nobody_reads_them(cli: Cli) -> None:
     segment(cli.spool, 1, event(1), event(2))
     with under_systemd(cli) as systemd:
-        systemd.until("STATUS=nothing waits")
+        systemd.until("STATUS=no backlog")
         systemd.stop()
         log = [json.loads(line) for line in systemd.log.read_text().splitlines()]
     assert all({"timestamp", "level", "logger", "message"} <= set(line) for line in log)
@@ -347,13 +347,13 @@ def test_a_refused_login_is_reported_as_such_and_once(cli: Cli, tmp_path: Path) 
                 )
             file.write_text(f"{dsn} password=right")
             systemd.process.send_signal(signal.SIGHUP)
-            systemd.until("STATUS=nothing waits")
+            systemd.until("STATUS=no backlog")
             systemd.stop()
     log = systemd.log.read_text()
     assert (
         log.count("password authentication failed") == 1 and log.count("check the user and the password") == 1
     )
-    assert "out of reach" not in log and log.count("goes on") == 1
+    assert "out of reach" not in log and log.count("loading continues") == 1
 
 
 def test_no_password_is_told_anywhere(cli: Cli, tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_every_function_and_view_has_a_comment(one_connection: Connection) -> No
         assert rows(one_connection, f"SELECT obj_description('analytics_{question}'::regproc)") != [(None,)]
     for view in ("analytics_events_daily", "analytics_metrics_hourly"):
         ((comment,),) = rows(one_connection, f"SELECT obj_description('{view}'::regclass)")
-        assert "Reads the whole table" in comment
+        assert "Always reads the whole table" in comment
 
 
 def test_features_have_a_column_for_each_type_of_the_catalogue_and_window(one_connection: Connection) -> None:

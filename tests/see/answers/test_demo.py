@@ -27,12 +27,12 @@ def test_the_demo_ends_with_the_page_and_keeps_everything_running_until_a_signal
         printed = ""
         for line in process.stdout:
             printed += line
-            if line.startswith("Page, made anew"):
+            if line.startswith("Page, rendered"):
                 break
         try:
             assert "page without script" in printed, printed
             assert page.read_text("utf-8").startswith("<!doctype html>")
-            (address,) = re.findall(r"^Page, made anew each time: (\S+)", printed, re.MULTILINE)
+            (address,) = re.findall(r"^Page, rendered for each request: (\S+)", printed, re.MULTILINE)
             with urllib.request.urlopen(address) as answer:
                 live = answer.read().decode()
             assert "memory_viewed" in live and "Unusual hours" in live

@@ -250,16 +250,16 @@ def test_a_device_is_written_to_and_not_replaced(reader: Reader) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["events.xlsx"], "name it .parquet, .csv or .ndjson"),
-        (["-"], "is not known"),
-        (["-", "--format", "parquet"], "standard output takes CSV or NDJSON alone"),
-        (["nowhere/events.csv"], "is not a directory that can be written to"),
+        (["events.xlsx"], "use the suffix .parquet, .csv or .ndjson"),
+        (["-"], "unknown format"),
+        (["-", "--format", "parquet"], "standard output supports only CSV and NDJSON"),
+        (["nowhere/events.csv"], "is not a writable directory"),
         ([".", "--format", "csv"], "is a directory: name a file, or give --by day"),
         (["a.csv", "--since", "2026-01-02", "--until", "2026-01-01"], "is not before --until"),
         (["a.csv", "--column", "metadata.x:blob"], "a type is one of text, float, int, bool"),
         (["a.csv", "--column", "labels.x"], "analytics_events has no labels"),
         (["a.csv", "--column", "metadata.timestamp"], 'two columns would have the name "timestamp"'),
-        (["a.ndjson", "--column", "metadata.x"], "--column is for Parquet and CSV"),
+        (["a.ndjson", "--column", "metadata.x"], "--column requires Parquet or CSV"),
         (["a.csv", "--table", "users"], "users"),
     ],
 )

@@ -284,4 +284,4 @@ def test_the_pipeline_is_that_of_the_ledger(made: Made, page: Page, world: World
     assert count(entries["Missing segments"]) == world.number(
         "SELECT count(*) FROM analytics_missing_segments"
     )
-    assert entries["Lag"].endswith(" s") and tiles(page)["Lines not kept"] == "3"
+    assert entries["Lag"].endswith(" s") and tiles(page)["Lines not loaded"] == "3"

@@ -687,7 +687,7 @@ FROM (
     UNION ALL
     SELECT @.analytics_bucket(bucket, e.timestamp, tz), e.event_type, 1
     FROM @.analytics_row_spans('events', since, until, bucket, tz) s
-        CROSS JOIN LATERAL (  -- OFFSET 0: joined, a span counts as a ninth of the table, and is looked for in all of an index
+        CROSS JOIN LATERAL (  -- OFFSET 0: joined, the planner assumes a ninth of the table per span, and scans the whole index
             SELECT e.timestamp, e.event_type FROM @.analytics_events e
             WHERE e.timestamp >= s.lo AND e.timestamp < s.hi AND (types IS NULL OR e.event_type = ANY (types)) OFFSET 0
         ) e

@@ -13,7 +13,7 @@ from typing import Final
 from spool.log import Warnings
 
 _NAMES: Final = 100
-"""How many distinct names are counted; clients may choose keys. All further names count as `other`."""
+"""Maximum number of distinct names, because clients may choose keys. Further names count as `other`."""
 _NAME_LENGTH: Final = 100
 OTHER: Final = "other"
 

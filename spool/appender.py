@@ -40,7 +40,7 @@ FIRST_BYTES: Final = 1 << 16
 _GROWTH: Final = 8
 """Growth of the capacity if a segment was full before its maximum age."""
 _GROWTH_SECONDS: Final = 0.05
-"""How often to check whether the current segment is half full, so that the next one should be larger."""
+"""Interval of checks whether the current segment is half full, so that the next one should be larger."""
 _BACKOFF_AGES: Final = 0.25
 """After the disk refused a segment, creation is retried after this fraction of `max_age`, at most a second."""
 _UNSUPPORTED: Final = 3600.0

@@ -31,7 +31,7 @@ REPORT_INTERVAL: Final = 1.0
 MAX_NAMES: Final = 100
 OTHER: Final = "other"
 _SUMMARIZED: Final = 10
-"""How many kinds of drops the summary names."""
+"""Maximum number of kinds of drops that the summary names."""
 
 
 class Kind(NamedTuple):

@@ -1,4 +1,4 @@
-"""Gives a forked process a state of its own, whether or not the fork ran Python's hooks.
+"""Resets the state in a forked process, whether or not the fork ran Python's hooks.
 
 A fork in C (uWSGI without `--py-call-uwsgi-fork-hooks`, an embedding server) runs no hook, and the child
 would continue with its parent's map, write position, writer token and ids. So `MARK` is on a page that the

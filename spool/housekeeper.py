@@ -29,11 +29,11 @@ from spool.log import logger
 from spool.reentry import ReentryLock
 
 _STOP_SECONDS: Final = 5.0
-"""How long `stop` waits for work in progress."""
+"""Seconds for which `stop` waits for work in progress."""
 _WAKING_SECONDS: Final = 0.001
-"""How much earlier than requested a thread may wake up."""
+"""Seconds by which a thread may wake up too early."""
 _VANISH_SECONDS: Final = 0.1
-"""How long `stop` waits for the kernel to remove a thread that has returned; usually some microseconds."""
+"""Seconds for which `stop` waits until the kernel has removed a returned thread; usually some microseconds."""
 
 
 @dataclass

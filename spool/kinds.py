@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Kind(Enum):
-    """What a call returns."""
+    """The kind of a function, by the result of a call."""
 
     RESULT = auto()
     COROUTINE = auto()

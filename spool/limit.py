@@ -13,7 +13,7 @@ import time
 from typing import Final
 
 _FRESH_SECONDS: Final = 10.0
-"""How long a measurement is valid."""
+"""Seconds for which a measurement is valid."""
 _AHEAD: Final = 4
 """If fewer segments than this still fit, the spool is measured again."""
 _SHARE_OF_TIME: Final = 0.1

@@ -43,7 +43,7 @@ _PAIR: Final = 2
 
 
 class Sensitivity(IntEnum):
-    """How sensitive the value under a key is."""
+    """The sensitivity of the value under a key."""
 
     NONE = 0
     BESIDE_NAME = 1

@@ -74,8 +74,8 @@ class Settings:
     max_line_bytes: int = 1 << 20
     """A longer line is dropped and counted. At most 4 MiB, the longest line that the loader reads."""
     max_spool_bytes: int = 10 << 30
-    """No segment is created that would bring the spool's segments above this size: newer lines are dropped
-    and counted. At least two segments, because one is prepared while another is written; 0 is no limit."""
+    """No segment is created that would bring the spool's segments above this size: newer lines are dropped and
+    counted. At least two segments, because one is prepared while another is written; 0 means no limit."""
     fsync: bool = False
     """Sync each segment before it is sealed: power loss then costs at most the last `max_age` seconds."""
     mapped: bool = True

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from loader.service.run import Source
 
 BATCH_CHUNKS: Final = 256
-"""Maximum number of small files in one transaction."""
+"""Maximum number of files in one transaction."""
 
 
 @dataclass(eq=False)

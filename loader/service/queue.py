@@ -1,7 +1,7 @@
 """The batches of a run, shared by its workers.
 
-At most one worker holds a batch. A worker that cannot load its batch at the moment gives it back, so that
-another one takes it; a worker without work waits for batches given back by others. If Postgres refuses every
+At most one worker holds a batch. A worker that cannot load its batch at the moment returns it, so that
+another one takes it; a worker without work waits for batches returned by others. If Postgres refuses every
 row of a batch, the batch is postponed to the next run, and the other batches continue. If that happens to all
 batches, or if Postgres refuses every insert, the configuration is at fault.
 """
@@ -29,7 +29,7 @@ class BatchQueue:
         self._run = run
         self._changed = threading.Condition()
         self._waiting: deque[Batch] = deque()
-        """Batches given back, and one read ahead."""
+        """Returned batches, and one read ahead."""
         self._in_hand = 0
         self._committed = False
         self._ended = False

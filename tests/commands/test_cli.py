@@ -1,4 +1,4 @@
-"""The command line: every mistake is one line that says what to do, with the exit code of its kind."""
+"""The command line: every error is one line with a remedy and the right exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command that lacks something says to install works where the package came from."""
+"""The install command that is printed for a missing extra works for every source of the package."""
 
 from __future__ import annotations
 

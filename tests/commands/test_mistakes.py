@@ -1,4 +1,4 @@
-"""Every mistake a person can make is one line that names what and where, and says what to do."""
+"""Every user error is one line that names the problem, its place and the remedy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Prepare = Callable[[Cli, Connection], object]
 
 
 def nothing(_: Cli, __: Connection) -> None:
-    """All is as it should be but the command."""
+    """Prepare nothing: only the command is wrong."""
 
 
 def setting(name: str, value: str | None) -> Prepare:
@@ -42,7 +42,7 @@ def sql(statement: str) -> Prepare:
 
 
 def in_spool(name: str, data: bytes | None = None) -> Prepare:
-    """A file there, or a directory."""
+    """Create a file or directory in the spool."""
 
     def prepare(cli: Cli, _: Connection) -> None:
         path = cli.spool / name
@@ -124,7 +124,7 @@ MISTAKES: dict[str, tuple[Prepare, str, int, str]] = {
         "is not a directory: set SPOOL_DIR",
     ),
     "too few workers": (nothing, "run --workers 0", 2, "--workers"),
-    "workers that are no number": (setting("LOADER_WORKERS", "many"), "run", 2, "LOADER_WORKERS"),
+    "workers that are not a number": (setting("LOADER_WORKERS", "many"), "run", 2, "LOADER_WORKERS"),
     "JSON of a daemon": (nothing, "run --json", 2, "--json requires --once"),
     "nothing to backfill": (nothing, "backfill", 2, "PATH"),
     "a file that is not there": (
@@ -146,7 +146,7 @@ MISTAKES: dict[str, tuple[Prepare, str, int, str]] = {
         "`loader run --once` seals",
     ),
     "no reject file of that name": (nothing, "rejects show x", 2, "see `loader rejects list`"),
-    "a file that is no reject file": (
+    "a file that is not a reject file": (
         in_spool("rejected/x.ndjson", b"{}\n"),
         "rejects list",
         1,
@@ -179,7 +179,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
     prepare(cli, one_connection)
     words = {"{dsn}": one_connection.info.dsn}
     arguments = command.replace("{home}", str(cli.spool.parent)).split()
-    if "{dsn}" in arguments:  # with what comes after it, up to an option
+    if "{dsn}" in arguments:  # with the following words, up to an option
         place = arguments.index("{dsn}")
         more = [word for word in arguments[place + 1 :] if "=" in word]
         arguments[place : place + 1 + len(more)] = [" ".join([words["{dsn}"], *more])]

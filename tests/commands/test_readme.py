@@ -1,4 +1,4 @@
-"""Every command and snippet of the README runs as it stands."""
+"""Every command and snippet of the README runs unchanged."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_command_runs(cli: Cli, tmp_path: Path) -> None:
 @needs_systemd
 @as_root
 def test_the_service_is_installed_as_far_as_it_goes_without_systemd(wheel: Path, tmp_path: Path) -> None:
-    install, start, *_ = snippets("bash")  # tests/operate/boot follows all of them, on a machine of its own
+    install, start, *_ = snippets("bash")  # tests/operate/boot runs all of them, on a separate machine
     steps = install + "systemctl enable --now analytics-loader\n"
     assert steps.splitlines()[-1] in start
     for name in ("passwd", "group"):
@@ -127,7 +127,7 @@ def test_the_promises_name_tests_that_exist() -> None:
 
 @pytest.fixture(scope="module")
 def filled(one_server: str) -> Iterator[str]:
-    """A database with 100,000 rows in each table, spread over 30 days."""
+    """Yield a database with 100,000 rows in each table, spread over 30 days."""
     with database(one_server) as dsn:
         with psycopg.connect(dsn, autocommit=True) as connection:
             connection.execute(

@@ -1,4 +1,4 @@
-"""The daemon, a process of its own: nothing is lost or there twice, and nothing stops it."""
+"""The daemon as a separate process: nothing is lost or stored twice, and nothing stops it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A row is there once, and a duplicate is silent only if it is equal."""
+"""A row is stored once, and a duplicate is accepted silently only if it is equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A scan is bounded, whatever lies in the spool, and takes the oldest files first."""
+"""A scan is bounded, whatever the spool contains, and returns the oldest files first."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_sparse_file_takes_no_time_and_is_kept(cli: Cli, one_connection: Conne
 
 
 def test_a_hole_has_the_digest_of_the_zeros_it_stands_for(tmp_path: Path) -> None:
-    """So that a copy that is not sparse is known to the ledger."""
+    """So the ledger recognizes a copy that is not sparse."""
     size = 5 * CHUNK_BYTES + 12345
     content = b"x" * 10 + bytes(size) + b"y\n" + event(1) + b"\n"
     sparse, full = tmp_path / f"{STEM.format(1)}.ndjson", tmp_path / f"{STEM.format(2)}.ndjson"

@@ -1,4 +1,4 @@
-"""Only a segment is touched, whatever else lies in the spool; a file that changed is never removed."""
+"""Only segments are touched, whatever else the spool contains; a changed file is never removed."""
 
 from __future__ import annotations
 

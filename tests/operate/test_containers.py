@@ -43,7 +43,7 @@ for n in range(100):
 
 @dataclass(frozen=True)
 class Container:
-    """What a container runs, as whom, and with which environment."""
+    """A container: its command, user and environment."""
 
     command: tuple[str, ...]
     user: int
@@ -67,7 +67,7 @@ class Container:
 
 
 def documented(name: str) -> Any:
-    """A file of the README."""
+    """Return a file printed in the README."""
     yaml = pytest.importorskip("yaml")
     (text,) = re.findall(rf"```yaml\n# {name}\n(.*?)```", README.read_text(), re.DOTALL)
     return yaml.safe_load(text)
@@ -96,7 +96,7 @@ def of_pod() -> dict[str, Container]:
 
 @contextmanager
 def volume(path: Path, mode: int, group: int) -> Iterator[Path]:
-    """A file system of its own, owned by root, as the runtime makes it."""
+    """Yield a separate file system owned by root, as created by a container runtime."""
     path.mkdir()
     options = f"mode={mode:04o},gid={group},size=64m"
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], check=True)
@@ -111,7 +111,7 @@ def can_mount() -> bool:
 
 
 def others_run_python() -> bool:
-    """Whether the interpreter and the packages are open to the users of the containers."""
+    """Check that the containers' users can read the interpreter and the packages."""
     become = ["setpriv", "--reuid=10001", f"--regid={GROUP}", "--clear-groups"]
     return (
         subprocess.run([*become, sys.executable, "-c", "import loader"], capture_output=True).returncode == 0
@@ -130,7 +130,7 @@ def health(port: int) -> int:
 
 @pytest.fixture
 def dsn(cli: Cli, one_connection: Connection) -> str:
-    """The database, whose socket the containers' users reach."""
+    """Return the DSN of the database, whose socket is accessible to the containers' users."""
     Path(str(conninfo_to_dict(cli.dsn)["host"])).chmod(0o711)
     return cli.dsn
 
@@ -159,7 +159,7 @@ def test_the_documented_containers_load_what_the_application_emits(
         inside = {"SPOOL_DIR": str(mounted / "analytics")}
         made = containers["spool"]
         command = tuple(word.replace("/spool", str(mounted)) for word in made.command)
-        for _ in range(2):  # a pod that starts again makes it again
+        for _ in range(2):  # a restarted pod creates it again
             Container(command, made.user, made.group, made.variables).run()
         loader = containers["loader"].start(**inside, LOADER_DSN=dsn, LOADER_METRICS_PORT=port)
         try:

@@ -1,4 +1,4 @@
-"""Foreign keys: the choice is remembered, nobody waits for them for long, and one that is impossible stops nothing."""
+"""Foreign keys: the choice is remembered, no session waits long for them, and an impossible key stops nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def application(one_connection: Connection) -> Connection:
 
 @contextmanager
 def locked(connection: Connection, table: str) -> Iterator[None]:
-    """Another session that updates the table for as long as the block lasts."""
+    """Run another session that keeps the table locked by an update during the block."""
     with psycopg.connect(connection.info.dsn) as other:
         other.execute(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE".encode())
         yield
@@ -145,7 +145,7 @@ def test_a_missing_privilege_on_a_parent_is_a_warning(one_server: str, applicati
 def test_init_lets_the_application_write_while_it_waits_for_a_lock(
     cli: Cli, application: Connection, parent: str
 ) -> None:
-    """A lock that is requested blocks all that come after it: the wait must be short, and init goes on after it."""
+    """A requested lock blocks all later requests, so each wait must be short; init then continues."""
     with locked(application, parent):
         init = subprocess.Popen([*LOADER, "init"], env=cli.owner().environment, stdout=subprocess.PIPE)
         waiting = f"SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{parent}'::regclass"

@@ -1,4 +1,4 @@
-"""What is loaded may be kept, what is old may go, and what is kept is loaded again."""
+"""Loaded files can be archived, old data can be pruned, and archived files can be loaded again."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_writers_ledger_goes_together_so_that_no_segment_seems_to_be_missing(
     for writer in ("deadbeef-000001", "0badcafe"):
         one_connection.execute(f"{AGE_LOADS} WHERE file LIKE '%{writer}%'".encode())
     one_connection.commit()
-    assert pruned(cli)["loads"] == 2  # of the writer that is gone; the other one's segment 3 is new
+    assert pruned(cli)["loads"] == 2  # of the writer that has exited; segment 3 of the other one is new
     assert number(one_connection, missing) == 0
     one_connection.execute(AGE_LOADS.encode())
     one_connection.commit()

@@ -21,7 +21,7 @@ SEEN = "SELECT sum(dau) FROM analytics_active('2019-12-31', '2020-01-03')"
 
 @pytest.fixture
 def loaded(cli: Cli, one_connection: Connection) -> Connection:
-    """Two days of 2020 and the hour that has not ended, loaded."""
+    """Return the command line after loading two days of 2020 and the current hour."""
     old = [event(n, timestamp=f"2020-01-0{1 + n % 2}T0{n % 5}:30:00Z") for n in range(30)]
     counted = [
         metric(n, timestamp="2020-01-01T07:30:00Z", metric_name="api_request_count", value=2)

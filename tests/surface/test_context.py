@@ -1,4 +1,4 @@
-"""Who acts and in which request: inherited by tasks and threads, never seen by siblings."""
+"""The context of user and request: inherited by tasks and threads, never visible to siblings."""
 
 from __future__ import annotations
 

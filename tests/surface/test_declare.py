@@ -1,4 +1,4 @@
-"""A wrong declaration is found when it is declared, with what was probably meant."""
+"""An invalid declaration is refused when it is declared, with a suggestion."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ USER = uuid.uuid4()
 
 @pytest.fixture
 def logger(request: pytest.FixtureRequest) -> Iterator[logging.Logger]:
-    """A logger of its own, at level INFO, without the root's handlers."""
+    """Yield a separate logger at level INFO, without the root's handlers."""
     made = logging.getLogger(f"family.{request.node.name}")
     made.setLevel(logging.INFO)
     made.propagate = False

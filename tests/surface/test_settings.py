@@ -1,4 +1,4 @@
-"""Settings: what is invalid is refused where an emitter is made, and never inside a request."""
+"""Invalid settings are refused when an emitter is created, and never inside a request."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The README's section "Operate", followed literally on a fresh Debian that has been booted.
 
-Without a network the machine installs the wheels that pip has brought to the host. All else is the README's: its
-blocks run as they are, with the wheel in the place of the checkout.
+Without a network, the machine installs wheels that pip has downloaded on the host. Everything else follows
+the README: its blocks run unchanged, with the wheel instead of the checkout.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def blocks() -> dict[str, str]:
 
 
 def of_wheel(commands: str, name: str) -> str:
-    """Return the commands with a wheel in the place of the checkout."""
+    """Return the commands with a wheel instead of the checkout."""
     assert "'.[loader]'" in commands
     return commands.replace("'.[loader]'", f"'/shared/{name}[loader]'")
 
@@ -69,7 +69,7 @@ def renamed(wheel: Path, directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def packages(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the wheel, one of a later version, and what they require on the machine."""
+    """Return a directory with the wheel, one of a later version, and their requirements."""
     directory = tmp_path_factory.mktemp("packages")
     shutil.copy(wheel, directory)
     for_debian = ["--only-binary=:all:", "--python-version=3.11", "--implementation=cp"]
@@ -81,7 +81,7 @@ def packages(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def machine(packages: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A machine on which the README was followed, by a root who makes private files."""
+    """Yield a machine set up according to the README, with a restrictive umask for root."""
     root = tmp_path_factory.mktemp("debian") / "root"
     root.mkdir(mode=0o755)
     try:
@@ -90,7 +90,7 @@ def machine(packages: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactor
         (root / "srv/emit.py").write_text(EMIT)
         with booted(root, packages) as machine:
             machine("runuser -u postgres -- createdb family")
-            # One shell, since the second block goes on in the directory of the first.
+            # One shell, because the second block continues in the directory of the first.
             steps = of_wheel(blocks()["install"], wheel.name) + blocks()["start"] + blocks()["application"]
             machine(f"umask 077; cd /root; set -eu\n{steps}")
             yield machine
@@ -100,7 +100,7 @@ def machine(packages: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def service(machine: Machine) -> Machine:
-    """The machine, with a service that runs as it was installed."""
+    """Return the machine with the running service."""
     machine(f"echo {PEER} > {DSN}; rm -f {WATCHDOG}; systemctl daemon-reload; systemctl restart {UNIT}")
     return machine
 
@@ -112,7 +112,7 @@ def emit(machine: Machine, name: str, directory: str = "") -> None:
 
 
 def loads(machine: Machine, name: str, count: int = 100) -> None:
-    """Wait until so many events of a type are rows."""
+    """Wait until the given number of events of a type are rows."""
     statement = f"SELECT count(*), count(DISTINCT event_id) FROM analytics_events WHERE event_type = '{name}'"
     machine.eventually(f'runuser -u postgres -- psql -d family -Atc "{statement}" 2>&1', f"{count}|{count}")
 
@@ -122,12 +122,12 @@ def main_pid(machine: Machine, unit: str = UNIT) -> int:
 
 
 def journal(machine: Machine, since: str) -> str:
-    """What the service has logged since a cursor of the journal."""
+    """Return the log of the service since a cursor of the journal."""
     return machine(f"journalctl -u {UNIT} -o cat --no-pager --after-cursor='{since}'")
 
 
 def cursor(machine: Machine) -> str:
-    """The present end of the journal."""
+    """Return the current end of the journal."""
     machine("journalctl --sync")
     return machine("journalctl -n 0 --show-cursor").partition("-- cursor: ")[2].strip()
 
@@ -135,7 +135,7 @@ def cursor(machine: Machine) -> str:
 def test_what_the_application_emits_is_loaded(service: Machine) -> None:
     emit(service, "first")
     loads(service, "first")
-    # The loader, a user of its own, also settles what the application's user has stated.
+    # The loader, running as a different user, also settles the accounts of the application's user.
     service.eventually("find /var/spool/analytics -type f ! -name .loader.lock", "")
     assert "Permission denied" not in service(f"journalctl -b -u {UNIT} -o cat --no-pager")
 

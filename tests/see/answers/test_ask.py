@@ -1,4 +1,4 @@
-"""`loader ask`: right at 80 columns and in a pipe, JSON and CSV, one clear line for what cannot be asked."""
+"""`loader ask`: output at 80 columns and in a pipe, JSON and CSV, and one clear line for an invalid question."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def arguments(world: World, name: str) -> list[str]:
 
 
 def on_a_terminal(world: World, *words: str, columns: int = 80) -> str:
-    """What a terminal of that width gets."""
+    """Return the output on a terminal of that width."""
     primary, secondary = pty.openpty()
     ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     variables = environment(LOADER_DSN=make_conninfo(world.dsn, user=READER), TERM="xterm-256color")
@@ -285,7 +285,7 @@ def test_a_sparkline_is_never_wider_than_asked() -> None:
 
 @pytest.mark.parametrize("form", [[], ["--csv"], ["--json"]])
 def test_a_reader_that_has_enough_is_no_error(world: World, form: list[str]) -> None:
-    """As `loader ask ... | head`: the answer is shorter than a buffer, or longer."""
+    """Such as `loader ask ... | head`, with an answer shorter or longer than a buffer."""
     for bucket in ("day", "hour"):
         command = [*LOADER, "ask", "trend", "--bucket", bucket, *form]
         asking = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""`loader demo --keep`: what it prints is enough to connect, and Ctrl-C ends all of it."""
+"""`loader demo --keep`: its output is enough to connect, and Ctrl-C stops everything."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def test_the_demo_ends_with_the_page_and_keeps_everything_running_until_a_signal
             rows = subprocess.run(["bash", "-c", ask], env=environment(), capture_output=True, text=True)
             assert rows.returncode == 0 and len(rows.stdout.splitlines()) == 9, rows.stderr
         finally:
-            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+            os.killpg(process.pid, signal.SIGINT)  # like Ctrl-C
             process.communicate(timeout=60)
         assert process.returncode == 0

@@ -1,4 +1,4 @@
-"""`loader export`: other programs read what the tables hold, and NDJSON loads into an empty database."""
+"""`loader export`: other programs can read the exported tables, and NDJSON loads into an empty database."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_day_can_be_exported_again_and_a_day_without_rows_loses_its_file(
 def test_ndjson_into_an_empty_database_gives_equal_rows(reader: Reader, world: World, tmp_path: Path) -> None:
     name = f"again_{uuid.uuid4().hex}"
     events, metrics = tmp_path / "events.ndjson", tmp_path / "metrics.ndjson"
-    # Names that the loader refuses cannot come back; they got into the table behind its back.
+    # Names that the loader refuses cannot be loaded again; they were inserted without the loader.
     with psycopg.connect(world.dsn, autocommit=True) as owner:
         owner.execute("CREATE DATABASE " + name)
     reader("export", events)

@@ -1,4 +1,4 @@
--- Everything the loader needs, version 4. Idempotent; upgrades older versions; needs no extension.
+-- Everything the loader needs, version 5. Idempotent; upgrades older versions; needs no extension.
 --
 -- psql can apply this file directly (psql -f schema.sql). `loader init` applies the tables with the questions
 -- in one transaction, then each step of the foreign keys in its own, and repeats a step that could not get a
@@ -24,6 +24,12 @@ DECLARE
     version_before pg_catalog.int4;
     choice pg_catalog.text := pg_catalog.current_setting('analytics.foreign_keys', true);
     identity_choice CONSTANT pg_catalog.text := pg_catalog.current_setting('analytics.identity', true);
+    layout_choice CONSTANT pg_catalog.text := pg_catalog.current_setting('analytics.layout', true);
+    width_choice CONSTANT pg_catalog.text := pg_catalog.current_setting('analytics.width', true);
+    is_new CONSTANT pg_catalog.bool :=
+        pg_catalog.to_regclass('analytics_events') IS NULL AND pg_catalog.to_regclass('analytics_metrics') IS NULL;
+    parent pg_catalog.name;
+    key pg_catalog.name;
     foreign_name pg_catalog.name;
     foreign_owner pg_catalog.name;
     grantee_name pg_catalog.name;
@@ -53,8 +59,8 @@ BEGIN
         version INTEGER PRIMARY KEY,
         applied_at TIMESTAMPTZ NOT NULL DEFAULT pg_catalog.now()
     );
-    -- The choices made when the schema was applied: foreign_keys is on or off, identity is required (the
-    -- default) or optional.
+    -- The choices made when the schema was applied: foreign_keys is on or off, identity is required (the default) or
+    -- optional; layout is plain (the default) or partitioned, then partition_width is day, week or month.
     CREATE TABLE IF NOT EXISTS analytics_settings (
         name TEXT PRIMARY KEY,
         value TEXT NOT NULL
@@ -81,6 +87,40 @@ BEGIN
         timestamp TIMESTAMPTZ NOT NULL,
         created_at TIMESTAMPTZ DEFAULT pg_catalog.now()
     );
+
+    -- The partitioned layout: a row lies in the partition of the time in its UUIDv7 (see "partitions" below). An id below
+    -- 2020 lies in early, one from 2039 on, such as most of version 4, in other. What has no partition yet waits in
+    -- default.
+    IF coalesce(layout_choice, '') NOT IN ('', 'plain', 'partitioned') THEN
+        RAISE EXCEPTION 'analytics.layout is "%": set it to plain or partitioned', layout_choice;
+    ELSIF coalesce(width_choice, '') NOT IN ('', 'day', 'week', 'month') THEN
+        RAISE EXCEPTION 'analytics.width is "%": set it to day, week or month', width_choice;
+    END IF;
+    IF layout_choice = 'partitioned' AND is_new THEN
+        FOR parent, key IN VALUES ('analytics_events', 'event_id'), ('analytics_metrics', 'id') LOOP
+            EXECUTE pg_catalog.format('ALTER TABLE %I RENAME TO analytics_model', parent);
+            EXECUTE pg_catalog.format('CREATE TABLE %I (LIKE analytics_model INCLUDING DEFAULTS) PARTITION BY RANGE (%I)', parent, key);
+            DROP TABLE analytics_model;
+            EXECUTE pg_catalog.format('ALTER TABLE %I ADD PRIMARY KEY (%I)', parent, key);
+            EXECUTE pg_catalog.format('CREATE TABLE %I PARTITION OF %I FOR VALUES FROM (MINVALUE) TO (%L)',
+                parent || '_early', parent, '016f5e66-e800-0000-0000-000000000000');
+            EXECUTE pg_catalog.format('CREATE TABLE %I PARTITION OF %I FOR VALUES FROM (%L) TO (MAXVALUE)',
+                parent || '_other', parent, '02000000-0000-0000-0000-000000000000');
+            EXECUTE pg_catalog.format('CREATE TABLE %I PARTITION OF %I DEFAULT', parent || '_default', parent);
+        END LOOP;
+        INSERT INTO analytics_settings (name, value) VALUES ('layout', 'partitioned')
+            ON CONFLICT (name) DO UPDATE SET value = excluded.value;
+    ELSIF layout_choice <> '' AND layout_choice <> coalesce((SELECT value FROM analytics_settings WHERE name = 'layout'), 'plain') THEN
+        IF layout_choice = 'partitioned' THEN
+            RAISE EXCEPTION 'the tables exist and are plain, nothing was changed: run "loader migrate --to partitioned"';
+        ELSE
+            RAISE EXCEPTION 'the tables are partitioned and cannot become plain again, nothing was changed';
+        END IF;
+    END IF;
+    IF width_choice <> '' THEN  -- of partitions that are made from now on
+        INSERT INTO analytics_settings (name, value) VALUES ('partition_width', width_choice)
+            ON CONFLICT (name) DO UPDATE SET value = excluded.value;
+    END IF;
 
     -- The ledger: one row per chunk of a file, written in the transaction of its rows and keyed by a digest of its
     -- bytes, so that a chunk that was copied, renamed or read again after a crash is recognized.
@@ -138,10 +178,10 @@ BEGIN
 
     version_before := CASE WHEN is_versioned THEN coalesce((SELECT pg_catalog.max(version) FROM analytics_schema), 1)
         WHEN is_upgrade THEN 1 ELSE 0 END;
-    IF version_before > 4 THEN
-        RAISE EXCEPTION 'the tables are newer than version 4, nothing was changed: upgrade the loader';
+    IF version_before > 5 THEN
+        RAISE EXCEPTION 'the tables are newer than version 5, nothing was changed: upgrade the loader';
     END IF;
-    INSERT INTO analytics_schema (version) VALUES (4) ON CONFLICT DO NOTHING;
+    INSERT INTO analytics_schema (version) VALUES (5) ON CONFLICT DO NOTHING;
 
     -- Existing objects are skipped explicitly: CREATE INDEX IF NOT EXISTS and ADD COLUMN IF NOT EXISTS lock
     -- the table first.
@@ -357,6 +397,8 @@ BEGIN
     PERFORM pg_catalog.set_config('analytics.version_before', version_before::text, true);
     PERFORM pg_catalog.set_config('analytics.foreign_keys', value, true)
         FROM analytics_settings WHERE name = 'foreign_keys';
+    PERFORM pg_catalog.set_config('analytics.layout',
+        coalesce((SELECT value FROM analytics_settings WHERE name = 'layout'), 'plain'), true);
     PERFORM pg_catalog.set_config('analytics.identity', CASE WHEN is_optional THEN 'optional' ELSE 'required' END, true);
     PERFORM pg_catalog.set_config('search_path', caller_path, true);
 END
@@ -373,6 +415,7 @@ DECLARE
     users pg_catalog.oid;
     wanted pg_catalog.text;
     child pg_catalog.name;
+    child_table pg_catalog.regclass;
     parent pg_catalog.regclass;
     parent_type pg_catalog.regtype;
     key pg_catalog.name;
@@ -392,16 +435,19 @@ BEGIN
         WHERE nspname = 'auth' AND relname = 'users'
     );
 
-    FOR key, parent IN
-        SELECT conname, confrelid
+    -- A partitioned table gets a key from its partitions, which can be validated one by one (before PostgreSQL 18 a key of
+    -- the whole is validated at once, under a lock); see "validation".
+    FOR key, child_table, parent IN
+        SELECT conname, conrelid, confrelid
         FROM pg_constraint
         JOIN pg_class ON pg_class.oid = confrelid
         JOIN pg_namespace ON pg_namespace.oid = relnamespace
-        WHERE wanted = 'off' AND contype = 'f' AND conrelid = events AND conparentid = 0
+        WHERE wanted = 'off' AND contype = 'f' AND conparentid = 0
+            AND (conrelid = events OR conrelid IN (SELECT relid FROM pg_partition_tree(events)))
             AND (relname = 'family_units' OR (nspname = 'auth' AND relname = 'users'))
     LOOP
         BEGIN
-            EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', events, key);
+            EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', child_table, key);
             RAISE NOTICE 'dropped the foreign key to %', parent;
         EXCEPTION WHEN OTHERS THEN
             RAISE WARNING 'could not drop the foreign key to %: %; apply the schema again', parent, SQLERRM
@@ -409,12 +455,13 @@ BEGIN
         END;
     END LOOP;
 
-    FOR child, parent IN
-        SELECT link.child, link.parent
+    FOR child, parent, child_table IN
+        SELECT link.child, link.parent, pg_class.oid
         FROM (VALUES ('user_id', users), ('family_unit_id', families)) AS link (child, parent)
+        JOIN pg_class ON relkind <> 'p' AND (pg_class.oid = events OR pg_class.oid IN (SELECT relid FROM pg_partition_tree(events)))
         WHERE wanted = 'on' AND link.parent IS NOT NULL AND NOT EXISTS (
             SELECT FROM pg_constraint JOIN pg_attribute ON attrelid = conrelid AND attnum = conkey[1]
-            WHERE contype = 'f' AND conrelid = events AND confrelid = link.parent AND attname = link.child
+            WHERE contype = 'f' AND conrelid = pg_class.oid AND confrelid = link.parent AND attname = link.child
         )
     LOOP
         BEGIN
@@ -423,8 +470,10 @@ BEGIN
                 RAISE EXCEPTION 'its column "id" has the type %, not uuid', coalesce(parent_type::text, 'none')
                     USING ERRCODE = 'datatype_mismatch';
             END IF;
-            EXECUTE format('ALTER TABLE %s ADD FOREIGN KEY (%I) REFERENCES %s (id) NOT VALID', events, child, parent);
-            RAISE NOTICE 'added the foreign key from "%" to %', child, parent;
+            EXECUTE format('ALTER TABLE %s ADD FOREIGN KEY (%I) REFERENCES %s (id) NOT VALID', child_table, child, parent);
+            IF child_table = events THEN
+                RAISE NOTICE 'added the foreign key from "%" to %', child, parent;
+            END IF;
         EXCEPTION WHEN OTHERS THEN
             RAISE WARNING 'could not add the foreign key from "%" to %: %; correct that and apply the schema again, or turn the keys off',
                 child, parent, SQLERRM USING ERRCODE = SQLSTATE;
@@ -441,23 +490,46 @@ DECLARE
     caller_path CONSTANT pg_catalog.text := pg_catalog.current_setting('search_path');
     events CONSTANT pg_catalog.regclass := pg_catalog.to_regclass('analytics_events');
     key pg_catalog.name;
+    child pg_catalog.name;
+    child_table pg_catalog.regclass;
     parent pg_catalog.regclass;
 BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     PERFORM set_config('lock_timeout', '1s', true);
-    FOR key, parent IN
-        SELECT conname, confrelid
+    FOR key, child_table, parent IN
+        SELECT conname, conrelid, confrelid
         FROM pg_constraint
         JOIN pg_class ON pg_class.oid = confrelid
         JOIN pg_namespace ON pg_namespace.oid = relnamespace
-        WHERE contype = 'f' AND conrelid = events AND NOT convalidated
+        WHERE contype = 'f' AND NOT convalidated
+            AND (conrelid = events OR conrelid IN (SELECT relid FROM pg_partition_tree(events)))
             AND (relname = 'family_units' OR (nspname = 'auth' AND relname = 'users'))
     LOOP
         BEGIN
-            EXECUTE format('ALTER TABLE %s VALIDATE CONSTRAINT %I', events, key);
+            EXECUTE format('ALTER TABLE %s VALIDATE CONSTRAINT %I', child_table, key);
         EXCEPTION WHEN OTHERS THEN
             RAISE WARNING 'the foreign key to % applies to new rows only: %; remove such rows and apply the schema again',
                 parent, SQLERRM USING ERRCODE = SQLSTATE;
+        END;
+    END LOOP;
+
+    -- A key that all partitions have, valid, becomes one of the whole at once, and of partitions that are made later.
+    FOR child, parent IN
+        SELECT attname, confrelid
+        FROM pg_constraint JOIN pg_attribute ON attrelid = conrelid AND attnum = conkey[1]
+        JOIN pg_class ON pg_class.oid = confrelid
+        JOIN pg_namespace ON pg_namespace.oid = relnamespace
+        WHERE contype = 'f' AND convalidated AND conparentid = 0 AND (relname = 'family_units' OR (nspname = 'auth' AND relname = 'users'))
+            AND conrelid IN (SELECT relid FROM pg_partition_tree(events) WHERE isleaf)
+        GROUP BY 1, 2
+        HAVING count(*) = (SELECT count(*) FROM pg_partition_tree(events) WHERE isleaf)
+    LOOP
+        BEGIN
+            EXECUTE format('ALTER TABLE %s ADD FOREIGN KEY (%I) REFERENCES %s (id)', events, child, parent);
+            RAISE NOTICE 'added the foreign key from "%" to %', child, parent;
+        EXCEPTION WHEN OTHERS THEN
+            RAISE WARNING 'could not add the foreign key from "%" to %: %; apply the schema again', child, parent, SQLERRM
+                USING ERRCODE = SQLSTATE;
         END;
     END LOOP;
     PERFORM set_config('search_path', caller_path, true);
@@ -1687,15 +1759,129 @@ END;
 COMMENT ON FUNCTION @.analytics_check_rollups IS
 'Hours whose rollup differs from their rows, because rows were changed without analytics_mark. Reads all rows of the range.';
 
--- Roles that may insert events may mark hours and refresh; roles that may read events may read their rollups;
--- roles that may delete events may refresh before that.
+-- ---- partitions ----
+-- With the partitioned layout, the indexes that a load writes to are those of the last days, so they stay in memory
+-- however large the table grows, and old rows go by dropping their partition. Bounds are midnights of UTC.
+
+CREATE OR REPLACE FUNCTION @.analytics_id_at(moment TIMESTAMPTZ) RETURNS UUID
+LANGUAGE sql STABLE STRICT PARALLEL SAFE
+BEGIN ATOMIC
+SELECT (lpad(to_hex(greatest(0, least(281474976710655, floor(extract(epoch FROM moment) * 1000)))::bigint), 12, '0')
+    || repeat('0', 20))::uuid;
+END;
+COMMENT ON FUNCTION @.analytics_id_at IS
+'The smallest UUIDv7 of a moment, in milliseconds. A condition on event_id, or on the id of a metric, lets Postgres skip partitions: event_id >= analytics_id_at(now() - interval ''1 day'').';
+
+CREATE OR REPLACE FUNCTION @.analytics_id_time(id UUID) RETURNS TIMESTAMPTZ
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+BEGIN ATOMIC
+SELECT to_timestamp(('x' || left(replace(id::text, '-', ''), 12))::bit(48)::bigint / 1000.0);
+END;
+COMMENT ON FUNCTION @.analytics_id_time IS 'The moment in a UUIDv7: when it was made.';
+
+CREATE OR REPLACE FUNCTION @.analytics_partitions(wanted TEXT)
+RETURNS TABLE (partition REGCLASS, low UUID, high UUID, is_default BOOLEAN)
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+SELECT c.oid::regclass, nullif(bound[1], 'MINVALUE')::uuid, nullif(bound[2], 'MAXVALUE')::uuid, b.expression = 'DEFAULT'
+FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+    CROSS JOIN pg_get_expr(c.relpartbound, c.oid) AS b (expression)
+    CROSS JOIN regexp_match(b.expression, '\(''?([0-9a-f-]{36}|MINVALUE)''?\) TO \(''?([0-9a-f-]{36}|MAXVALUE)''?\)') AS bound
+WHERE i.inhparent = to_regclass('@.analytics_' || wanted)::oid AND c.relpartbound IS NOT NULL;
+END;
+COMMENT ON FUNCTION @.analytics_partitions IS
+'The partitions of the source events or metrics with the ids they hold, low <= id < high; NULL is without a bound, and is_default holds what no other one does.';
+
+CREATE OR REPLACE FUNCTION @.analytics_make_partition(wanted TEXT, key NAME, since TIMESTAMPTZ, until TIMESTAMPTZ) RETURNS VOID
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $function$
+-- Created by itself and attached, which lets loads and reads go on: CREATE TABLE ... PARTITION OF takes ACCESS EXCLUSIVE
+-- on the parent. To attach it locks the default partition and the tables that foreign keys refer to.
+DECLARE
+    parent CONSTANT NAME := 'analytics_' || wanted;
+    waiting CONSTANT NAME := parent || '_default';
+    child CONSTANT NAME := parent || to_char(since, '_YYYYMMDD');
+    within CONSTANT TEXT := format('%1$I >= %2$L AND %1$I < %3$L', key, @.analytics_id_at(since), @.analytics_id_at(until));
+BEGIN
+    IF to_regclass(format('@.%I', child)) IS NOT NULL THEN
+        RAISE EXCEPTION 'the table "%" exists and is not a partition for % to %: rename or drop it', child, since, until;
+    END IF;
+    EXECUTE format('CREATE TABLE @.%I (LIKE @.%I INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING CONSTRAINTS '
+        'INCLUDING STORAGE INCLUDING COMPRESSION) WITH (autovacuum_vacuum_insert_scale_factor = 0.01)', child, parent);
+    IF to_regclass(format('@.%I', waiting)) IS NOT NULL THEN
+        EXECUTE format('LOCK TABLE @.%I IN ACCESS EXCLUSIVE MODE', waiting);
+        EXECUTE format('WITH moved AS (DELETE FROM @.%I WHERE %s RETURNING *) INSERT INTO @.%I SELECT * FROM moved',
+            waiting, within, child);
+    END IF;
+    EXECUTE format('ALTER TABLE @.%I ATTACH PARTITION @.%I FOR VALUES FROM (%L) TO (%L)',
+        parent, child, @.analytics_id_at(since), @.analytics_id_at(until));
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_make_partition IS
+'Internal. Makes one partition, and moves the rows into it that wait in the default partition.';
+
+CREATE OR REPLACE FUNCTION @.analytics_make_partitions(
+    since TIMESTAMPTZ DEFAULT NULL, until TIMESTAMPTZ DEFAULT NULL, at_most INT DEFAULT 1
+) RETURNS INT
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' SET lock_timeout = '100ms'
+AS $function$
+DECLARE
+    width CONSTANT TEXT := coalesce((SELECT value FROM @.analytics_settings WHERE name = 'partition_width'), 'day');
+    step CONSTANT INTERVAL := '1 ' || width;
+    first CONSTANT TIMESTAMPTZ := coalesce(since, now() - interval '2 days');
+    finish CONSTANT TIMESTAMPTZ := coalesce(until, now() + interval '14 days' + step);
+    wanted TEXT;
+    key NAME;
+    covered TSTZMULTIRANGE;
+    needed TSTZMULTIRANGE;
+    gap TSTZRANGE;
+    begins TIMESTAMPTZ;
+    ends TIMESTAMPTZ;
+    made INT := 0;
+BEGIN
+    IF NOT EXISTS (SELECT FROM @.analytics_settings WHERE name = 'layout' AND value <> 'plain') THEN
+        RETURN 0;
+    ELSIF NOT (first >= '2020-01-01' AND finish <= now() + interval '400 days') THEN  -- a wrong clock makes none
+        RAISE EXCEPTION 'cannot make partitions for % to %: only from 2020 on, and for 400 days ahead', first, finish;
+    END IF;
+    PERFORM pg_advisory_xact_lock(hashtext('analytics_partitions'));
+    FOR wanted, key IN VALUES ('events', 'event_id'), ('metrics', 'id') LOOP
+        covered := (SELECT range_agg(tstzrange(@.analytics_id_time(p.low), @.analytics_id_time(p.high)))
+            FROM @.analytics_partitions(wanted) p WHERE NOT p.is_default);
+        needed := CASE WHEN first < finish
+            THEN tstzmultirange(tstzrange(date_trunc(width, first), date_trunc(width, finish - interval '1 microsecond') + step))
+            ELSE '{}' END;
+        -- Rows of other days that wait in the default partition: loaded late, or from another clock.
+        IF since IS NULL AND (SELECT count(*) FROM @.analytics_partitions(wanted)) < 400 THEN
+            EXECUTE format($q$SELECT $1 + coalesce(range_agg(tstzrange(day, day + $3)), '{}') FROM (
+                SELECT DISTINCT date_trunc($2, @.analytics_id_time(%1$I)) AS day FROM @.%2$I
+                WHERE %1$I < @.analytics_id_at($4) AND substr(%1$I::text, 15, 1) = '7') AS waiting$q$,
+                key, format('analytics_%s_default', wanted)) INTO needed USING needed, width, step, finish;
+        END IF;
+        FOR gap IN SELECT unnest(needed - covered) LOOP
+            begins := lower(gap);
+            WHILE begins < upper(gap) AND made < at_most LOOP
+                ends := least(date_trunc(width, begins) + step, upper(gap));
+                PERFORM @.analytics_make_partition(wanted, key, begins, ends);
+                made := made + 1;
+                begins := ends;
+            END LOOP;
+        END LOOP;
+    END LOOP;
+    RETURN made;
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_make_partitions IS
+'Makes missing partitions, at most so many, and returns how many: call it until 0, each time in a transaction of its own, because it locks the tables that foreign keys refer to. Without arguments: for the next 14 days, and for rows that wait in the default partition. Waits for a lock 100 ms at most: lock_not_available (55P03) means try again. Returns 0 for the plain layout.';
+
+-- Roles that may insert events may mark hours, refresh and make partitions; roles that may read events may read their
+-- rollups; roles that may delete events may refresh before that.
 DO $$
 DECLARE
     grantee TEXT;
     privilege TEXT;
 BEGIN
     REVOKE ALL ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_mark, @.analytics_roll_events,
-        @.analytics_roll_metrics, @.analytics_roll_users FROM PUBLIC;
+        @.analytics_roll_metrics, @.analytics_roll_users, @.analytics_make_partition, @.analytics_make_partitions FROM PUBLIC;
     FOR grantee, privilege IN
         SELECT DISTINCT coalesce(quote_ident(r.rolname), 'PUBLIC'), a.privilege_type
         FROM pg_class c CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
@@ -1708,7 +1894,8 @@ BEGIN
             EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh TO ' || grantee;
         ELSE
             EXECUTE 'GRANT INSERT ON @.analytics_touched TO ' || grantee;
-            EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_mark TO ' || grantee;
+            EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_mark, '
+                '@.analytics_make_partitions TO ' || grantee;
         END IF;
     END LOOP;
 END
@@ -1761,8 +1948,9 @@ DECLARE
 BEGIN
     FOR grown IN
         SELECT c.oid FROM pg_class c
-        WHERE c.oid IN ('@.analytics_events'::regclass, '@.analytics_metrics'::regclass)
-            AND coalesce(array_to_string(c.reloptions, ' '), '') NOT LIKE '%autovacuum_vacuum_insert_scale_factor%'
+        WHERE (c.oid IN ('@.analytics_events'::regclass, '@.analytics_metrics'::regclass)
+                OR c.oid IN (SELECT p.partition FROM (VALUES ('events'), ('metrics')) w (name) CROSS JOIN @.analytics_partitions(w.name) p))
+            AND c.relkind = 'r' AND coalesce(array_to_string(c.reloptions, ' '), '') NOT LIKE '%autovacuum_vacuum_insert_scale_factor%'
     LOOP
         EXECUTE format('ALTER TABLE %s SET (autovacuum_vacuum_insert_scale_factor = 0.01)', grown);
     END LOOP;

@@ -4,10 +4,10 @@
     app.asgi_app = AnalyticsMiddleware(app.asgi_app)                  # Quart
     app = AnalyticsMiddleware(app)                                    # Litestar, Django and any other
 
-Each HTTP request is one `api_request_count`, one `api_request_duration_ms` and, if it failed, one
-`api_request_error_count`, labelled endpoint, method and status. WebSockets and excluded paths have a scope
-but no metrics. The request's id is bound to the context, so every event of the request has it in its
-metadata; it is also returned in the response.
+Each HTTP request is one `api_request_count`, one `api_request_duration_ms` (unless they are sampled: see
+`request_timer_rate` in spool/settings.py) and, if it failed, one `api_request_error_count`, labelled endpoint,
+method and status. WebSockets and excluded paths have a scope but no metrics. The request's id is bound to the
+context, so every event of the request has it in its metadata; it is also returned in the response.
 
 The status is the one sent to the client. Without a response it is 500, as servers send in that case; if the
 client disconnected before the last byte, it is 499.

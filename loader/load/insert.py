@@ -26,7 +26,7 @@ from loader.load.database import Connection
 from loader.load.decode import Reject
 from loader.load.isolate import insert_isolating
 from loader.load.outcome import Line, Outcome, decoded
-from loader.load.sqlstate import is_temporary
+from loader.load.sqlstate import is_temporary, lacks_partition, meets_new_partition
 from loader.load.staging import Inserted, NotStoredError, Staging
 from loader.load.tables import EVENTS, METRICS, Table
 from loader.load.triggers import triggers
@@ -59,7 +59,9 @@ def insert(connection: Connection, chunks: Sequence[Chunk], duplicates: float) -
         except NotStoredError:
             break
         except psycopg.Error as error:
-            if is_temporary(error):
+            if meets_new_partition(error):
+                continue
+            if is_temporary(error) or lacks_partition(error):
                 raise
             break
         return outcomes

@@ -88,9 +88,9 @@ BEGIN
         created_at TIMESTAMPTZ DEFAULT pg_catalog.now()
     );
 
-    -- The partitioned layout: a row lies in the partition of the time in its UUIDv7 (see "partitions" below). An id below
-    -- 2020 lies in early, one from 2039 on, such as most of version 4, in other. What has no partition yet waits in
-    -- default.
+    -- The partitioned layout: a row is in the partition of the time in its UUIDv7 (see "partitions" below).
+    -- Ids before 2020 are in early; ids from 2039 on, such as most of version 4, are in other. Rows without a
+    -- partition wait in default.
     IF coalesce(layout_choice, '') NOT IN ('', 'plain', 'partitioned') THEN
         RAISE EXCEPTION 'analytics.layout is "%": set it to plain or partitioned', layout_choice;
     ELSIF coalesce(width_choice, '') NOT IN ('', 'day', 'week', 'month') THEN
@@ -117,7 +117,7 @@ BEGIN
             RAISE EXCEPTION 'the tables are partitioned and cannot become plain again, nothing was changed';
         END IF;
     END IF;
-    IF width_choice <> '' THEN  -- of partitions that are made from now on
+    IF width_choice <> '' THEN  -- for partitions created from now on
         INSERT INTO analytics_settings (name, value) VALUES ('partition_width', width_choice)
             ON CONFLICT (name) DO UPDATE SET value = excluded.value;
     END IF;
@@ -1761,7 +1761,7 @@ COMMENT ON FUNCTION @.analytics_check_rollups IS
 
 -- ---- partitions ----
 -- With the partitioned layout, the indexes that a load writes to are those of the last days, so they stay in memory
--- however large the table grows, and old rows go by dropping their partition. Bounds are midnights of UTC.
+-- however large the table grows, and old rows are deleted by dropping their partition. Bounds are UTC midnights.
 
 CREATE OR REPLACE FUNCTION @.analytics_id_at(moment TIMESTAMPTZ) RETURNS UUID
 LANGUAGE sql STABLE STRICT PARALLEL SAFE
@@ -1794,8 +1794,9 @@ COMMENT ON FUNCTION @.analytics_partitions IS
 
 CREATE OR REPLACE FUNCTION @.analytics_make_partition(wanted TEXT, key NAME, since TIMESTAMPTZ, until TIMESTAMPTZ) RETURNS VOID
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $function$
--- Created by itself and attached, which lets loads and reads go on: CREATE TABLE ... PARTITION OF takes ACCESS EXCLUSIVE
--- on the parent. To attach it locks the default partition and the tables that foreign keys refer to.
+-- Created separately and then attached, so that loads and reads continue: CREATE TABLE ... PARTITION OF takes
+-- ACCESS EXCLUSIVE
+-- on the parent. Attaching locks the default partition and the tables that foreign keys reference.
 DECLARE
     parent CONSTANT NAME := 'analytics_' || wanted;
     waiting CONSTANT NAME := parent || '_default';
@@ -1840,7 +1841,7 @@ DECLARE
 BEGIN
     IF NOT EXISTS (SELECT FROM @.analytics_settings WHERE name = 'layout' AND value <> 'plain') THEN
         RETURN 0;
-    ELSIF NOT (first >= '2020-01-01' AND finish <= now() + interval '400 days') THEN  -- a wrong clock makes none
+    ELSIF NOT (first >= '2020-01-01' AND finish <= now() + interval '400 days') THEN  -- refuses the dates of a wrong clock
         RAISE EXCEPTION 'cannot make partitions for % to %: only from 2020 on, and for 400 days ahead', first, finish;
     END IF;
     PERFORM pg_advisory_xact_lock(hashtext('analytics_partitions'));
@@ -1850,7 +1851,7 @@ BEGIN
         needed := CASE WHEN first < finish
             THEN tstzmultirange(tstzrange(date_trunc(width, first), date_trunc(width, finish - interval '1 microsecond') + step))
             ELSE '{}' END;
-        -- Rows of other days that wait in the default partition: loaded late, or from another clock.
+        -- Rows of other days in the default partition: loaded late, or from a host with a wrong clock.
         IF since IS NULL AND (SELECT count(*) FROM @.analytics_partitions(wanted)) < 400 THEN
             EXECUTE format($q$SELECT $1 + coalesce(range_agg(tstzrange(day, day + $3)), '{}') FROM (
                 SELECT DISTINCT date_trunc($2, @.analytics_id_time(%1$I)) AS day FROM @.%2$I

@@ -107,7 +107,9 @@ class Appender:
         self.write: Callable[[bytes], int] = _no_segment
         self._due: float | None = None
         self._begun = False
-        self._alone: list[Segment] = []  # of one line each, or for a thread that found the current one busy
+        self._alone: list[
+            Segment
+        ] = []  # with one line each, or of threads that found the current segment busy
 
         # Guarded by _lock, never held during a system call.
         self._lock = ReentryLock()
@@ -134,7 +136,7 @@ class Appender:
     # ---- finding room -------------------------------------------------------------------------------
 
     def append(self, line: bytes) -> None:
-        """Write a line that the current segment had no room for. Raises OSError if there is none."""
+        """Write a line for which the current segment has no room. Raises OSError if there is no other."""
         if self._lock.held_here() or self._creating.held_here():
             self._append_alone(line)
             return

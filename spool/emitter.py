@@ -267,7 +267,7 @@ class Emitter:
                 name = record.encode_event_name(event_type)
             line = b"".join((b'{"event_id":"', new_id.encode(), name, moment, micros, actor, data, b"}\n"))
         except RecursionError:
-            self._drops.too_deep += 1  # there may be no room for a call
+            self._drops.too_deep += 1  # near the recursion limit a call may fail
             return None
         except Exception as error:
             self.refuse(error, event_type)
@@ -335,7 +335,7 @@ class Emitter:
                  moment, micros, b'"}\n')
             )  # fmt: skip
         except RecursionError:
-            self._drops.too_deep += 1  # there may be no room for a call
+            self._drops.too_deep += 1  # near the recursion limit a call may fail
             return None
         except Exception as error:
             self.refuse(error, metric_name)

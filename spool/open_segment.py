@@ -286,7 +286,7 @@ class _Mapped:
 
 
 class _Written:
-    """The lines of a file that cannot be mapped safely: each is one pwrite(2) where the last one ended.
+    """The lines of a file that cannot be mapped safely. Each line is one pwrite(2) after the previous line.
 
     A partial write is overwritten by the next one. If a signal handler raised during a write, the contents of
     the file are unknown: it then accepts no more lines, and `settle` searches for its end.

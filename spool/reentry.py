@@ -46,7 +46,7 @@ class ReentryLock:
             raise
 
     def try_run(self, work: Callable[[], object]) -> bool:
-        """Do the work if nobody, this thread included, holds the lock; return whether it was done."""
+        """Do the work if the lock is free, also in this thread; return whether it was done."""
         if self._lock._is_owned():
             return False
         try:

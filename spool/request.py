@@ -33,7 +33,7 @@ MARK: Final = "spool.request"
 """Key that marks an ASGI scope or WSGI environment as already served by an outer middleware."""
 
 SAMPLE_RATE: Final = "sample_rate"
-"""Label of a request's timer if only a part of the requests has one: that part."""
+"""Label of a request's timer with the sample rate, if only a part of the requests is timed."""
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 _VALID_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -205,7 +205,7 @@ class RequestTimer:
             self._emitter.increment_counter(metric_name=REQUEST_ERRORS, labels=labels)
 
     def _record_duration(self, milliseconds: float, labels: dict[str, str]) -> None:
-        """Record the timer, or with `request_timer_rate` only for that part of the requests.
+        """Record the timer; with `request_timer_rate` only for that part of the requests.
 
         Each request is drawn by itself: of a client that alternates between a fast and a slow request, one in
         every n could be the slow ones alone.
@@ -220,6 +220,6 @@ class RequestTimer:
 
 
 _generator: Final = random.Random()
-"""Of this module alone: the application may seed the global one, for each request even."""
+"""Used only by this module: the application may seed the global generator, even for each request."""
 _draw: Final = _generator.random
-fork.in_child(_generator.seed)  # else the first requests of all workers, the slow ones, are drawn alike
+fork.in_child(_generator.seed)  # otherwise all workers would sample the same of their first, slow requests

@@ -95,8 +95,8 @@ class Settings:
     release: str = ""
     environment: str = ""
     request_timer_rate: float = 1.0
-    """Part of the requests that the middlewares time, above 0 and at most 1; all are counted. Below 1 the timer's
-    lines have it as the label `sample_rate`."""
+    """The part of the requests that the middlewares time, above 0 and at most 1; all are counted. Below 1 the
+    timers have it as the label `sample_rate`."""
     strict: bool = False
     """Raise ValueError for an event or metric that cannot be written, for development and tests."""
     disabled: bool = False
@@ -119,7 +119,7 @@ class Settings:
         for name in DEFAULTS:
             _check_text(name, getattr(self, name))
         _check_type("request_timer_rate", self.request_timer_rate, int, float)
-        if not 0 < self.request_timer_rate <= 1:  # nan is neither
+        if not 0 < self.request_timer_rate <= 1:  # also refuses nan
             raise SettingError(
                 "request_timer_rate", f"must be above 0 and at most 1: {self.request_timer_rate}"
             )

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--layout", type=click.Choice(["plain", "partitioned"]), default=None,
-    help="Of new tables; remembered, at first plain. partitioned: one partition a day, so that loading stays as "
+    help="Layout of new tables; remembered; default: plain. partitioned: one partition a day, so that loading stays as "
     "fast as at first and old data is dropped at once. `loader migrate` converts plain tables.",
 )  # fmt: skip
 @click.option(
     "--width", type=click.Choice(["day", "week", "month"]), default=None,
-    help="Of partitions that are made from now on; remembered, at first a day.",
+    help="Width of partitions created from now on; remembered; default: a day.",
 )  # fmt: skip
 @click.option(
     "--role", metavar="NAME",
@@ -73,7 +73,7 @@ def command(
             reader=reader,
         )  # fmt: skip
         if made := partitions.make(connection):
-            applied.notes.append(f"made {made} partitions")
+            applied.notes.append(f"created {made} partitions")
         applied.notes += [f'built the index "{name}"' for name in indexes.build(connection)]
     if as_json:
         terminal.print_json(
@@ -104,5 +104,5 @@ _IDENTITY = {
 }
 _LAYOUT = {
     "plain": "Layout: plain (`loader migrate --to partitioned` converts it).",
-    "partitioned": "Layout: partitioned; the loader makes partitions for the coming days.",
+    "partitioned": "Layout: partitioned; the loader creates partitions for the next days.",
 }

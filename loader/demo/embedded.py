@@ -63,7 +63,7 @@ class Cluster:
         )  # fmt: skip
 
     def start(self) -> None:
-        """Start the server and wait until it answers. Raises LoaderError with its log if it does not.
+        """Start the server and wait until it answers. Raises LoaderError, with the server's log, if it does not.
 
         Starting is retried while backends of a killed server have not exited yet.
         """

@@ -20,7 +20,7 @@ from enum import Enum
 from typing import Final
 
 GRACE_SECONDS: Final = 10.0
-"""Seconds without a change after which a file counts as complete without other evidence."""
+"""Seconds without a change after which a file counts as complete if nothing else proves it."""
 WRITER_SECONDS: Final = 600.0
 """The same if a process has the file open for writing, such as a stalled copy over a network."""
 

@@ -29,9 +29,9 @@ MEMO_SIZE: Final = 65536
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _SEPARATORS: Final = "--T::."
-"""The separators of a timestamp written by the emitter. Checking them and calling `datetime.fromisoformat`,
-which checks the digits but also accepts weeks, commas and times without colons, takes a third of the time of
-a regular expression (0.34 us less per line)."""
+"""The separators of a timestamp written by the emitter. `datetime.fromisoformat` checks the digits, but also
+accepts weeks, commas and times without colons. Both checks take a third of the time of a regular expression
+(0.34 us less per line)."""
 _BACKSLASH: Final = ord("\\")
 _BRACE: Final = ord("{")
 _NULL: Final = "\\N"

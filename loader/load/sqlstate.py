@@ -53,7 +53,7 @@ def action(sqlstate: str | None) -> Action:
 
 _CHECK_VIOLATION: Final = "23514"
 _PARTITION_CHECK: Final = "ExecPartitionCheckEmitError"
-"""Function that reports a row that is not within the bounds of the partition it was sent to."""
+"""The function in Postgres' source that reports a row outside the bounds of its partition."""
 _RAISE: Final = "exec_stmt_raise"
 """The function in Postgres' source that reports an error of PL/pgSQL's RAISE."""
 
@@ -78,7 +78,7 @@ MIGRATION_CHECKS: Final = ("analytics_events_until", "analytics_metrics_until")
 
 
 def lacks_partition(error: psycopg.Error) -> bool:
-    """Whether a row waits for its partition to be made, or for a migration to end; it is not at fault.
+    """Whether a row has to wait for its partition or for the end of a migration; the row is not at fault.
 
     Postgres reports both as 23514, the former without the name of a constraint (ExecFindPartition and
     ExecPartitionCheckEmitError in its source).
@@ -89,7 +89,7 @@ def lacks_partition(error: psycopg.Error) -> bool:
 
 
 def meets_new_partition(error: psycopg.Error) -> bool:
-    """Whether a row's partition was attached while the row waited for the default partition: try again."""
+    """Whether the partition of a row was attached while the row waited for the default partition: retry."""
     return lacks_partition(error) and error.diag.source_function == _PARTITION_CHECK
 
 

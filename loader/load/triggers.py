@@ -1,4 +1,4 @@
-"""Finds triggers, rules and policies, which may prevent that a row is stored without an error."""
+"""Finds triggers, rules and policies, because they may silently discard rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _MAY_HAVE: Final = sql.SQL(
 def triggers(connection: Connection, table: Table | str) -> list[str]:
     """Return the triggers, rules and policies that apply to inserted rows, by kind and name. Raises psycopg.Error.
 
-    Call it after an INSERT, whose lock prevents that triggers are added before the COMMIT.
+    Call it after an INSERT, whose lock prevents new triggers until the COMMIT.
     """
     name = table if isinstance(table, str) else table.name
     if connection.execute(_MAY_HAVE.format(table=sql.Literal(name))).fetchone() != (True,):

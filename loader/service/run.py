@@ -79,16 +79,16 @@ class LoadRun:
                 self._postpone(file.source, reason)
 
     def set_aside(self, batch: Batch, reason: str) -> None:
-        """Note that some chunks of a batch cannot be loaded at the moment.
+        """Record that some chunks of a batch cannot be loaded at the moment.
 
-        Their rejects cannot be written (on a full disk, loading the others is what frees space), or a row has
-        no partition. So the batch is halved until these chunks are alone; their files stay, to be loaded the
-        next time.
+        Either their rejects cannot be written (on a full disk, loading the others frees space), or a row has
+        no partition. The batch is halved until these chunks are isolated; their files are loaded the next
+        time.
         """
         with self._lock:
             if len(batch) > 1:
                 half = len(batch) // 2
-                self._divided.extendleft([batch[half:], batch[:half]])  # so that the order of the files stays
+                self._divided.extendleft([batch[half:], batch[:half]])  # keeps the order of the files
                 return
             ((_, file),) = batch
             self._postpone(file.source, f"waits: {reason}")

@@ -238,7 +238,7 @@ class Appender:
             self._unless_refused(max(0, more), lambda: self._resize_spare(spare, capacity))
 
     def _unless_refused(self, bytes_more: int, work: Callable[[], None]) -> None:
-        """Do work that uses disk space. Raises OSError, and for a short time afterwards without trying again."""
+        """Do work that uses disk space. Raises OSError; for a short time after that, raises without trying."""
         if time.monotonic() < self._refused_until:
             raise OSError(*self._refusal)
         try:

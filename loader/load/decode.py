@@ -217,7 +217,7 @@ def _uuid(text: str | None, field: str) -> str:
 
 
 def _exported_id(raw: msgspec.Raw) -> str:
-    """Return the id of a metric exported from its table, in which the id is the event_id."""
+    """Return the event_id of an exported metric: the table stores it as `id`."""
     try:
         return _uuid(_ID(raw) if raw else None, "event_id")
     except msgspec.ValidationError:

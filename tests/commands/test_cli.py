@@ -67,7 +67,7 @@ def test_backfill_reads_every_kind_of_file_and_changes_none(
     assert number(one_connection, EVENTS) == 50
 
 
-def test_backfill_of_a_damaged_file_loads_the_others_and_says_which_one(
+def test_backfill_of_a_damaged_file_loads_the_others_and_names_it(
     cli: Cli, one_connection: Connection, tmp_path: Path
 ) -> None:
     (tmp_path / "a.ndjson.gz").write_bytes(gzip.compress(joined(event(1)))[:-9])
@@ -79,7 +79,7 @@ def test_backfill_of_a_damaged_file_loads_the_others_and_says_which_one(
     assert number(one_connection, EVENTS) >= 1
 
 
-def test_status_tells_what_waits_and_what_was_loaded(cli: Cli) -> None:
+def test_status_reports_the_backlog_and_the_loaded_rows(cli: Cli) -> None:
     segment(cli.spool, 1, event(1), event(1), b"{broken")
     waiting = json.loads(cli("status", "--json"))
     assert waiting["spool"]["sealed_files"] == 1 and waiting["spool"]["lag_seconds"] > 0

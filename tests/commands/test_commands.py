@@ -252,7 +252,7 @@ def test_no_line_that_is_printed_as_it_is_steers_a_terminal(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("command", ["backfill", "run --once"])
-def test_an_interrupted_load_says_how_to_go_on_and_goes_on(
+def test_an_interrupted_load_reports_how_to_continue_and_can_continue(
     cli: Cli, one_connection: Connection, tmp_path: Path, command: str
 ) -> None:
     arguments = command.split()

@@ -173,7 +173,7 @@ MISTAKES: dict[str, tuple[Prepare, str, int, str]] = {
 
 
 @pytest.mark.parametrize(("prepare", "command", "code", "says"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_line_that_says_what_to_do(
+def test_a_user_error_is_one_line_with_a_remedy(
     cli: Cli, one_connection: Connection, prepare: Prepare, command: str, code: int, says: str
 ) -> None:
     prepare(cli, one_connection)
@@ -215,7 +215,7 @@ def test_what_the_demo_needs_is_named() -> None:
     assert ended.returncode == 1 and f"fastapi is not installed: {install_command('demo')}" in ended.stderr
 
 
-def test_a_database_that_goes_away_is_told_with_its_exit_code(cli: Cli, one_connection: Connection) -> None:
+def test_a_lost_database_is_reported_with_its_exit_code(cli: Cli, one_connection: Connection) -> None:
     name, dsn = one_connection.info.dbname, one_connection.info.dsn
     one_connection.close()
     with psycopg.connect(dsn, dbname="postgres", autocommit=True) as admin:

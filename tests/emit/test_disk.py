@@ -156,7 +156,7 @@ def test_a_directory_that_cant_be_is_counted_and_forgotten_once_it_can(tmp_path:
     emitter.close()
 
 
-def test_drops_are_told_even_if_nothing_more_is_emitted(tmp_path: Path) -> None:
+def test_drops_are_reported_even_if_nothing_more_is_emitted(tmp_path: Path) -> None:
     blocked = tmp_path / "spool"
     blocked.write_text("a file, not a directory")
     emitter = Emitter(blocked, max_age=MAX_AGE)
@@ -322,7 +322,7 @@ def no_maps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_maps")
-def test_where_files_cant_be_mapped_lines_are_written_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_if_files_cannot_be_mapped_lines_are_written_and_nothing_is_lost(tmp_path: Path) -> None:
     emitter = Emitter(tmp_path, segment_bytes=4096, max_age=0.05)
     with interrupted(emitter) as kept:
         own = [emit(emitter) for _ in range(3000)]

@@ -113,7 +113,7 @@ os.kill(os.getpid(), 9)
     parent.communicate()
 
 
-def test_a_fork_is_noticed_where_the_kernel_clears_no_page(tmp_path: Path) -> None:
+def test_a_fork_is_noticed_if_the_kernel_clears_no_page(tmp_path: Path) -> None:
     code = """
 import spool.fork
 emitter = Emitter(sys.argv[1], max_age=60)
@@ -510,7 +510,7 @@ print(emitter.stats())
     assert not list(tmp_path.iterdir())
 
 
-def test_where_space_cannot_be_reserved_lines_are_written(tmp_path: Path) -> None:
+def test_if_space_cannot_be_reserved_lines_are_written(tmp_path: Path) -> None:
     """For example on macOS, which has no posix_fallocate."""
     code = """
 emitter = Emitter(sys.argv[1], max_age=0.05)
@@ -524,7 +524,7 @@ emitter.close()
     assert sorted(ids(tmp_path)) == sorted(kept.stdout.split()), kept.stderr
 
 
-def test_no_thread_is_left_at_a_fork_and_housekeeping_goes_on_in_the_parent(tmp_path: Path) -> None:
+def test_no_thread_is_left_at_a_fork_and_housekeeping_continues_in_the_parent(tmp_path: Path) -> None:
     """Python 3.12 and later warn about a fork of a process with threads."""
     code = """
 import warnings

@@ -55,7 +55,7 @@ def test_a_copy_that_pauses_is_loaded_at_once_and_removed_when_it_is_done(
     assert number(one_connection, LEDGER) == 31  # each line was counted once
 
 
-def test_an_append_to_a_file_that_ends_in_the_middle_of_a_line_is_waited_for(
+def test_a_scan_waits_for_an_append_to_a_file_that_ends_in_the_middle_of_a_line(
     cli: Cli, one_connection: Connection
 ) -> None:
     path = cli.spool / f"{STEM.format(1)}.ndjson"
@@ -79,7 +79,7 @@ def test_a_file_that_ends_in_the_middle_of_a_line_is_rejected_in_the_end(
     assert len(rejected(cli.spool)) == 1 and not path.exists()
 
 
-def test_a_last_line_that_is_whole_without_its_newline_is_not_waited_for(
+def test_a_last_line_that_is_whole_without_its_newline_is_loaded(
     cli: Cli, one_connection: Connection
 ) -> None:
     (cli.spool / f"{STEM.format(1)}.ndjson").write_bytes(data(0, 2)[:-1])
@@ -237,7 +237,7 @@ NAME = "20260120T120000.000000Z-{host}-{boot}-42-deadbeef-000001.open"
     [(HOST, BOOT, True), ("a-b.c", BOOT, True), (HOST, "00000000", True), ("a-b.c", "00000000", False)],
 )
 @pytest.mark.parametrize("network", ["nfs", None])
-def test_a_segment_of_another_host_is_adopted_only_where_its_lock_would_be_seen(
+def test_a_segment_of_another_host_is_adopted_only_if_its_lock_would_be_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, boot: str, adopted: bool, network: str | None
 ) -> None:
     monkeypatch.setattr(scanning, "network_type", lambda _: network)

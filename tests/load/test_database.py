@@ -24,7 +24,7 @@ def test_the_schema_is_safe_to_apply_again(connection: Connection) -> None:
     apply_schema(connection)
 
 
-def test_a_lock_that_is_held_for_long_is_told_and_not_waited_for_in_silence(connection: Connection) -> None:
+def test_a_lock_that_is_held_for_long_is_reported(connection: Connection) -> None:
     with connection.transaction():
         prepare(connection)
         assert connection.execute("SHOW lock_timeout").fetchone() == ("1min",)

@@ -45,7 +45,7 @@ def test_files_whose_rejects_cannot_be_written_hold_up_no_others(
 
 
 @as_root
-def test_rejects_that_never_fit_keep_their_files_and_say_so(
+def test_rejects_that_never_fit_keep_their_files_and_are_reported(
     cli: Cli, one_connection: Connection, small_disk: Path
 ) -> None:
     cli = Cli(small_disk, cli.dsn)

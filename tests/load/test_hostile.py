@@ -119,7 +119,7 @@ def test_without_inotify_the_daemon_looks_by_itself(
     assert log.count(b"cannot watch") == 1
 
 
-def test_an_outage_is_told_once_and_its_end_too(cli: Cli, one_connection: Connection) -> None:
+def test_an_outage_is_reported_once_and_its_end_too(cli: Cli, one_connection: Connection) -> None:
     name, dsn = one_connection.info.dbname, one_connection.info.dsn
     one_connection.close()
     with psycopg.connect(dsn, dbname="postgres", autocommit=True) as admin, cli.daemon() as process:
@@ -160,7 +160,7 @@ def test_an_outage_is_told_once_and_its_end_too(cli: Cli, one_connection: Connec
     ],
     ids=["permission", "table", "read-only"],
 )
-def test_a_mistake_of_the_configuration_keeps_the_spool_says_what_to_do_and_recovers(
+def test_a_configuration_error_keeps_the_spool_names_the_remedy_and_recovers(
     cli: Cli, one_connection: Connection, harm: str, mend: str, words: str
 ) -> None:
     role = "role_" + one_connection.info.dbname[-12:]

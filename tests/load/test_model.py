@@ -266,7 +266,7 @@ def test_the_loader_does_what_a_dictionary_and_two_counters_say(
 
 
 @pytest.mark.long
-def test_the_loader_does_what_a_dictionary_and_two_counters_say_in_many_histories(
+def test_the_loader_matches_a_dictionary_and_two_counters_in_many_histories(
     one_connection: Connection, tmp_path: Path
 ) -> None:
     check(one_connection, tmp_path, 400)

@@ -101,7 +101,7 @@ def test_a_row_of_any_id_is_stored_once(partitioned: Connection, tmp_path: Path,
     assert number(partitioned, "SELECT count(*) FROM analytics_events") == len(IDS)
 
 
-def test_rows_lie_where_their_ids_say(one_partitioned: Connection, tmp_path: Path) -> None:
+def test_rows_are_in_the_partitions_of_their_ids(one_partitioned: Connection, tmp_path: Path) -> None:
     lines = [event(0, event_id=make(n)) for n, make in enumerate(IDS.values())]
     load(one_partitioned, [chunk(*lines)], tmp_path)
     found = rows(

@@ -112,7 +112,7 @@ def test_a_reject_file_that_is_a_link_is_neither_read_nor_replaced(cli: Cli, out
     assert state(outside) == before
 
 
-def test_a_name_with_a_newline_and_escape_codes_is_told_in_one_plain_line(cli: Cli) -> None:
+def test_a_name_with_a_newline_and_escape_codes_is_reported_in_one_plain_line(cli: Cli) -> None:
     name = "\x1b[2J\x9b31m\nERROR all is lost\u202e.ndjson"
     (cli.spool / name).write_bytes(joined(event(1)))
     (cli.spool / os.fsdecode(b"\xff\xfe.ndjson")).write_bytes(b"")

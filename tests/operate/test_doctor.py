@@ -189,7 +189,7 @@ def test_what_is_wrong_is_found_and_the_remedy_named(
     assert says in finding["finding"] + finding["remedy"]
 
 
-def test_the_owner_of_the_tables_is_told_that_less_would_do(cli: Cli) -> None:
+def test_excessive_privileges_of_the_tables_owner_are_reported(cli: Cli) -> None:
     finding = examined(cli.owner())["privileges"]
     assert finding["verdict"] == "warning" and "more privileges than loading needs" in finding["finding"]
 

@@ -173,7 +173,7 @@ def test_applying_again_needs_no_lock_that_a_load_holds(application: Connection)
         assert schema.apply_schema(application, patience=0.0).warnings == []
 
 
-def test_loading_goes_on_while_a_key_is_validated(application: Connection) -> None:
+def test_loading_continues_while_a_key_is_validated(application: Connection) -> None:
     """VALIDATE CONSTRAINT does not conflict with writers, unlike ADD FOREIGN KEY."""
     application.execute(
         "INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id) "

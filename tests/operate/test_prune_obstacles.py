@@ -50,7 +50,7 @@ def test_a_deadlock_and_a_lock_that_takes_long_do_not_end_it(cli: Cli, one_conne
 
 
 @pytest.mark.parametrize("name", ["20200101", "20200101.txt", "٢٠٢٠٠١٠١", "2020010\udcff"])
-def test_a_file_in_the_archive_that_is_not_a_day_is_left_alone(cli: Cli, tmp_path: Path, name: str) -> None:
+def test_a_file_in_the_archive_that_is_not_a_day_is_skipped(cli: Cli, tmp_path: Path, name: str) -> None:
     archive = tmp_path / "archive"
     (archive / "20200102").mkdir(parents=True)
     old = archive / "20200102" / "a.ndjson.zst"

@@ -141,7 +141,7 @@ def test_prune_deletes_in_batches_while_the_loader_loads(cli: Cli, one_connectio
     assert number(one_connection, EVENTS) == 20
 
 
-def test_prune_that_is_interrupted_says_how_to_go_on(cli: Cli, one_connection: Connection) -> None:
+def test_an_interrupted_prune_reports_how_to_continue(cli: Cli, one_connection: Connection) -> None:
     one_connection.execute(
         "INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id) "
         "SELECT gen_random_uuid(), 'old', '2020-01-01', gen_random_uuid(), gen_random_uuid() "

@@ -22,7 +22,7 @@ EVENTS = "SELECT count(*) FROM analytics_events"
         (9, "newer than this loader's 5: upgrade the loader"),
     ],
 )
-def test_tables_of_another_version_are_told_and_loaded_into(
+def test_tables_of_another_version_are_reported_and_loaded_into(
     cli: Cli, one_connection: Connection, version: int, words: str
 ) -> None:
     if version == 1:  # that version did not record itself

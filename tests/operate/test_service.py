@@ -96,7 +96,7 @@ def backend(connection: Connection) -> int:
     return eventually(lambda: number(connection, busy))
 
 
-def test_it_is_ready_after_the_first_look_with_a_connection(cli: Cli, one_connection: Connection) -> None:
+def test_it_is_ready_after_the_first_scan_with_a_connection(cli: Cli, one_connection: Connection) -> None:
     segment(cli.spool, 1, event(1))
     with under_systemd(cli) as systemd:
         systemd.until("READY=1")
@@ -109,7 +109,9 @@ def test_it_is_ready_after_the_first_look_with_a_connection(cli: Cli, one_connec
         assert systemd.messages.count("READY=1") == 1
 
 
-def test_a_database_that_is_down_is_waited_for_and_the_status_says_so(cli: Cli, tmp_path: Path) -> None:
+def test_the_daemon_waits_for_an_unavailable_database_and_its_status_reports_it(
+    cli: Cli, tmp_path: Path
+) -> None:
     cli.environment["LOADER_DSN"] = f"host={tmp_path} dbname=x user=u password=sesame"
     with under_systemd(cli) as systemd:
         systemd.until("READY=1")
@@ -136,7 +138,7 @@ def test_an_outage_at_the_start_is_over_once_the_database_answers(cli: Cli, tmp_
         assert "loading continues" in systemd.log.read_text()
 
 
-def test_status_tells_backlog_rate_and_what_is_waited_for(cli: Cli, one_connection: Connection) -> None:
+def test_status_reports_backlog_rate_and_the_cause_of_a_wait(cli: Cli, one_connection: Connection) -> None:
     with under_systemd(cli) as systemd:
         systemd.until("READY=1")
         with one_connection.transaction():
@@ -238,9 +240,7 @@ def test_sigterm_while_connecting_to_a_host_that_does_not_answer_ends_in_time(cl
             systemd.stop()
 
 
-def test_sighup_connects_anew_with_the_dsn_as_it_is_now(
-    cli: Cli, one_connection: Connection, tmp_path: Path
-) -> None:
+def test_sighup_reconnects_with_the_current_dsn(cli: Cli, one_connection: Connection, tmp_path: Path) -> None:
     file = tmp_path / "dsn"
     file.write_text("host=/nowhere dbname=x\n")
     good = cli.environment.pop("LOADER_DSN")
@@ -260,7 +260,7 @@ def test_sighup_connects_anew_with_the_dsn_as_it_is_now(
         eventually(lambda: number(one_connection, EVENTS) == 2)
 
 
-def test_log_lines_are_json_where_nobody_reads_them(cli: Cli) -> None:
+def test_log_lines_are_json_unless_on_a_terminal(cli: Cli) -> None:
     segment(cli.spool, 1, event(1), event(2))
     with under_systemd(cli) as systemd:
         systemd.until("STATUS=no backlog")
@@ -358,7 +358,7 @@ def test_a_refused_login_is_reported_as_such_and_once(cli: Cli, tmp_path: Path) 
     assert "out of reach" not in log and log.count("loading continues") == 1
 
 
-def test_no_password_is_told_anywhere(cli: Cli, tmp_path: Path) -> None:
+def test_no_password_is_shown_anywhere(cli: Cli, tmp_path: Path) -> None:
     for dsn in (
         "postgresql://u:sesame@127.0.0.1:1/x", "postgresql://u:ses/sesame@host/x", "u:sesame@host",
         "host=127.0.0.1 port=1 password=sesame", "password='sesame", "host=h port=sesame",

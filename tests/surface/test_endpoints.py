@@ -473,7 +473,7 @@ EXCLUDED = {
 
 @pytest.mark.parametrize("exclude", [["/", "/health"], ("/", "/health/"), {"/", "/health"}])
 @pytest.mark.parametrize("root", ["", "/api"])
-def test_paths_and_what_is_below_them_are_left_alone_wherever_a_proxy_serves_them(
+def test_excluded_paths_and_what_is_below_them_have_no_metrics_behind_any_proxy(
     emitter: Emitter, recorded: Recorder, exclude: Any, root: str
 ) -> None:
     app = TestClient(

@@ -92,7 +92,7 @@ def test_the_reports_of_the_package_are_never_events(emitter: Emitter, recorded:
     assert not recorded.records
 
 
-def test_a_structlog_entry_with_the_key_is_an_event_and_goes_on_without_it(
+def test_a_structlog_entry_with_the_key_is_an_event_and_continues_without_it(
     emitter: Emitter, recorded: Recorder
 ) -> None:
     structlog = pytest.importorskip("structlog")

@@ -173,7 +173,7 @@ def test_an_exception_of_the_application_is_counted_and_raised_unchanged(
     assert labels(recorded) == [("/fails", "GET", "500")] * 2
 
 
-def test_websockets_and_lifespan_are_left_alone(emitter: Emitter, recorded: Recorder) -> None:
+def test_websockets_and_lifespan_have_no_metrics(emitter: Emitter, recorded: Recorder) -> None:
     with TestClient(fastapi(emitter)) as client, client.websocket_connect("/socket") as socket:
         assert socket.receive_text() == "hello"
     assert not recorded.records

@@ -243,7 +243,7 @@ def test_a_date_is_local_midnight_and_an_age_in_hours_is_exact(text: str, expect
         ("Australia/Lord_Howe", datetime(2026, 4, 5), "2026-04-04T13:00:00+00:00"),
     ],
 )
-def test_midnight_where_clocks_skip_or_repeat_it(zone: str, day: datetime, expected: str) -> None:
+def test_midnight_if_clocks_skip_or_repeat_it(zone: str, day: datetime, expected: str) -> None:
     assert midnight(day.date(), ZoneInfo(zone)).astimezone(UTC).isoformat() == expected
 
 

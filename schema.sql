@@ -1,14 +1,15 @@
 -- Everything the loader needs, version 5. Idempotent; upgrades older versions; needs no extension.
 --
--- psql applies this file as it is (psql -f schema.sql). `loader init` runs the tables with the questions, and then each
--- step of the foreign keys, in a transaction of its own, and repeats one that could not get a lock.
+-- psql can apply this file directly (psql -f schema.sql). `loader init` applies the tables with the questions
+-- in one transaction, then each step of the foreign keys in its own, and repeats a step that could not get a
+-- lock.
 --
--- Whatever changes a table here must keep it loadable by the loader of the version before.
+-- Every change of a table here must keep it loadable by the loader of the previous version.
 --
--- Other roles may create functions, operators and types in the schema of the tables (until PostgreSQL 14 everybody
--- could in "public"), and this file may be applied by a superuser. So no name is looked up where they could have
--- put one: each statement sets its own search path, functions are qualified, and both sides of an operator have
--- exactly the types of an operator of pg_catalog, which is searched first.
+-- Other roles may create functions, operators and types in the schema of the tables (until PostgreSQL 14
+-- every role could in "public"), and a superuser may apply this file. So no name may resolve to their
+-- objects: each statement sets its own search path, functions are qualified, and both sides of an operator
+-- have exactly the types of an operator in pg_catalog, which is searched first.
 
 DO $tables$
 DECLARE
@@ -37,14 +38,14 @@ BEGIN
     PERFORM pg_catalog.set_config('lock_timeout', '1s', true);
     PERFORM pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('analytics_schema'));  -- one at a time
 
-    -- The tables stay in the schema in which they are; new ones go to the first schema of the caller's search path.
+    -- Existing tables stay in their schema; new ones are created in the first schema of the caller's search path.
     home := coalesce(
         (SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = existing),
         (SELECT schema.name FROM unnest(caller_schemas) WITH ORDINALITY AS schema (name, place)
             WHERE left(schema.name::text, 3) <> 'pg_' ORDER BY place LIMIT 1)
     );
     IF home IS NULL THEN
-        RAISE EXCEPTION 'the search path "%" names no schema to create the tables in: create one, or change it', caller_path;
+        RAISE EXCEPTION 'the search path "%" has no schema in which to create the tables: create one, or change the search path', caller_path;
     END IF;
 
     -- pg_catalog is searched first because it is not named; named first, tables would be created in it.
@@ -53,13 +54,13 @@ BEGIN
     is_versioned := pg_catalog.to_regclass('analytics_schema') IS NOT NULL;
     is_upgrade := pg_catalog.to_regclass('analytics_loads') IS NOT NULL;
 
-    -- Which versions were applied, and when; version 1 did not record it.
+    -- The applied versions, with times; version 1 did not record itself.
     CREATE TABLE IF NOT EXISTS analytics_schema (
         version INTEGER PRIMARY KEY,
         applied_at TIMESTAMPTZ NOT NULL DEFAULT pg_catalog.now()
     );
-    -- What was chosen when the schema was applied: foreign_keys is on or off, identity is required, also without a row,
-    -- or optional; layout is plain, also without a row, or partitioned, then partition_width is day, week or month.
+    -- The choices made when the schema was applied: foreign_keys is on or off, identity is required (the default) or
+    -- optional; layout is plain (the default) or partitioned, then partition_width is day, week or month.
     CREATE TABLE IF NOT EXISTS analytics_settings (
         name TEXT PRIMARY KEY,
         value TEXT NOT NULL
@@ -87,9 +88,9 @@ BEGIN
         created_at TIMESTAMPTZ DEFAULT pg_catalog.now()
     );
 
-    -- The partitioned layout: a row lies in the partition of the time in its UUIDv7 (see "partitions" below). An id below
-    -- 2020 lies in early, one from 2039 on, such as most of version 4, in other. What has no partition yet waits in
-    -- default.
+    -- The partitioned layout: a row is in the partition of the time in its UUIDv7 (see "partitions" below).
+    -- Ids before 2020 are in early; ids from 2039 on, such as most of version 4, are in other. Rows without a
+    -- partition wait in default.
     IF coalesce(layout_choice, '') NOT IN ('', 'plain', 'partitioned') THEN
         RAISE EXCEPTION 'analytics.layout is "%": set it to plain or partitioned', layout_choice;
     ELSIF coalesce(width_choice, '') NOT IN ('', 'day', 'week', 'month') THEN
@@ -116,13 +117,13 @@ BEGIN
             RAISE EXCEPTION 'the tables are partitioned and cannot become plain again, nothing was changed';
         END IF;
     END IF;
-    IF width_choice <> '' THEN  -- of partitions that are made from now on
+    IF width_choice <> '' THEN  -- for partitions created from now on
         INSERT INTO analytics_settings (name, value) VALUES ('partition_width', width_choice)
             ON CONFLICT (name) DO UPDATE SET value = excluded.value;
     END IF;
 
     -- The ledger: one row per chunk of a file, written in the transaction of its rows and keyed by a digest of its
-    -- bytes, so that a chunk that is copied, renamed or read again after a crash is known.
+    -- bytes, so that a chunk that was copied, renamed or read again after a crash is recognized.
     CREATE TABLE IF NOT EXISTS analytics_loads (
         digest BYTEA PRIMARY KEY,
         file TEXT NOT NULL,
@@ -138,9 +139,9 @@ BEGIN
         CONSTRAINT every_line_is_accounted_for CHECK (lines = events + metrics + duplicates + rejected)
     );
 
-    -- What writers state about themselves (spool/account.py); the loader adds a row when that has changed. The last row
-    -- of a writer counts: `lines` in its first `segments`, `begun` is the last segment that got a line, and the segments
-    -- that were in the spool at that time with the lines in each.
+    -- The accounts of writers (spool/account.py); the loader adds a row when an account has changed. The last
+    -- row of a writer is valid: `lines` are those in its first `segments`, `begun` is the last segment that
+    -- received a line, and the pending segments were in the spool at that time, with their lines.
     CREATE TABLE IF NOT EXISTS analytics_writers (
         writer TEXT NOT NULL,
         reported_at TIMESTAMPTZ NOT NULL DEFAULT pg_catalog.clock_timestamp(),
@@ -154,8 +155,9 @@ BEGIN
         PRIMARY KEY (writer, reported_at)
     );
 
-    -- Triggers, defaults and checks of a table, and functions of a view, run with the rights of whoever uses it. From
-    -- here on, tables are used: those that exist now cannot be exchanged by anybody but their owner.
+    -- Triggers, defaults and checks of a table, and functions in a view, run with the privileges of the role
+    -- that uses it. Tables are used from here on, so existing ones must belong to a trusted owner, who alone
+    -- can replace them.
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     SELECT relname, rolname INTO foreign_name, foreign_owner
         FROM pg_class
@@ -169,7 +171,7 @@ BEGIN
         ORDER BY relname
         LIMIT 1;
     IF foreign_name IS NOT NULL THEN
-        RAISE EXCEPTION 'the table "%" belongs to the role "%", whose triggers would run with the rights of "%": connect as "%"',
+        RAISE EXCEPTION 'the table "%" belongs to the role "%", whose triggers would run with the privileges of "%": connect as "%"',
             foreign_name, foreign_owner, current_user, foreign_owner;
     END IF;
     PERFORM set_config('search_path', format('%I, pg_temp', home), true);
@@ -181,10 +183,12 @@ BEGIN
     END IF;
     INSERT INTO analytics_schema (version) VALUES (5) ON CONFLICT DO NOTHING;
 
-    -- What exists is left alone: CREATE INDEX IF NOT EXISTS and ADD COLUMN IF NOT EXISTS lock the table first.
+    -- Existing objects are skipped explicitly: CREATE INDEX IF NOT EXISTS and ADD COLUMN IF NOT EXISTS lock
+    -- the table first.
 
-    -- Which segment of which writer a file is; NULL for every other file, such as a retried reject file. Generated, so
-    -- that rows of older versions and of older loaders have it too. The pattern is that of spool.segment.SegmentName.
+    -- The writer and segment number of a file; NULL for other files, such as a retried reject file.
+    -- Generated, so that rows of older versions and older loaders have them too. The pattern is that of
+    -- spool.segment.SegmentName.
     IF NOT EXISTS (
         SELECT FROM pg_catalog.pg_attribute WHERE attname = 'segment'
             AND attrelid = pg_catalog.to_regclass('analytics_loads')::pg_catalog.oid
@@ -204,7 +208,7 @@ BEGIN
     IF pg_catalog.to_regclass('analytics_metrics_name_time') IS NULL THEN
         CREATE INDEX analytics_metrics_name_time ON analytics_metrics (metric_name, timestamp);
     END IF;
-    -- For rows that were loaded recently, and for rows that are old enough to be pruned.
+    -- For finding recently loaded rows, and rows that are old enough to be pruned.
     IF pg_catalog.to_regclass('analytics_loads_loaded_at') IS NULL THEN
         CREATE INDEX analytics_loads_loaded_at ON analytics_loads (loaded_at);
     END IF;
@@ -224,8 +228,8 @@ BEGIN
     FROM analytics_metrics
     GROUP BY 1, 2, 3;
 
-    -- Each writer counts its segments from 1 without gaps, so a number that is missing below a loaded one is a
-    -- file that was lost, or that waits to be loaded.
+    -- Each writer counts its segments from 1 without gaps, so a missing number below a loaded one is a file
+    -- that was lost, or is not loaded yet.
     CREATE OR REPLACE VIEW analytics_missing_segments AS
     WITH counted AS (
         SELECT writer, pg_catalog.max(segment) AS last FROM analytics_loads WHERE writer IS NOT NULL GROUP BY writer
@@ -234,7 +238,7 @@ BEGIN
     EXCEPT
     SELECT writer, segment FROM analytics_loads WHERE writer IS NOT NULL;
 
-    -- Whether there are foreign keys is remembered. Older versions did not: their tables keep what they have.
+    -- The choice of foreign keys is stored. Older versions did not store it: their tables stay as they are.
     IF choice IN ('on', 'off') THEN
         INSERT INTO analytics_settings (name, value) VALUES ('foreign_keys', choice)
             ON CONFLICT (name) DO UPDATE SET value = excluded.value;
@@ -255,7 +259,7 @@ BEGIN
 
     -- ---- Since version 4: identity and conservation ----------------------------------------------------------------
 
-    -- The UUID of a person or family that the application knows by an integer or a text: the twin of
+    -- The UUID of a person or family that the application identifies by an integer or a text, as computed by
     -- spool.analytics_uuid. A UUID of version 8: SHA-256 of the kind, a colon and the key in UTF-8.
     SELECT proname, rolname INTO foreign_name, foreign_owner
         FROM pg_catalog.pg_proc
@@ -266,7 +270,7 @@ BEGIN
                 OR NOT pg_catalog.pg_has_role(proowner, 'USAGE'))
         LIMIT 1;
     IF foreign_name IS NOT NULL THEN
-        RAISE EXCEPTION 'the function "%" belongs to the role "%", who may change what it does: connect as "%", or drop it',
+        RAISE EXCEPTION 'the function "%" belongs to the role "%", which may change it at any time: connect as "%", or drop it',
             foreign_name, foreign_owner, foreign_owner;
     END IF;
     CREATE OR REPLACE FUNCTION analytics_uuid(kind TEXT, key TEXT) RETURNS UUID
@@ -280,9 +284,9 @@ BEGIN
         )), 1, 16) AS hash) AS hashed
     $function$;
     COMMENT ON FUNCTION analytics_uuid IS
-        'The UUID of a person or family that the application knows by an integer or a text: spool.analytics_uuid.';
+        'The UUID of a person or family that the application identifies by an integer or a text, as spool.analytics_uuid.';
 
-    -- Whether events need a person and a family is remembered. Tables that exist already keep what they have.
+    -- The choice whether events need a person and a family is stored. Existing tables stay as they are.
     IF identity_choice IN ('required', 'optional') THEN
         INSERT INTO analytics_settings (name, value) VALUES ('identity', identity_choice)
             ON CONFLICT (name) DO UPDATE SET value = excluded.value;
@@ -305,20 +309,21 @@ BEGIN
         IF is_optional THEN
             ALTER TABLE analytics_events
                 ALTER COLUMN user_id DROP NOT NULL, ALTER COLUMN family_unit_id DROP NOT NULL;
-            RAISE NOTICE 'events may have no user and no family';
+            RAISE NOTICE 'events without a user or a family are accepted';
         ELSIF EXISTS (SELECT FROM analytics_events WHERE user_id IS NULL OR family_unit_id IS NULL) THEN
-            RAISE EXCEPTION 'some events have no user or no family, nothing was changed: delete them, or leave identity optional';
+            RAISE EXCEPTION 'some events have no user or no family, nothing was changed: delete them, or keep identity optional';
         ELSE
             ALTER TABLE analytics_events
                 ALTER COLUMN user_id SET NOT NULL, ALTER COLUMN family_unit_id SET NOT NULL;
-            RAISE NOTICE 'events need a user and a family';
+            RAISE NOTICE 'events without a user or a family are rejected';
         END IF;
     END IF;
 
-    -- Where each line of each writer is: emitted = rows + duplicates + rejects + dropped + pending + missing. What a
-    -- writer states about its first segments is compared with the ledger; of its later ones the ledger and the spool
-    -- are the only witnesses. A segment that is neither in the ledger nor in the spool is missing. Of a chunk that was
-    -- loaded again the first time counts, so a reject that was loaded later is still a reject here.
+    -- The sum for each writer: emitted = rows + duplicates + rejects + dropped + pending + missing. A
+    -- writer's account of its first segments is compared with the ledger; for its later segments only the
+    -- ledger and the spool are evidence. A segment that is neither in the ledger nor in the spool is missing.
+    -- If a chunk was loaded again, the first load counts, so a reject that was loaded later is still a reject
+    -- here.
     CREATE OR REPLACE VIEW analytics_conservation AS
     WITH stated AS (
         SELECT DISTINCT ON (writer) * FROM analytics_writers ORDER BY writer, reported_at DESC
@@ -345,7 +350,7 @@ BEGIN
         SELECT coalesce(stated.writer, located.writer) AS writer,
             coalesce(pg_catalog.min(stated.lines), 0::bigint)::numeric AS stated_lines,
             coalesce(pg_catalog.min(stated.dropped), 0::bigint)::numeric AS dropped,
-            -- Segments that a living writer began after its statement may be loaded in any order.
+            -- Segments that a running writer created after its account may be loaded in any order.
             CASE WHEN NOT pg_catalog.bool_and(stated.ended)
                 THEN greatest(pg_catalog.min(stated.segments), pg_catalog.min(stated.begun))
                 ELSE greatest(pg_catalog.min(stated.segments), pg_catalog.min(stated.begun), pg_catalog.max(segment))
@@ -374,7 +379,7 @@ BEGIN
         coalesce(absent.segments, ARRAY[]::text[]) AS missing_segments, coalesce(ended, false) AS ended
     FROM summed LEFT JOIN absent ON absent.writer = summed.writer;
 
-    -- Whoever may load may state what writers state, also if nobody names the role again at an upgrade.
+    -- Roles that may load also get the privileges for accounts, even if an upgrade does not name the role.
     FOR grantee_name IN
         SELECT DISTINCT rolname FROM pg_catalog.pg_class
         CROSS JOIN LATERAL pg_catalog.aclexplode(relacl) AS acl
@@ -399,9 +404,9 @@ BEGIN
 END
 $tables$;
 
--- Foreign keys to the application's own tables, if they exist. They are added without a look at the rows, which takes
--- no time, or dropped. With psql: SET analytics.foreign_keys = off; (or on) before the file. A key that cannot be added
--- is reported and keeps nothing else from being applied.
+-- Foreign keys to the application's own tables, if they exist. They are added without checking the rows,
+-- which takes no time, or dropped. With psql: SET analytics.foreign_keys = off; (or on) before the file. A
+-- key that cannot be added causes a warning; everything else is still applied.
 DO $foreign_keys$
 DECLARE
     caller_path CONSTANT pg_catalog.text := pg_catalog.current_setting('search_path');
@@ -470,7 +475,7 @@ BEGIN
                 RAISE NOTICE 'added the foreign key from "%" to %', child, parent;
             END IF;
         EXCEPTION WHEN OTHERS THEN
-            RAISE WARNING 'could not add the foreign key from "%" to %: %; correct that and apply the schema again, or leave the keys out',
+            RAISE WARNING 'could not add the foreign key from "%" to %: %; correct that and apply the schema again, or turn the keys off',
                 child, parent, SQLERRM USING ERRCODE = SQLSTATE;
         END;
     END LOOP;
@@ -478,8 +483,8 @@ BEGIN
 END
 $foreign_keys$;
 
--- The rows that existed before a key was added are checked here; loading goes on in the meantime. A key that some rows
--- violate stays as it is: it holds for new rows.
+-- Rows that existed before a key was added are checked here, while loading continues. A key that some rows
+-- violate is kept unvalidated: it applies to new rows.
 DO $validation$
 DECLARE
     caller_path CONSTANT pg_catalog.text := pg_catalog.current_setting('search_path');
@@ -503,7 +508,7 @@ BEGIN
         BEGIN
             EXECUTE format('ALTER TABLE %s VALIDATE CONSTRAINT %I', child_table, key);
         EXCEPTION WHEN OTHERS THEN
-            RAISE WARNING 'the foreign key to % holds for new rows only: %; remove such rows and apply the schema again',
+            RAISE WARNING 'the foreign key to % applies to new rows only: %; remove such rows and apply the schema again',
                 parent, SQLERRM USING ERRCODE = SQLSTATE;
         END;
     END LOOP;
@@ -533,9 +538,9 @@ $validation$;
 
 -- ---- questions ----------------------------------------------------------------------------------------------------
 -- Functions that answer them (prefix analytics_), and the rollups that make the answers cheap. Ranges are half-open,
--- since <= timestamp < until. A time zone is an argument, never the session's. Every bucket of the range is a row,
--- with 0 if nothing happened; `complete` is false for a bucket that the range cuts or that has not ended: mark it,
--- never show it as a decline.
+-- since <= timestamp < until. A time zone is an argument, never the session's. Every bucket of the range is a
+-- row, with 0 if it has no events; `complete` is false for a bucket that is only partly in the range or has
+-- not ended: mark it, never show it as a decline.
 --
 -- "@." stands for the schema of the tables. All else is looked up in pg_catalog alone, when a function is created
 -- (BEGIN ATOMIC) or by its own search path, so that an answer depends on no reader's. Functions in SQL have no SET and
@@ -562,13 +567,15 @@ BEGIN
     statements := $sql$
 
 COMMENT ON VIEW @.analytics_events_daily IS
-'Reads the whole table whatever range is selected, and its day is that of the reader''s session time zone: prefer analytics_trend.';
+'Always reads the whole table, and days are those of the session time zone: prefer analytics_trend.';
 COMMENT ON VIEW @.analytics_metrics_hourly IS
-'Reads the whole table whatever range is selected: prefer analytics_requests, or analytics_hourly_metrics with analytics_touched.';
+'Always reads the whole table: prefer analytics_requests, or analytics_hourly_metrics with analytics_touched.';
 
--- One mark per load and hour that the load added rows to, written in its transaction. Appended, without a key: with a
--- key and ON CONFLICT DO NOTHING, a load that commits after a refresh loses its mark to an earlier load's.
--- source users: a day (at its first hour in UTC) whose user days are not computed. hour -infinity: nothing is.
+-- One mark per load and hour with new rows, written in the transaction of the load. Appended without a key:
+-- with a key and ON CONFLICT DO NOTHING, a load that commits after a refresh would lose its mark to that of
+-- an earlier load.
+-- source users: a day (at its first hour in UTC) whose user days are not computed. hour -infinity: nothing is
+-- computed yet.
 DO $$
 BEGIN
     IF to_regclass('@.analytics_touched') IS NULL THEN
@@ -583,7 +590,7 @@ BEGIN
 END
 $$;
 
--- Hours (of UTC) whose rows were pruned. Their rollup is all there is: it is never computed again, only added to.
+-- UTC hours whose rows were pruned. Only their rollup remains: it is never recomputed, only added to.
 CREATE TABLE IF NOT EXISTS @.analytics_sealed (
     source TEXT NOT NULL CHECK (source IN ('events', 'metrics')),
     hour TIMESTAMPTZ NOT NULL,
@@ -642,7 +649,7 @@ COMMENT ON FUNCTION @.analytics_bucket IS
 CREATE OR REPLACE FUNCTION @.analytics_bucket_start(bucket TEXT, key TIMESTAMP, tz TEXT) RETURNS TIMESTAMPTZ
 LANGUAGE sql STABLE PARALLEL SAFE
 BEGIN ATOMIC
--- A local midnight that occurs twice (Havana in November) is meant as the first; Postgres takes it as the second.
+-- A local midnight that occurs twice (Havana in November) means the first; Postgres takes the second.
 SELECT CASE WHEN bucket IN ('minute', 'hour') THEN key AT TIME ZONE 'UTC'
     WHEN (key AT TIME ZONE tz - interval '1 hour') AT TIME ZONE tz = key THEN key AT TIME ZONE tz - interval '1 hour'
     ELSE key AT TIME ZONE tz END;
@@ -695,7 +702,7 @@ FROM keys k;
 END;
 COMMENT ON FUNCTION @.analytics_calendar IS 'Internal. Every bucket of a range, with the instant at which it begins.';
 
--- ---- what is read from a rollup and what from rows ----
+-- ---- reading from rollups or from rows ----
 
 CREATE OR REPLACE FUNCTION @.analytics_hours(
     wanted TEXT, since TIMESTAMPTZ, until TIMESTAMPTZ, bucket TEXT, tz TEXT
@@ -726,7 +733,7 @@ CREATE OR REPLACE FUNCTION @.analytics_row_spans(
 ) RETURNS TABLE (lo TIMESTAMPTZ, hi TIMESTAMPTZ)
 LANGUAGE sql STABLE
 BEGIN ATOMIC
--- Hours in a row are one span: each span is a scan, of the whole table if nothing is known about it yet.
+-- Consecutive hours form one span, because each span is a scan, of the whole table if it has no statistics yet.
 SELECT greatest(min(h.hour), since), least(max(h.hour) + interval '1 hour', until)
 FROM (
     SELECT h.hour, h.hour - row_number() OVER (ORDER BY h.hour) * interval '1 hour' AS run
@@ -752,7 +759,7 @@ FROM (
     UNION ALL
     SELECT @.analytics_bucket(bucket, e.timestamp, tz), e.event_type, 1
     FROM @.analytics_row_spans('events', since, until, bucket, tz) s
-        CROSS JOIN LATERAL (  -- OFFSET 0: joined, a span counts as a ninth of the table, and is looked for in all of an index
+        CROSS JOIN LATERAL (  -- OFFSET 0: joined, the planner assumes a ninth of the table per span, and scans the whole index
             SELECT e.timestamp, e.event_type FROM @.analytics_events e
             WHERE e.timestamp >= s.lo AND e.timestamp < s.hi AND (types IS NULL OR e.event_type = ANY (types)) OFFSET 0
         ) e
@@ -765,7 +772,7 @@ CREATE OR REPLACE FUNCTION @.analytics_local_days(since TIMESTAMPTZ, until TIMES
 RETURNS TABLE (day DATE, local DATE, mask BIT(96), frozen BOOLEAN, dirty BOOLEAN)
 LANGUAGE sql STABLE
 BEGIN ATOMIC
-WITH RECURSIVE days AS (  -- those that have user days, by leaps through the index
+WITH RECURSIVE days AS (  -- those with user days, by a loose index scan
     (SELECT u.day FROM @.analytics_user_days u WHERE u.day >= (since AT TIME ZONE 'UTC')::date ORDER BY 1 LIMIT 1)
     UNION ALL
     SELECT (SELECT u.day FROM @.analytics_user_days u WHERE u.day > d.day ORDER BY 1 LIMIT 1)
@@ -801,7 +808,7 @@ WITH touched AS MATERIALIZED (
     WHERE until <> date_bin('15 minutes', until, timestamptz '2000-01-01 00:00+00')
 )
 SELECT greatest(min(r.day), since), least(max(r.day) + interval '24 hours', until)
-FROM (  -- days in a row are one span, as in analytics_row_spans
+FROM (  -- consecutive days form one span, as in analytics_row_spans
     SELECT d.day, d.day - row_number() OVER (ORDER BY d.day) * interval '24 hours' AS run FROM days d
     WHERE d.day < until AND d.day + interval '24 hours' > since
         AND NOT EXISTS (SELECT FROM touched t WHERE t.hour = '-infinity')
@@ -846,7 +853,7 @@ WHERE e.timestamp >= since AND e.timestamp < until AND e.event_type = ANY (types
     AND @.analytics_unit(who, e.user_id, e.family_unit_id) IS NOT NULL;
 END;
 COMMENT ON FUNCTION @.analytics_seen IS
-'Internal. In which buckets (day or longer) a user or family was active: from user days where they are exact, from rows elsewhere, and from rows alone for given event types.';
+'Internal. In which buckets (day or longer) a user or family was active: from user days if these are exact, otherwise from rows; for given event types only from rows.';
 -- ---- the questions ----
 
 CREATE OR REPLACE FUNCTION @.analytics_trend(
@@ -866,7 +873,7 @@ WITH counted AS MATERIALIZED (
     GROUP BY k.event_type
 ), sums AS (
     SELECT c.key, k.shown, sum(c.events)::bigint AS events FROM counted c JOIN kinds k USING (event_type) GROUP BY 1, 2
-), numbers AS (  -- which are sorted in three quarters of the time of names
+), numbers AS (  -- numbers are sorted in three quarters of the time of names
     SELECT k.event_type, k.shown, dense_rank() OVER (ORDER BY k.shown) AS number FROM kinds k
 ), pairs AS (  -- first, so that little is left to sort for count(DISTINCT)
     SELECT @.analytics_bucket(bucket, e.timestamp, tz) AS key, n.number, e.user_id, e.family_unit_id
@@ -947,7 +954,7 @@ FROM @.analytics_calendar(bucket, @.analytics_bucket_start(bucket, date_trunc(bu
 ORDER BY 1;
 END;
 COMMENT ON FUNCTION @.analytics_lifecycle IS
-'Users or families (who) by bucket (day or longer; the first one is counted as a whole). new: their first event ever; retained: also active in the bucket before; resurrected: active earlier, but not in the bucket before; dormant: active in the bucket before, not in this one. With types, events of these types alone count, and after pruning "ever" goes back to the oldest kept row.';
+'Users or families (who) by bucket (day or longer; the first one is counted as a whole). new: their first event ever; retained: also active in the previous bucket; resurrected: active earlier, but not in the previous bucket; dormant: active in the previous bucket, but not in this one. With types, only events of these types count, and after pruning "ever" goes back to the oldest kept row.';
 
 CREATE OR REPLACE FUNCTION @.analytics_first(
     until TIMESTAMPTZ, bucket TEXT, tz TEXT, who TEXT, types TEXT[]
@@ -1058,7 +1065,7 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_funnel IS
-'How many users (or families, or sessions) did the steps in this order, the last at most `within` after the first; entries lie in the range, later steps may lie after it. strict: with no other event of theirs in between. breakdown: by a metadata key of the first entry (value). p50 and p90: the time from the entry to the step, when it was first reached.';
+'How many users (or families, or sessions) did the steps in this order, the last at most `within` after the first; first steps are in the range, later steps may be after it. strict: without another event of theirs in between. breakdown: by a metadata key of the first entry (value). p50 and p90: the time from the entry to the step, when it was first reached.';
 
 CREATE OR REPLACE FUNCTION @.analytics_sessions(since TIMESTAMPTZ, until TIMESTAMPTZ DEFAULT now())
 RETURNS TABLE (
@@ -1072,7 +1079,7 @@ WHERE e.timestamp >= since - interval '24 hours' AND e.timestamp < until + inter
 GROUP BY e.session_id, e.user_id HAVING min(e.timestamp) >= since AND min(e.timestamp) < until;
 END;
 COMMENT ON FUNCTION @.analytics_sessions IS
-'Sessions by session_id and user that start in the range. Events more than 24 hours before or after the range are not looked at.';
+'Sessions by session_id and user that start in the range. Events more than 24 hours before or after the range are ignored.';
 
 CREATE OR REPLACE FUNCTION @.analytics_sessions_by_gap(
     since TIMESTAMPTZ, until TIMESTAMPTZ DEFAULT now(), gap INTERVAL DEFAULT '30 minutes'
@@ -1095,7 +1102,7 @@ SELECT e.user_id, e.family_unit_id, e.timestamp, CASE WHEN e.ends THEN e.timesta
 FROM edges e WHERE e.begins AND e.timestamp >= since AND e.timestamp < until;
 END;
 COMMENT ON FUNCTION @.analytics_sessions_by_gap IS
-'Sessions of users that start in the range: a session ends when no event follows within gap. Events more than 24 hours after the range are not looked at.';
+'Sessions of users that start in the range: a session ends when no event follows within gap. Events more than 24 hours after the range are ignored.';
 
 CREATE OR REPLACE FUNCTION @.analytics_value_bucket(value NUMERIC) RETURNS SMALLINT
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
@@ -1211,7 +1218,7 @@ WITH counted AS MATERIALIZED (
     SELECT c.event_type, c.key AT TIME ZONE 'UTC' AS hour, c.events
     FROM @.analytics_counts(date_trunc('hour', since, 'UTC') - interval '1248 hours', date_trunc('hour', least(until, now()), 'UTC'),
         'hour', 'UTC') c
-), kinds AS (  -- of less than ten an hour, outages cannot be told from chance: they are summed
+), kinds AS (  -- below ten an hour, outages cannot be distinguished from chance: they are summed
     SELECT c.event_type, CASE WHEN sum(c.events) FILTER (WHERE c.hour >= since - interval '672 hours' AND c.hour < since) >= 6720
         THEN c.event_type ELSE '(others)' END AS shown
     FROM counted c GROUP BY 1
@@ -1416,9 +1423,9 @@ FROM habits h JOIN wide w ON w.user_id = h.user_id JOIN days d ON d.user_id = h.
 END;
 COMMENT ON FUNCTION @.analytics_features IS
 'One row per user with an event in the 28 days (of 24 hours) before as_of; reads no event at or after as_of, and with known none loaded after known: an event that arrived late did not exist when a model would have been queried. After a backfill created_at is that of the backfill: leave known NULL. users: only these. tenure_days goes back to the oldest kept row; days are those of the zone tz; hour_mean is the mean angle on a clock of 24 hours, hour_concentration 0 (spread) to 1 (always the same hour); events without session_id form sessions by gaps of 30 minutes; type_entropy in nats.';
--- ---- keeping the rollups ----
--- A refresh deletes marks and computes their hours again, in one snapshot: rows that it sees are counted, rows that it
--- does not see have a mark that it does not see either. Everything that changes a rollup holds one advisory lock.
+-- ---- maintaining the rollups ----
+-- A refresh deletes marks and recomputes their hours in one snapshot: visible rows are counted, and invisible
+-- rows have a mark that is not visible either. All changes of a rollup hold one advisory lock.
 
 CREATE OR REPLACE FUNCTION @.analytics_mark(wanted TEXT, since TIMESTAMPTZ, until TIMESTAMPTZ) RETURNS VOID
 LANGUAGE sql
@@ -1427,7 +1434,7 @@ INSERT INTO @.analytics_touched (hour, source)
 SELECT h, wanted FROM generate_series(date_trunc('hour', since, 'UTC'), until - interval '1 microsecond', interval '1 hour') h;
 END;
 COMMENT ON FUNCTION @.analytics_mark IS
-'Mark the hours of a range (source: events or metrics) in whose rows something was inserted, changed or deleted by others than the loader, in the same transaction. Pruned hours must not be changed.';
+'Mark the hours of a range (source: events or metrics) whose rows were inserted, changed or deleted by other programs than the loader; call it in the same transaction. Pruned hours must not be changed.';
 
 CREATE OR REPLACE FUNCTION @.analytics_islands(hours TIMESTAMPTZ[], step INTERVAL)
 RETURNS TABLE (lo TIMESTAMPTZ, hi TIMESTAMPTZ)
@@ -1437,7 +1444,7 @@ SELECT min(h.hour), max(h.hour) + step
 FROM (SELECT u AS hour, u - row_number() OVER (ORDER BY u) * step AS island FROM unnest(hours) u) h GROUP BY h.island;
 END;
 COMMENT ON FUNCTION @.analytics_islands IS
-'Internal. Joins hours (or days) that follow each other, so that rows are read by few ranges whose size the planner knows: joined hour by hour, PostgreSQL 15 took five times as long.';
+'Internal. Joins consecutive hours (or days), so that rows are read in few ranges whose size the planner knows: joining hour by hour, PostgreSQL 15 took five times as long.';
 
 CREATE OR REPLACE FUNCTION @.analytics_roll_events(hours TIMESTAMPTZ[]) RETURNS VOID
 LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
@@ -1475,14 +1482,14 @@ BEGIN
     END LOOP;
 END
 $function$;
-COMMENT ON FUNCTION @.analytics_roll_metrics IS 'Internal. As @.analytics_roll_events.';
+COMMENT ON FUNCTION @.analytics_roll_metrics IS 'Internal. Computes the rollup of metrics, as @.analytics_roll_events does for events.';
 
 CREATE OR REPLACE FUNCTION @.analytics_roll_users(days TIMESTAMPTZ[]) RETURNS VOID
 LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     island RECORD;
 BEGIN
-    -- Of a day with a pruned hour, user days are only added to.
+    -- The user days of a day with a pruned hour are only added to.
     DELETE FROM @.analytics_user_days u USING unnest(days) d
     WHERE u.day = (d AT TIME ZONE 'UTC')::date AND NOT EXISTS (
         SELECT FROM @.analytics_sealed s WHERE s.source = 'events' AND s.hour >= d AND s.hour < d + interval '24 hours'
@@ -1497,7 +1504,7 @@ BEGIN
     END LOOP;
 END
 $function$;
-COMMENT ON FUNCTION @.analytics_roll_users IS 'Internal. Computes the user days of days of UTC, given by their first instants.';
+COMMENT ON FUNCTION @.analytics_roll_users IS 'Internal. Computes the user days of UTC days, given by their first instants.';
 
 CREATE OR REPLACE FUNCTION @.analytics_rebuild() RETURNS BIGINT
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
@@ -1522,7 +1529,7 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_rebuild IS
-'Marks every hour for which there are rows or a rollup, so that refreshes compute all rollups again; pruned hours keep theirs. Returns the marks. REPEATABLE READ only.';
+'Marks every hour with rows or a rollup, so that refreshes recompute all rollups; pruned hours keep theirs. Returns the number of marks. REPEATABLE READ only.';
 
 CREATE OR REPLACE FUNCTION @.analytics_refresh(at_most INT DEFAULT 168) RETURNS INT
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
@@ -1572,7 +1579,7 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_refresh IS
-'Computes the rollups of touched hours and days that have ended, at most so many of each; returns how many: call it until 0. Returns 0 at once while another one runs. REPEATABLE READ only, and a serialization failure means: try again.';
+'Computes the rollups of touched hours and days that have ended, at most at_most of each; returns their number: call it until it returns 0. Returns 0 immediately while another refresh runs. REPEATABLE READ only; after a serialization failure, try again.';
 
 CREATE OR REPLACE FUNCTION @.analytics_row_hours(wanted TEXT, before TIMESTAMPTZ) RETURNS SETOF TIMESTAMPTZ
 LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
@@ -1597,7 +1604,7 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_row_hours IS
-'Internal. The hours before a moment that have rows, by leaps through the index that begins with their kind.';
+'Internal. The hours before a moment with rows, by a loose index scan over the index that starts with their kind.';
 
 CREATE OR REPLACE FUNCTION @.analytics_prunable(wanted TEXT, before TIMESTAMPTZ) RETURNS SETOF TIMESTAMPTZ
 LANGUAGE sql STABLE
@@ -1614,13 +1621,13 @@ SELECT h.hour FROM (
 WHERE h.hour + interval '1 hour' <= before ORDER BY 1;
 END;
 COMMENT ON FUNCTION @.analytics_prunable IS
-'Hours that lie before a moment as a whole and have rows of the source events or metrics: for analytics_prune_hour.';
+'Hours that ended before a moment and have rows of the source (events or metrics), for analytics_prune_hour.';
 
 CREATE OR REPLACE FUNCTION @.analytics_prune_hour(wanted TEXT, pruned TIMESTAMPTZ, at_most INT DEFAULT 5000) RETURNS BIGINT
 LANGUAGE plpgsql SECURITY DEFINER SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp
 AS $function$
--- A batch moves rows into the rollup of their hour, which is sealed: readers add what is left in rows, as the mark of
--- the hour is deleted with its last row.
+-- A batch moves rows into the sealed rollup of their hour. Readers add the remaining rows, because the mark
+-- of the hour is deleted only with its last row.
 DECLARE
     the_day CONSTANT TIMESTAMPTZ := date_trunc('day', pruned, 'UTC');
     already BOOLEAN;
@@ -1633,7 +1640,7 @@ BEGIN
     ELSIF at_most < 1 THEN
         RAISE EXCEPTION 'at_most must be 1 or more, not %', at_most;
     END IF;
-    -- It runs as the owner, for whoever may delete the rows itself; current_user is the owner here.
+    -- It runs as the owner (current_user), on behalf of roles that may delete the rows themselves.
     IF NOT has_table_privilege(session_user, format('@.analytics_%I', wanted)::regclass, 'DELETE') THEN
         RAISE EXCEPTION 'permission denied to prune: "%" may not DELETE from analytics_%', session_user, wanted
             USING ERRCODE = 'insufficient_privilege';
@@ -1644,7 +1651,7 @@ BEGIN
     END IF;
     already := EXISTS (SELECT FROM @.analytics_sealed WHERE source = wanted AND hour = pruned);
     IF wanted = 'events' THEN
-        -- Before the first hour of a day goes: from here on its user days are only added to.
+        -- Before the first hour of a day is pruned: from here on the user days of that day are only added to.
         IF NOT EXISTS (
             SELECT FROM @.analytics_sealed s
             WHERE s.source = 'events' AND s.hour >= the_day AND s.hour < the_day + interval '24 hours'
@@ -1724,7 +1731,7 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_prune_hour IS
-'Deletes rows of one hour, at most so many, and keeps its rollup, which is final from here on: rows that arrive later are read beside it, and added at the next call. Returns the rows deleted: call it until that is less than at_most, each time in a transaction of its own, READ COMMITTED.';
+'Deletes at most at_most rows of one hour and keeps its rollup, which is final from then on: later rows are read in addition to it, and added at the next call. Returns the number of deleted rows: call it until that is less than at_most, each time in its own READ COMMITTED transaction.';
 
 CREATE OR REPLACE FUNCTION @.analytics_check_rollups(since TIMESTAMPTZ, until TIMESTAMPTZ DEFAULT now())
 RETURNS TABLE (source TEXT, hour TIMESTAMPTZ, in_rows BIGINT, in_rollup BIGINT)
@@ -1750,11 +1757,11 @@ GROUP BY 1, 2 HAVING sum(c.in_rows) <> sum(c.in_rollup)
 ORDER BY 1, 2;
 END;
 COMMENT ON FUNCTION @.analytics_check_rollups IS
-'Hours whose rollup has another count than their rows: rows that others changed without analytics_mark. Reads all rows of the range.';
+'Hours whose rollup differs from their rows, because rows were changed without analytics_mark. Reads all rows of the range.';
 
 -- ---- partitions ----
 -- With the partitioned layout, the indexes that a load writes to are those of the last days, so they stay in memory
--- however large the table grows, and old rows go by dropping their partition. Bounds are midnights of UTC.
+-- however large the table grows, and old rows are deleted by dropping their partition. Bounds are UTC midnights.
 
 CREATE OR REPLACE FUNCTION @.analytics_id_at(moment TIMESTAMPTZ) RETURNS UUID
 LANGUAGE sql STABLE STRICT PARALLEL SAFE
@@ -1787,8 +1794,9 @@ COMMENT ON FUNCTION @.analytics_partitions IS
 
 CREATE OR REPLACE FUNCTION @.analytics_make_partition(wanted TEXT, key NAME, since TIMESTAMPTZ, until TIMESTAMPTZ) RETURNS VOID
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $function$
--- Created by itself and attached, which lets loads and reads go on: CREATE TABLE ... PARTITION OF takes ACCESS EXCLUSIVE
--- on the parent. To attach it locks the default partition and the tables that foreign keys refer to.
+-- Created separately and then attached, so that loads and reads continue: CREATE TABLE ... PARTITION OF takes
+-- ACCESS EXCLUSIVE
+-- on the parent. Attaching locks the default partition and the tables that foreign keys reference.
 DECLARE
     parent CONSTANT NAME := 'analytics_' || wanted;
     waiting CONSTANT NAME := parent || '_default';
@@ -1833,7 +1841,7 @@ DECLARE
 BEGIN
     IF NOT EXISTS (SELECT FROM @.analytics_settings WHERE name = 'layout' AND value <> 'plain') THEN
         RETURN 0;
-    ELSIF NOT (first >= '2020-01-01' AND finish <= now() + interval '400 days') THEN  -- a wrong clock makes none
+    ELSIF NOT (first >= '2020-01-01' AND finish <= now() + interval '400 days') THEN  -- refuses the dates of a wrong clock
         RAISE EXCEPTION 'cannot make partitions for % to %: only from 2020 on, and for 400 days ahead', first, finish;
     END IF;
     PERFORM pg_advisory_xact_lock(hashtext('analytics_partitions'));
@@ -1843,7 +1851,7 @@ BEGIN
         needed := CASE WHEN first < finish
             THEN tstzmultirange(tstzrange(date_trunc(width, first), date_trunc(width, finish - interval '1 microsecond') + step))
             ELSE '{}' END;
-        -- Rows of other days that wait in the default partition: loaded late, or from another clock.
+        -- Rows of other days in the default partition: loaded late, or from a host with a wrong clock.
         IF since IS NULL AND (SELECT count(*) FROM @.analytics_partitions(wanted)) < 400 THEN
             EXECUTE format($q$SELECT $1 + coalesce(range_agg(tstzrange(day, day + $3)), '{}') FROM (
                 SELECT DISTINCT date_trunc($2, @.analytics_id_time(%1$I)) AS day FROM @.%2$I
@@ -1866,8 +1874,8 @@ $function$;
 COMMENT ON FUNCTION @.analytics_make_partitions IS
 'Makes missing partitions, at most so many, and returns how many: call it until 0, each time in a transaction of its own, because it locks the tables that foreign keys refer to. Without arguments: for the next 14 days, and for rows that wait in the default partition. Waits for a lock 100 ms at most: lock_not_available (55P03) means try again. Returns 0 for the plain layout.';
 
--- Who may insert events may mark hours, refresh and make partitions; who may read the events may read their rollups; who may delete
--- them may refresh before that.
+-- Roles that may insert events may mark hours, refresh and make partitions; roles that may read events may read their
+-- rollups; roles that may delete events may refresh before that.
 DO $$
 DECLARE
     grantee TEXT;
@@ -1894,8 +1902,8 @@ BEGIN
 END
 $$;
 -- ---- indexes ----
--- Covering ones, for index-only scans; BRIN for ranges of time and touched hours. An index on metadata is left out: GIN
--- (metadata jsonb_path_ops) costs 44 to 65 % more server CPU for the load.
+-- Covering ones, for index-only scans; BRIN for ranges of time and touched hours. There is no index on
+-- metadata: GIN (metadata jsonb_path_ops) takes 44 to 65 % more server CPU when loading.
 
 CREATE OR REPLACE FUNCTION @.analytics_indexes() RETURNS TABLE (name NAME, definition TEXT, replaces NAME, schema REGNAMESPACE)
 LANGUAGE sql STABLE
@@ -1911,8 +1919,8 @@ END;
 COMMENT ON FUNCTION @.analytics_indexes IS
 'Internal. The indexes that serve the questions, and those of earlier versions that they replace.';
 
--- Building them blocks loads. Where there are rows, `loader init` builds them CONCURRENTLY after this file and has it
--- leave them; with psql: SET analytics.indexes = later.
+-- Building them blocks loads. If there are rows, `loader init` makes this file skip them and builds them
+-- CONCURRENTLY afterwards; with psql: SET analytics.indexes = later.
 DO $$
 DECLARE
     index RECORD;
@@ -1933,8 +1941,8 @@ BEGIN
 END
 $$;
 
--- An index-only scan needs the visibility map, and autovacuum would set it after 20 % of new rows only. Set once: it
--- takes a lock.
+-- An index-only scan needs the visibility map, and autovacuum would set it only after 20 % of new rows. Set
+-- only once, because it takes a lock.
 DO $$
 DECLARE
     grown REGCLASS;
@@ -1953,8 +1961,8 @@ $$;
 $sql$;
     EXECUTE replace(statements, '@.', replace(quote_ident(home), $quote$'$quote$, $quote$''$quote$) || '.');
 
-    -- What existed with one of these names belongs to whoever created it, and would run with the rights of whoever
-    -- loads or asks.
+    -- An existing function with one of these names belongs to its creator, and would run with the privileges
+    -- of the roles that load or query.
     SELECT named.name, rolname INTO foreign_name, foreign_owner
         FROM (
             SELECT relname, relowner FROM pg_class WHERE relnamespace = home_oid
@@ -1966,7 +1974,7 @@ $sql$;
         ORDER BY named.name
         LIMIT 1;
     IF foreign_name IS NOT NULL THEN
-        RAISE EXCEPTION '"%" belongs to the role "%" and would run with the rights of others: drop it, or connect as "%"',
+        RAISE EXCEPTION '"%" belongs to the role "%" and would run with the privileges of other roles: drop it, or connect as "%"',
             foreign_name, foreign_owner, foreign_owner;
     END IF;
     PERFORM set_config('search_path', caller_path, true);

@@ -1,1 +1,1 @@
-"""Loads spool segments into Postgres: see README.md."""
+"""Loads spool segments into Postgres; see README.md."""

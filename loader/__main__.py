@@ -6,8 +6,8 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or report what to install if only the emitter is."""
-    if sys.argv[1:] == ["--version"]:  # without click, whose import takes most of the time
+    """Run the command line, or report what to install if only the emitter is installed."""
+    if sys.argv[1:] == ["--version"]:  # without click, whose import takes most of the run time
         from importlib.metadata import version
 
         print(f"loader, version {version('analytics-spool')}")

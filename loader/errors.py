@@ -1,4 +1,4 @@
-"""What ends a command: each error is one sentence for a person and an exit code for a script."""
+"""Errors that end a command. Each has a one-line message for people and an exit code for scripts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class LoaderError(Exception):
 
 
 class UsageError(LoaderError):
-    """What was asked for can't be: an argument or a setting must change."""
+    """An invalid request: an argument or a setting must change."""
 
     exit_code = 2
 
@@ -22,11 +22,11 @@ class OutOfReachError(LoaderError):
 
 
 class LoginRefusedError(OutOfReachError):
-    """The database answered, and refused the login: a person must change the DSN or the server."""
+    """The database refused the login: the DSN or the server's configuration must change."""
 
 
 class DamagedFileError(LoaderError, ValueError):
-    """A file of the spool does not hold what the loader writes."""
+    """A file in the spool does not have the contents that the loader writes."""
 
 
 SOME_REJECTED = 3
@@ -34,5 +34,5 @@ SOME_REJECTED = 3
 
 
 def one_line(text: str) -> str:
-    """Text from outside, in one line and without anything that a terminal would obey."""
+    """Return external text as one line without control characters."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

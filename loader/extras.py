@@ -1,7 +1,7 @@
-"""The extras of the package: what a command needs beyond the loader, and how to install it here.
+"""The package's extras: modules that a command needs beyond the loader, and how to install them here.
 
-The package is not on an index: how it was installed is what `direct_url.json` says (PEP 610), which pip and uv
-write for a directory, an archive or a repository.
+The package is not on an index. `direct_url.json` (PEP 610), which pip and uv write for a directory, an
+archive or a repository, records how it was installed.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ def require(modules: Iterable[str], extra: str) -> None:
 
 
 def missing(module: str, extra: str) -> str:
-    """Return one line for a module that is not installed and the extra that has it."""
+    """Return a message for a module that is not installed, with the extra that provides it."""
     return f"{module} is not installed: {install_command(extra)}"
 
 
 def install_command(extra: str) -> str:
-    """Return what installs an extra from where the package came from."""
+    """Return the command that installs an extra from the package's own source."""
     return f"pip install {_source(_direct_url(), extra)}"
 
 
 def _direct_url() -> dict[str, Any]:
     try:
         text = distribution(_PACKAGE).read_text("direct_url.json")
-    except PackageNotFoundError:  # on the path, but not installed
+    except PackageNotFoundError:  # on sys.path, but not installed
         return {}
     return json.loads(text) if text else {}
 

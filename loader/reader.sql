@@ -1,9 +1,9 @@
--- A role that may read and nothing else: SELECT on the tables, rollups and views, EXECUTE on the questions, statements
--- of at most 30 s. Its name is the setting analytics.reader; it is created, without a password, if it does not exist.
--- `loader init --reader NAME` applies this after schema.sql; with psql: SET analytics.reader = 'analytics_reader';
--- before the file.
+-- A least-privilege role for reading: SELECT on the tables, rollups and views, EXECUTE on the questions, and a
+-- statement timeout of 30 s. The setting analytics.reader is its name; it is created, without a password, if it
+-- does not exist. `loader init --reader NAME` applies this after schema.sql; with psql: SET analytics.reader =
+-- 'analytics_reader'; before the file.
 --
--- Names are looked up in pg_catalog alone, as a superuser may run this: see schema.sql.
+-- Names are looked up only in pg_catalog, because a superuser may run this (see schema.sql).
 
 DO $reader$
 DECLARE
@@ -41,7 +41,7 @@ BEGIN
     EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', home, reader);
     RAISE NOTICE 'granted to "%": USAGE on the schema %, SELECT on the tables, rollups and views, EXECUTE on the questions',
         reader, quote_ident(home);
-    -- In case EXECUTE was revoked from everybody. What changes a rollup is not granted to everybody to begin with.
+    -- In case EXECUTE was revoked from PUBLIC. Functions that change a rollup are never granted to PUBLIC.
     FOR question IN
         SELECT oid FROM pg_proc
         WHERE pronamespace = home_oid AND starts_with(proname::text, 'analytics_') AND provolatile <> 'v'
@@ -51,10 +51,12 @@ BEGIN
     IF NOT has_database_privilege(reader, current_database(), 'CONNECT') THEN
         EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), reader);
     END IF;
-    -- A dashboard runs whatever SQL it is given. The role itself can lift these: they guard against accidents.
+    -- A dashboard runs any SQL entered by its users. The role can override these settings: they prevent
+    -- accidents.
     EXECUTE format('ALTER ROLE %I IN DATABASE %I SET statement_timeout = ''30s''', reader, current_database());
     EXECUTE format('ALTER ROLE %I IN DATABASE %I SET default_transaction_read_only = on', reader, current_database());
-    -- Compiling the plan of a question took 4.4 s of 4.5 (PostgreSQL 15): the planner expects many empty buckets.
+    -- Compiling the plan of a question took 4.4 of 4.5 s (PostgreSQL 15), because the planner overestimates
+    -- empty buckets.
     EXECUTE format('ALTER ROLE %I IN DATABASE %I SET jit = off', reader, current_database());
     PERFORM set_config('search_path', caller_path, true);
 END

@@ -1,8 +1,9 @@
--- A role that may load and nothing else: it reads and adds rows, and cannot change, remove or truncate any. Its name
--- is the setting analytics.role; it is created, without a password, if it does not exist. `loader init --role NAME`
--- applies this after schema.sql; with psql: SET analytics.role = 'analytics_loader'; before the file.
+-- A least-privilege role for loading: it may read and add rows, but not update, delete or truncate them. The
+-- setting analytics.role is its name; it is created, without a password, if it does not exist. `loader init
+-- --role NAME` applies this after schema.sql; with psql: SET analytics.role = 'analytics_loader'; before the
+-- file.
 --
--- Names are looked up in pg_catalog alone, as a superuser may run this: see schema.sql.
+-- Names are looked up only in pg_catalog, because a superuser may run this (see schema.sql).
 
 DO $role$
 DECLARE
@@ -38,15 +39,16 @@ BEGIN
     EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', home, loader);
     RAISE NOTICE 'granted to "%": USAGE on the schema %, SELECT on %, INSERT on %',
         loader, quote_ident(home), tables, loaded;
-    -- Marks of touched hours, the daemon's refresh, and the questions, which are often asked with the loader's DSN.
+    -- For marks of touched hours, the daemon's refresh, and the questions, which are often run with the
+    -- loader's DSN.
     EXECUTE format('GRANT SELECT, INSERT ON %I.analytics_touched TO %I', home, loader);
     EXECUTE format('GRANT SELECT ON %1$I.analytics_sealed, %1$I.analytics_hourly_events, %1$I.analytics_hourly_metrics, '
         '%1$I.analytics_user_days TO %2$I', home, loader);
     EXECUTE format('GRANT EXECUTE ON FUNCTION %1$I.analytics_refresh, %1$I.analytics_rebuild, %1$I.analytics_mark, '
         '%1$I.analytics_make_partitions TO %2$I', home, loader);
     RAISE NOTICE 'granted to "%": SELECT on the rollups, INSERT on their marks, EXECUTE on their refresh', loader;
-    -- Rows that may exist are compared in a temporary table. Everybody may connect and create one unless that was
-    -- revoked.
+    -- Rows that may exist are compared in a temporary table. By default every role may connect and create
+    -- one.
     IF NOT has_database_privilege(loader, current_database(), 'CONNECT')
         OR NOT has_database_privilege(loader, current_database(), 'TEMPORARY')
     THEN

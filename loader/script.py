@@ -1,7 +1,7 @@
 #!python
-"""`analytics-loader`: `loader` where an application has a loader.py of its own on PYTHONPATH.
+"""`analytics-loader`: the `loader` command if an application has its own loader.py on PYTHONPATH.
 
-Installed as a script and not as an entry point, which would import `loader` from the first place that has one.
+Installed as a script, not as an entry point: an entry point would import the first `loader` on sys.path.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Which spool and which database: a flag beats the environment, and nothing is guessed."""
+"""Selects the spool and the database: a flag overrides the environment, and nothing is guessed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _CONNECTION: Final = {
     "connect_timeout": "5",
     "tcp_user_timeout": "30000",
 }
-"""Defaults of a connection: who it is, the encoding of the rows, and seconds and milliseconds after which a
-host that does not answer is given up (https://www.postgresql.org/docs/current/libpq-connect.html)."""
+"""Defaults of a connection: the application name, the encoding of the rows, and timeouts, in seconds and
+milliseconds, for a host that does not answer (https://www.postgresql.org/docs/current/libpq-connect.html)."""
 
 
 _SSL_MODES: Final = {
@@ -33,9 +33,9 @@ _SSL_MODES: Final = {
     "no-verify": "require", "0": "disable", "f": "disable", "false": "disable", "off": "disable",
     "no": "disable",
 }  # fmt: skip
-"""Values of `ssl` (asyncpg, node-postgres, JDBC) and `sslmode` that are not libpq's, as libpq's sslmode."""
+"""Values of `ssl` (asyncpg, node-postgres, JDBC) and foreign values of `sslmode`, mapped to libpq's sslmode."""
 _SCHEMA_PARAMETERS: Final = ("schema", "currentSchema", "search_path")
-"""Where Prisma, JDBC and others look up tables."""
+"""Parameters with which Prisma, JDBC and others select the schema."""
 _POOL_PARAMETERS: Final = frozenset(
     {"pgbouncer", "connection_limit", "pool_timeout", "socket_timeout", "pool", "pool_size", "max_overflow",
      "pool_recycle", "pool_pre_ping", "conn_max_age", "conn_health_checks", "statement_cache_size",
@@ -43,20 +43,21 @@ _POOL_PARAMETERS: Final = frozenset(
      "reaping_frequency", "checkout_timeout", "idle_timeout", "max_client_conn", "encoding", "async_fallback",
      "single_sentence", "supa", "workaround"}
 )  # fmt: skip
-"""Of drivers and their pools (Prisma, SQLAlchemy, asyncpg, Django, Rails, Supabase): no matter of a
-connection."""
+"""Parameters of drivers and their pools (Prisma, SQLAlchemy, asyncpg, Django, Rails, Supabase) that do not
+affect a connection."""
 
 _NO_DSN: Final = (
-    "the DSN can't be read (it may hold a password and is not shown): write postgresql://user@host/database "
-    "or host=... dbname=..., with special characters of a password as in a URL (%40 for @)"
+    "the DSN is invalid (not shown, because it may contain a password): write "
+    "postgresql://user@host/database "
+    "or host=... dbname=..., with special characters of a password escaped as in a URL (%40 for @)"
 )
 
 
 def spool_directory(given: Path | None, environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the spool: what was given, else SPOOL_DIR, else the default.
+    """Return the spool: the given one, SPOOL_DIR, or the default.
 
-    Raises UsageError, also for one that everyone may write to and somebody else may give away: whoever plants
-    files there decides what this process reads, and may exchange the spool itself.
+    Raises UsageError, also for a world-writable directory owned by another user: anybody could plant files
+    there for this process to read, or replace the spool itself.
     """
     directory = (given or Path(environment.get("SPOOL_DIR") or DEFAULT_DIRECTORY)).absolute()
     try:
@@ -68,16 +69,16 @@ def spool_directory(given: Path | None, environment: Mapping[str, str] = os.envi
         raise UsageError(f"spool directory {directory} is not a directory: set SPOOL_DIR or --spool-dir")
     if status.st_mode & stat.S_IWOTH and status.st_uid != os.geteuid():
         raise UsageError(
-            f"spool directory {directory} is another user's ({owner(status.st_uid)}) and everyone may write "
-            f"to it: chmod o-w {directory}, or set SPOOL_DIR or --spool-dir to a directory of your own; in a "
-            "volume such as emptyDir (securityContext: fsGroup) that is one which an init container makes: "
-            f"mkdir -p -m 2770 {directory}/analytics"
+            f"spool directory {directory} is world-writable and owned by another user "
+            f"({owner(status.st_uid)}): chmod o-w {directory}, or set SPOOL_DIR or --spool-dir to a "
+            f"directory of your own; in a volume such as emptyDir (securityContext: fsGroup), let an init "
+            f"container create one: mkdir -p -m 2770 {directory}/analytics"
         )
     return directory
 
 
 def owner(uid: int) -> str:
-    """Return the name of a user, or the number where it has none."""
+    """Return the name of a user, or the number if it has no name."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -85,11 +86,10 @@ def owner(uid: int) -> str:
 
 
 def database_dsn(given: str | None, environment: Mapping[str, str] = os.environ) -> str:
-    """Return where the database is: what was given, else LOADER_DSN, else what the file LOADER_DSN_FILE has,
-    else DATABASE_URL, else libpq's PG*.
+    """Return the DSN: given, or from LOADER_DSN, LOADER_DSN_FILE, DATABASE_URL or libpq's PG*, in this order.
 
-    A URL may name a driver, as SQLAlchemy's do (`postgresql+asyncpg://`). Raises UsageError, which shows
-    nothing of the DSN: a part that stands in the wrong place may be the password.
+    A URL may name a driver, as in SQLAlchemy (`postgresql+asyncpg://`). Raises UsageError, which never shows
+    the DSN: a misplaced part of it may be the password.
     """
     named = (environment.get(name, "") for name in ("LOADER_DSN", "LOADER_DSN_FILE", "DATABASE_URL"))
     direct, file, other = named
@@ -104,14 +104,14 @@ def database_dsn(given: str | None, environment: Mapping[str, str] = os.environ)
 
 
 def has_database(given: str | None, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether `database_dsn` has anything to go by."""
+    """Whether any source of `database_dsn` is set."""
     names = ("LOADER_DSN", "LOADER_DSN_FILE", "DATABASE_URL", *PG_VARIABLES)
     return bool(given) or any(environment.get(name) for name in names)
 
 
 def _conninfo(dsn: str, source: str) -> str:
-    """Return libpq's form of a DSN that came from `source`. Raises UsageError as `database_dsn`."""
-    import psycopg  # takes long, and a command without a database does without it
+    """Return a DSN from `source` in libpq's form. Raises UsageError as `database_dsn` does."""
+    import psycopg  # slow to import, and not needed by commands without a database
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
     try:
@@ -126,10 +126,10 @@ def _conninfo(dsn: str, source: str) -> str:
 
 
 def _libpq_url(dsn: str, source: str) -> str:
-    """Return a URL with the parameters of drivers as libpq's, or without; anything else as it is.
+    """Return a URL with driver parameters translated to libpq's, or removed; return other DSNs unchanged.
 
-    Raises UsageError for a parameter that nobody knows, and for a URL with more than one @: what comes after
-    the first would be taken for a host, and be shown.
+    Raises UsageError for an unknown parameter, and for a URL with more than one @: the text after the first
+    would be taken for a host and shown in messages.
     """
     if not re.match(r"postgres(ql)?://", dsn):
         return dsn
@@ -148,7 +148,7 @@ def _libpq_url(dsn: str, source: str) -> str:
 
 
 def _libpq_parameter(name: str, value: str, source: str, options: str) -> dict[str, str]:
-    """Return the libpq parameters that mean the same as one of a URL, which may be none."""
+    """Return the libpq parameters equivalent to a URL parameter, if any."""
     if name in _POOL_PARAMETERS:
         return {}
     if name in ("ssl", "sslmode"):
@@ -175,7 +175,7 @@ def _libpq_names() -> set[str]:
 
 
 def has_password(dsn: str) -> bool:
-    """Whether a DSN, as it was given, holds a password."""
+    """Whether a DSN contains a password."""
     from psycopg.conninfo import conninfo_to_dict
 
     return bool(conninfo_to_dict(database_dsn(dsn)).get("password"))
@@ -186,4 +186,4 @@ def _written_in(file: Path) -> str:
         with file.open() as stream:
             return stream.read(_LONGEST_DSN).strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the DSN can't be read from LOADER_DSN_FILE: {error}") from None
+        raise UsageError(f"could not read the DSN from LOADER_DSN_FILE: {error}") from None

@@ -1,7 +1,7 @@
-"""Product analytics and metrics that lose nothing and cost the request nothing: see README.md.
+"""Durable product analytics and metrics that never block a request; see README.md.
 
-The names are imported at their first use: the loader uses modules of this package and none of these, which
-take longer to import than some of its commands take to run.
+Names are imported on first use. The loader uses other modules of this package; importing these would take
+longer than some of its commands take to run.
 """
 
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ else:
         "analytics_uuid": "identity",
     }  # fmt: skip
 
-    def __getattr__(name):  # noqa: ANN001, ANN202  # hidden from type checkers: it would accept every name
+    def __getattr__(name):  # noqa: ANN001, ANN202  # hidden: type checkers would accept every name
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module

@@ -1,26 +1,26 @@
-"""What a writer states about itself, in a file that survives SIGKILL: `.writers/<writer>` in the spool.
+"""The account of a writer: its counts in a file that survives SIGKILL, `.writers/<writer>` in the spool.
 
-The loader compares it with what it found: segments and lines that were written must be in the ledger or in the
-spool, and drops that no metric had reported when the writer died are reported by the loader.
+The loader compares the account with the ledger and the spool, which together must contain every segment and
+line that was written. It also reports the drops that the writer had not reported as metrics before it died.
 
     bytes   content
     0-15    MAGIC, written last
-    16      when the writer began to count, in milliseconds since 1970
-    24, 32  segments that are sealed without a gap from 1, and their lines
-    40, 48  the same: the pair with more segments counts, the other one is overwritten next
-    56      the last segment that got a line
-    64      drops of kinds that have no entry
-    128...  entries of 160 bytes: dropped, announced, reported; then cause, blank, name, NUL bytes
+    16      when the writer started counting, in milliseconds since 1970
+    24, 32  segments sealed without a gap from 1, and their lines
+    40, 48  the same; the pair with more segments is valid, the other is overwritten next
+    56      the number of the last segment that received a line
+    64      drops of kinds without an entry
+    128...  entries of 160 bytes: dropped, announced, reported; then cause, space, name, NUL bytes
 
-Each number has 64 bits in the byte order of the host and is replaced by one store, so that a process that is
-killed leaves the old one or the new one. An entry's text is written before its numbers. A metric that reports
-drops is announced first, and its event_id depends on nothing but the writer and the drops that were reported
-before: the loader makes the same line of an announcement that was not followed by a report, and it is a
-duplicate if the first one was written.
+Each number has 64 bits in the byte order of the host and is replaced by one store, so a killed process leaves
+either the old value or the new one. An entry's text is written before its numbers. A metric that reports
+drops is announced first. Its event_id depends only on the writer and on the drops reported before it, so the
+loader builds the same line from an announcement without a report; if the writer did write that line, the
+loader's copy is a duplicate.
 
-The loader creates the directory `.writers`; without it (no loader has run yet) a writer states nothing. The
-file is locked (flock) by its living writer. Where a file cannot be mapped safely it is written by housekeeping,
-and what was dropped since is lost with a process that is killed.
+The loader creates the directory `.writers`; without it (no loader has run yet) a writer keeps no account. A
+running writer holds a lock (flock) on its file. If a file cannot be mapped safely, the housekeeping thread
+writes it, and drops since its last write are lost when the process is killed.
 """
 
 from __future__ import annotations
@@ -56,14 +56,17 @@ _FIRST_ENTRY: Final = 128
 _ENTRY: Final = 160
 _NUMBERS: Final = 3 * _WORD
 _LAST_NAMED: Final = BYTES - 32 * _ENTRY
-"""From here on, entries are for the causes of names without an entry."""
+"""Entries from this offset on are reserved for causes whose names have no entry of their own."""
 _RETRY_SECONDS: Final = 1.0
 _LOCK_ATTEMPTS: Final = 20
 _LOCK_SECONDS: Final = 0.002
 
 
 class Account:
-    """The file of this process. Changed by whoever drops, under the lock of `Drops`, and by housekeeping."""
+    """The account file of this process.
+
+    Changed by the thread that drops a line, under the lock of `Drops`, and by housekeeping.
+    """
 
     def __init__(self, spool: Path, writer: str) -> None:
         self.writer = writer
@@ -76,10 +79,10 @@ class Account:
         self._entries: dict[Kind, int] = {}
         self._end = _FIRST_ENTRY
 
-    # ---- by housekeeping ----------------------------------------------------------------------------
+    # ---- called by housekeeping ---------------------------------------------------------------------
 
     def update(self, sealed: SealedSoFar, drops: Drops) -> None:
-        """State what is known now. Creates the file if there is something to state. Never raises."""
+        """Write the current counts. Creates the file once there is something to write. Never raises."""
         if self._words is None and (sealed.begun or drops.by_kind()):
             self._open(drops)
         if (words := self._words) is not None:
@@ -92,11 +95,11 @@ class Account:
             self._flush()
 
     def announce(self, report: Report) -> None:
-        """Note that a metric is about to report drops."""
+        """Record that a metric is about to report drops."""
         self._set(report.kind, 1, report.end)
 
     def reported(self, report: Report) -> None:
-        """Note that a metric has reported drops."""
+        """Record that a metric has reported drops."""
         self._set(report.kind, 2, report.end)
 
     def _set(self, kind: Kind, place: int, value: int) -> None:
@@ -105,14 +108,14 @@ class Account:
             self._flush()
 
     def close(self, sealed: SealedSoFar, drops: Drops) -> None:
-        """State the end, and let the loader take the file unless there are drops to be reported still."""
+        """Write the final counts. Release the file to the loader unless unreported drops remain."""
         self.update(sealed, drops)
         if not drops.is_waiting():
             drops.count_in(None)
             self.abandon()
 
     def abandon(self) -> None:
-        """Let go of the file and its lock without touching it, as a forked child does."""
+        """Release the file and its lock without changing them, as a forked child does."""
         words, self._words = self._words, None
         if words is not None:
             words.release()
@@ -156,14 +159,14 @@ class Account:
             with contextlib.suppress(OSError):
                 kernel.write_at(self._file.held(), bytes(self._memory), 0)
 
-    # ---- by whoever drops ---------------------------------------------------------------------------
+    # ---- called by the thread that drops a line -----------------------------------------------------
 
     def count(self, kind: Kind, dropped: Mapping[Kind, int], reported: Mapping[Kind, int]) -> None:
-        """State how many lines of a kind were dropped and reported so far."""
+        """Write how many lines of a kind were dropped and how many of these were reported."""
         words = self._words
         if words is None:
             return
-        with contextlib.suppress(ValueError):  # released in between
+        with contextlib.suppress(ValueError):  # closed in the meantime
             if kind not in self._entries and not self._add_entry(kind):
                 words[_WITHOUT_ENTRY] += 1
                 return
@@ -183,7 +186,7 @@ class Account:
 
 
 def _lock(fd: int) -> None:
-    """Take the lock; a loader that asks whether the writer lives holds it for some microseconds."""
+    """Take the lock. A loader that checks whether the writer is alive holds it for some microseconds."""
     for _ in range(_LOCK_ATTEMPTS):
         with contextlib.suppress(BlockingIOError):
             kernel.lock(fd)
@@ -193,7 +196,7 @@ def _lock(fd: int) -> None:
 
 
 def _opened(path: Path) -> int:
-    """Return a descriptor of a new file, or of the one that this writer left when it was closed before."""
+    """Return a descriptor of a new file, or of this writer's file from before its last `close`."""
     try:
         return os.open(path, kernel.NEW_FILE, FILE_MODE)
     except FileExistsError:
@@ -209,7 +212,7 @@ def _opened(path: Path) -> int:
 
 
 class Statement(NamedTuple):
-    """What a writer stated."""
+    """The decoded account of a writer."""
 
     writer: str
     began: int
@@ -221,7 +224,7 @@ class Statement(NamedTuple):
 
 
 def decode(writer: str, data: bytes) -> Statement | None:
-    """Return what the file of a writer holds, None if it is not complete."""
+    """Return the contents of a writer's file, or None if it is incomplete."""
     if len(data) != BYTES or not data.startswith(MAGIC):
         return None
     words = memoryview(data).cast("Q")
@@ -239,7 +242,7 @@ def decode(writer: str, data: bytes) -> Statement | None:
 
 
 def report_line(writer: str, began: int, report: Report) -> bytes:
-    """Return the line of the metric that reports drops. Its id depends on what it reports alone."""
+    """Return the line of the metric that reports drops. Its id depends only on what it reports."""
     kind, begin, end = report
     digest = sha256(f"{writer} {kind.cause} {kind.name} {begin}".encode()).hexdigest()
     moment = f"{began:012x}"
@@ -256,7 +259,7 @@ def report_line(writer: str, began: int, report: Report) -> bytes:
 
 
 def as_reported(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the places of a file, in bytes, and the numbers there that make all drops reported."""
+    """Yield the byte offsets and numbers to write to a file so that all its drops count as reported."""
     words = memoryview(data).cast("Q")
     for start in range(_FIRST_ENTRY, BYTES - _ENTRY + 1, _ENTRY):
         if words[start // _WORD] > words[start // _WORD + 2]:

@@ -1,7 +1,7 @@
-"""What was altered in lines that were kept: values redacted, and values that only left the name of their type.
+"""Counts of altered values in emitted lines: redacted values, and values replaced by the name of their type.
 
-Counting needs no lock: `counts[name] += 1` on a defaultdict with a key of exact type `str` runs no Python code
-in which another thread or a signal handler could come between.
+Counting needs no lock: `counts[name] += 1` on a defaultdict with a key of exact type `str` runs no Python
+code that another thread or a signal handler could interrupt.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 from spool.log import Warnings
 
 _NAMES: Final = 100
-"""Distinct names that are counted; clients may choose keys. Others are counted as `other`."""
+"""Maximum number of distinct names, because clients may choose keys. Further names count as `other`."""
 _NAME_LENGTH: Final = 100
 OTHER: Final = "other"
 
@@ -22,7 +22,7 @@ NO_SCOPE: Final = "cannot bind outside of a scope: add AnalyticsMiddleware, or c
 
 
 class Alterations:
-    """Counts of one process. Safe to use from any thread, signal handler or finalizer."""
+    """The counts of one process. Safe to use from any thread, signal handler or finalizer."""
 
     def __init__(self) -> None:
         self._redacted: defaultdict[str, int] = defaultdict(int)
@@ -38,7 +38,7 @@ class Alterations:
         _count(self._redacted, key)
 
     def count_converted(self, type_name: str) -> None:
-        """Count a value that has no JSON form and was written as the name of its type, an exact `str`."""
+        """Count a value without a JSON form that was written as `type_name` (an exact `str`)."""
         _count(self._converted, type_name)
 
     def redacted(self) -> Mapping[str, int]:
@@ -54,13 +54,13 @@ class Alterations:
         _count(self._unbound, "update")
 
     def unbound(self) -> int:
-        """Return how many calls of `update` bound nothing."""
+        """Return the number of `update` calls that bound nothing."""
         return sum(dict(self._unbound).values())
 
     def log(self) -> None:
-        """Log calls that bound nothing, and the types without a JSON form, each at most once a minute.
+        """Log calls that bound nothing and types without a JSON form, each at most once a minute.
 
-        Not for the thread that emits.
+        Not to be called by the thread that emits.
         """
         unbound = self.unbound()
         if unbound > self._unbound_logged and self._unbound_warnings.is_due():

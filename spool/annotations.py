@@ -9,19 +9,19 @@ from typing import Any, Literal, SupportsFloat, TypedDict
 from uuid import UUID
 
 Id = UUID | str | int
-"""A person, family or session, as the application knows it."""
+"""The application's id of a person, family or session."""
 EventId = UUID | str
 Moment = datetime | str
 """An aware datetime, or RFC 3339 text with an offset."""
 Number = int | float | Decimal | SupportsFloat
-"""A metric's value; a number of numpy is one, text is not."""
+"""A metric's value; numpy numbers are accepted, text is not."""
 MetricType = Literal["counter", "gauge", "timer", "histogram"]
 Metadata = Mapping[Any, object]
-"""Metadata or labels: names, and values that have a JSON form (spool/convert.py)."""
+"""Metadata or labels: names with values that have a JSON form (spool/convert.py)."""
 
 
 class Who(TypedDict, total=False):
-    """What every event takes beside its own fields. Ids that are not given come from the context."""
+    """The arguments that every event takes in addition to its own fields. Omitted ids come from the context."""
 
     user_id: Id | None
     family_unit_id: Id | None

@@ -1,9 +1,9 @@
-"""Where lines go: the current segment, its spare, rotation and age.
+"""Writes lines to segments: the current one and its spare, with rotation by size and age.
 
-`write` takes a line into the current segment, or raises ValueError; then `append` finds room. From the first
-emit, or `prepare`, to the end of the process a segment is always ready: an idle process holds an empty one
-of 64 KiB, so that the first emit after a pause costs what every emit does. Segments grow to the full size
-while they fill before their age is due, and shrink when they do not.
+`write` writes a line to the current segment, or raises ValueError; then `append` finds room. From the first
+emit, or `prepare`, until the process exits a segment is always ready: an idle process holds an empty one of
+64 KiB, so the first emit after a pause is as fast as any other. Segments grow to the full size if they fill
+before their maximum age, and shrink otherwise.
 
     who       does                                                                       holds
     emit      writes into the map                                                        nothing
@@ -12,9 +12,9 @@ while they fill before their age is due, and shrink when they do not.
     tidy      prepares spares, moves on from an aged segment, seals                      each in its turn
 
 `_lock` is never held during a system call. A signal handler or a finalizer may emit in the middle of any of
-this in its own thread: it finds the lock held by itself and writes a segment of one line, as a writer of its
-own, so that no number is given twice. A handler may also raise there. So the state is one frozen value that
-is replaced by a single assignment, and a segment is known to somebody before it has a file.
+this in the same thread: it finds that its own thread holds the lock, and writes a segment of one line under a
+writer token of its own, so that no number is used twice. A handler may also raise there. So the state is one
+frozen value that is replaced by a single assignment, and a segment is recorded before its file is created.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from spool.segment import DIRECTORY_MODE, Writer, written_bytes
 from spool.settings import Settings
 
 FIRST_BYTES: Final = 1 << 16
-"""Capacity of the segments of a process that emits little: a killed one leaves twice as much."""
+"""Capacity of the segments of a process that emits little. A killed process leaves two of them."""
 _GROWTH: Final = 8
-"""Factor between the capacities of two segments of which the first was full before its age was due."""
+"""Growth of the capacity if a segment was full before its maximum age."""
 _GROWTH_SECONDS: Final = 0.05
-"""How often it is checked whether the current segment is half full, so that the next one should be larger."""
+"""Interval of checks whether the current segment is half full, so that the next one should be larger."""
 _BACKOFF_AGES: Final = 0.25
-"""Part of `max_age` for which nobody asks the disk again after it refused a segment, at most a second."""
+"""After the disk refused a segment, creation is retried after this fraction of `max_age`, at most a second."""
 _UNSUPPORTED: Final = 3600.0
-"""The same where the platform cannot write segments at all."""
+"""The same if the platform cannot write segments at all."""
 _ANY_TIME: Final = float("inf")
 _NOT_PERMITTED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 class SealedSoFar(NamedTuple):
-    """The segments that are sealed without a gap from 1, their lines, and the last that got a line."""
+    """The segments that are sealed without a gap from 1, their lines, and the last segment that received a line."""
 
     segments: int
     lines: int
@@ -59,7 +59,7 @@ class SealedSoFar(NamedTuple):
 
 @dataclass(frozen=True)
 class Written:
-    """What was written so far."""
+    """The lines, bytes and segments written so far."""
 
     lines: int = 0
     bytes: int = 0
@@ -73,9 +73,9 @@ class Written:
 
 @dataclass(frozen=True)
 class _State:
-    """`number` was given to the newest of the segments; `retired` ones wait for their sealing.
+    """`number` is that of the newest segment; `retired` segments wait to be sealed.
 
-    `withdrawn` is one without lines that is being resized or removed by the holder of `_creating`.
+    `withdrawn` is a segment without lines that the holder of `_creating` is resizing or removing.
     """
 
     current: Segment | None = None
@@ -86,7 +86,7 @@ class _State:
     number: int = 0
 
     def moved_on(self) -> _State:
-        """The spare becomes the current segment."""
+        """Return the state with the spare as the current segment."""
         retired = self.retired if self.current is None else (*self.retired, self.current)
         return replace(self, current=self.spare, spare=None, retired=retired)
 
@@ -95,7 +95,7 @@ class Appender:
     """Writes lines to the segments of one process. Safe to use from any thread, handler or finalizer."""
 
     def __init__(self, settings: Settings, wake: Callable[[], None], before: Appender | None = None) -> None:
-        """`before` is that of the process which this one was forked from."""
+        """`before` is the appender of the parent process, if this one was forked."""
         parents: SpoolLimit | None = None if before is None else before._limit
         self.settings = settings
         self._wake = wake
@@ -107,14 +107,16 @@ class Appender:
         self.write: Callable[[bytes], int] = _no_segment
         self._due: float | None = None
         self._begun = False
-        self._alone: list[Segment] = []  # of one line each, or of a thread that found the current one busy
+        self._alone: list[
+            Segment
+        ] = []  # with one line each, or of threads that found the current segment busy
 
         # Guarded by _lock, never held during a system call.
         self._lock = ReentryLock()
         self._state = _State()
         self._diverted: Callable[[bytes], int] | None = None
 
-        # Guarded by _creating; who holds it may take _lock.
+        # Guarded by _creating; its holder may take _lock.
         self._creating = ReentryLock()
         self._making: Segment | None = None
         self._capacity = min(FIRST_BYTES, settings.segment_bytes)
@@ -122,19 +124,19 @@ class Appender:
         self._refusal: tuple[int | None, str | None] = (None, None)
         self._refused_until = 0.0
 
-        # Held while segments are sealed; who holds it may take _lock.
+        # Held while segments are sealed; its holder may take _lock.
         self._sealing = ReentryLock()
         self._sealed_beyond: dict[int, int] = {}
-        """Lines of sealed segments by number, if one before is not sealed yet."""
+        """Lines of sealed segments, by number, that follow a segment that is not sealed yet."""
         self._sealed_first = (0, 0)
-        """How many segments are sealed without a gap from 1, and their lines."""
-        if before is not None and before._diverted is not None:  # the child of a test that records
+        """The number of segments that are sealed without a gap from 1, and their lines."""
+        if before is not None and before._diverted is not None:  # in a child forked by a test that records
             self._divert(before._diverted)
 
     # ---- finding room -------------------------------------------------------------------------------
 
     def append(self, line: bytes) -> None:
-        """Write a line that the current segment had no room for. Raises OSError if there is none."""
+        """Write a line for which the current segment has no room. Raises OSError if there is no other."""
         if self._lock.held_here() or self._creating.held_here():
             self._append_alone(line)
             return
@@ -198,7 +200,7 @@ class Appender:
         self._wake()
 
     def _segment_alone(self, seconds: float) -> Segment:
-        """Return a new segment, as a writer of its own, that housekeeping seals after so many seconds."""
+        """Return a new segment with its own writer token, which housekeeping seals after the given seconds."""
         segment = Segment(self.settings.directory, Writer.here().stem(1))
         segment.due = time.monotonic() + seconds
         self._alone.append(segment)
@@ -215,11 +217,11 @@ class Appender:
         capacity = max(len(line), self._capacity)
         while True:
             segment = self._segment_alone(self.settings.max_age)
-            segment.busy.run(lambda: self._create(segment, capacity))  # noqa: B023, it runs at once
+            segment.busy.run(lambda: self._create(segment, capacity))  # noqa: B023, it runs immediately
             try:
                 segment.write(line)
                 return
-            except ValueError:  # yet another thread was faster
+            except ValueError:  # another thread was faster
                 continue
 
     # ---- making segments: under _creating -------------------------------------------------------------
@@ -227,7 +229,7 @@ class Appender:
     def _make_spare(self, capacity: int) -> None:
         """Create the spare, or change its capacity. Raises OSError."""
         if self._state.withdrawn is not None:
-            self._change(_put_back)  # an exception of a signal handler came in between
+            self._change(_put_back)  # a signal handler raised in between
         spare = self._state.spare
         if spare is None:
             self._unless_refused(capacity, lambda: self._create_spare(capacity))
@@ -236,7 +238,7 @@ class Appender:
             self._unless_refused(max(0, more), lambda: self._resize_spare(spare, capacity))
 
     def _unless_refused(self, bytes_more: int, work: Callable[[], None]) -> None:
-        """Do the work that takes so much of the disk. Raises OSError, again for a moment after it did so."""
+        """Do work that uses disk space. Raises OSError; for a short time after that, raises without trying."""
         if time.monotonic() < self._refused_until:
             raise OSError(*self._refusal)
         try:
@@ -268,7 +270,7 @@ class Appender:
             self._resize_withdrawn(spare, capacity)
 
     def _enlarge_current(self, current: Segment, capacity: int) -> None:
-        """Make room for a long line in the current segment if it is empty: no number is skipped."""
+        """Make room for a long line in the current segment if it is empty, so that no number is skipped."""
         if self._lock.run(lambda: self._withdraw_current(current)):
             self._resize_withdrawn(current, capacity)
 
@@ -282,14 +284,14 @@ class Appender:
             raise
 
     def _withdraw_spare(self, spare: Segment) -> bool:
-        """Under _lock. False if a line has moved on to it in between."""
+        """Under _lock. False if the spare has become the current segment in the meantime."""
         if self._state.spare is not spare:
             return False
         self._state = replace(self._state, spare=None, withdrawn=spare)
         return True
 
     def _withdraw_current(self, current: Segment) -> bool:
-        """Under _lock: let nobody write to the current segment, if nobody has. False if somebody had."""
+        """Under _lock: block writes to the current segment if it has no lines. False if it has lines."""
         if self._state.current is not current:
             return False
         self.write = _no_segment
@@ -325,7 +327,7 @@ class Appender:
             segment.create(capacity, mapped=mapped)
 
     def _change(self, change: Callable[[_State], _State]) -> None:
-        """Replace the state by one that is made of it."""
+        """Replace the state by one derived from it."""
 
         def work() -> None:
             self._state = change(self._state)
@@ -335,7 +337,7 @@ class Appender:
     # ---- tidying: the housekeeping thread -------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Have a segment ready before the first emit. Logs if there can be none yet."""
+        """Create a segment before the first emit. Logs if that is not possible yet."""
         self._begun = True
         if not self._lock.held_here():
             self._creating.try_run(self._prepare_current)
@@ -345,7 +347,7 @@ class Appender:
         self._begun = True
 
     def tidy(self) -> float | None:
-        """Do what is due: prepare, move on from an aged segment, seal. Returns the seconds until more is."""
+        """Prepare, replace an aged segment and seal, if due. Returns the seconds until more work is due."""
         if self._begun:
             self._creating.run(self._prepare)
         self._seal_retired()
@@ -353,7 +355,7 @@ class Appender:
         return self._until_due()
 
     def has_room(self) -> bool:
-        """Whether a short line would be kept at once."""
+        """Whether a short line can be written immediately."""
         if self.is_diverted():
             return False
         state = self._state
@@ -361,7 +363,7 @@ class Appender:
         return state.spare is not None or (current is not None and current.end() < current.capacity - 1024)
 
     def refused_for(self) -> float:
-        """Return the seconds after which it is worth to ask the disk again."""
+        """Return the seconds after which the disk should be tried again."""
         return max(0.01, self._refused_until - time.monotonic())
 
     def _prepare(self) -> None:
@@ -371,7 +373,7 @@ class Appender:
             self._replace_aged(current)
         elif self._due is not None and current is not None:
             if due:
-                self._due = None  # the line for which it was set never came
+                self._due = None  # the line for which it was set was never written
             if current.end() > current.capacity // 2:
                 self._grow()
             self._try_to_make_spare()
@@ -380,7 +382,7 @@ class Appender:
             self._prepare_current()
 
     def _replace_aged(self, aged: Segment) -> None:
-        """Have the next segment take the lines, without a moment in which none does."""
+        """Switch to the next segment so that at every instant one segment accepts lines."""
         self._shrink(aged)
         self._try_to_make_spare()
         self._due = None
@@ -402,7 +404,7 @@ class Appender:
         self.write = self._diverted or self._write_first(self._state.current)
 
     def _write_first(self, segment: Segment | None) -> Callable[[bytes], int]:
-        """Return what writes the first line of a segment, from which its age counts."""
+        """Return the function that writes a segment's first line and starts its age."""
         if segment is None:
             return _no_segment
         write = segment.write
@@ -410,7 +412,7 @@ class Appender:
         def write_first(line: bytes) -> int:
             if self._due is None:
                 self._due = time.monotonic() + self.settings.max_age
-            self._wake()  # before the line: an exception of a signal handler in between is harmless
+            self._wake()  # before the line: if a signal handler raises in between, it is harmless
             written = write(line)
             self.write = write
             return written
@@ -421,10 +423,10 @@ class Appender:
         try:
             self._make_spare(self._capacity)
         except OSError:
-            return  # the line that needs it is counted; `_keep_house` tries again
+            return  # the line that needs it is counted; `_keep_house` retries
 
     def _measure(self) -> None:
-        """Measure between two creations: what is reserved, but has no file yet, would be missed."""
+        """Measure the spool between two creations: reserved segments without a file yet would be missed."""
         if not self._limit.is_due(self._capacity):
             return
         begun = self._creating.run(self._limit.begin)
@@ -446,7 +448,7 @@ class Appender:
     # ---- sealing --------------------------------------------------------------------------------------
 
     def _seal_retired(self) -> bool:
-        """Seal what is full or aged, or try again later. Returns whether all is sealed."""
+        """Seal retired segments, or retry later. Returns whether all are sealed."""
         return self._seal_due(time.monotonic())
 
     def _seal_due(self, now: float) -> bool:
@@ -477,7 +479,7 @@ class Appender:
         self._sealed_first = segments, lines
 
     def sealed_so_far(self) -> SealedSoFar:
-        """Return what is known of this writer's segments; those of a single line are other writers'."""
+        """Return the counts of this writer's segments. Segments of a single line belong to other writer tokens."""
         state = self._state
         segments, lines = self._sealed_first
         others = (*state.retired, *((state.current,) if state.current else ()))
@@ -491,7 +493,7 @@ class Appender:
             if error.errno in _NOT_PERMITTED:
                 self._leave_to_loader(segment, error)
                 return True
-            self._warnings.log("could not seal %s: %s; trying again", segment.path, error)
+            self._warnings.log("could not seal %s: %s; retrying", segment.path, error)
             return False
         return True
 
@@ -505,7 +507,7 @@ class Appender:
             segment.seal(sync=self.settings.fsync)
 
     def _leave_to_loader(self, segment: Segment, error: OSError) -> None:
-        """Free the lock of a segment that this process may no longer rename: a loader seals it."""
+        """Release the lock of a segment that this process may no longer rename, so that a loader seals it."""
         segment.abandon()
         self._warnings.log(
             "could not seal %s: %s; this process runs as user %d and has left it to the loader; "
@@ -517,7 +519,7 @@ class Appender:
     # ---- for the emitter ----------------------------------------------------------------------------
 
     def seal(self) -> bool:
-        """Make what was written so far loadable. Returns False (and logs) if that failed."""
+        """Seal all lines written so far, so that they can be loaded. Returns False (and logs) if that failed."""
         if not self._lock.held_here():
             self._lock.run(self._retire_current)
         sealed = self._seal_due(_ANY_TIME)
@@ -532,7 +534,7 @@ class Appender:
             self._move_on()
 
     def close(self) -> None:
-        """Leave nothing open. Safe to repeat."""
+        """Seal all segments and leave none open. Safe to repeat."""
         self._begun = False
         if not (self._lock.held_here() or self._creating.held_here()):
             self._creating.run(self._retire_all)
@@ -545,7 +547,7 @@ class Appender:
         self._lock.run(self._move_on)
 
     def written(self) -> Written:
-        """Return what was written so far, sealed or not. Takes no lock, reads no file, never raises."""
+        """Return the counts of all written lines, sealed or not. Takes no lock, reads no file, never raises."""
         state = self._state
         written = state.sealed
         for segment in (*state.retired, *list(self._alone), *((state.current,) if state.current else ())):
@@ -554,7 +556,7 @@ class Appender:
 
     @contextmanager
     def diverted(self, write: Callable[[bytes], int]) -> Iterator[None]:
-        """Have lines written elsewhere until the block ends, and then where they were written before."""
+        """Pass lines to another function until the block ends, then restore the previous one."""
         before = self._diverted
         self._lock.run(lambda: self._divert(write))
         try:
@@ -563,7 +565,7 @@ class Appender:
             self._lock.run(lambda: self._divert(before))
 
     def is_diverted(self) -> bool:
-        """Whether lines go elsewhere, as in a test that records."""
+        """Whether lines are diverted, as in a test that records."""
         return self._diverted is not None
 
     def _divert(self, write: Callable[[bytes], int] | None) -> None:
@@ -571,7 +573,7 @@ class Appender:
         self.write = write or self._write_first(self._state.current)
 
     def hold(self) -> None:
-        """Wait until no other thread is changing, creating or sealing, and keep it so until `release`."""
+        """Wait until no other thread changes, creates or seals segments, and block such work until `release`."""
         for lock in (self._sealing, self._creating, self._lock):
             lock.hold()
 
@@ -584,7 +586,7 @@ class Appender:
         return any(lock.held_here() for lock in (self._sealing, self._creating, self._lock))
 
     def leave_to_parent(self) -> None:
-        """In a forked child: let go of the parent's segments without touching their files."""
+        """In a forked child: release the parent's segments without changing their files."""
         state = self._state
         for segment in (
             state.current,
@@ -608,7 +610,7 @@ def _without(state: _State, sealed: Segment) -> _State:
 
 
 def _put_back(state: _State) -> _State:
-    """Have the withdrawn segment take lines again: the next ones, if other segments are in its place."""
+    """Restore the withdrawn segment as the spare or the current segment; retire it if both exist."""
     withdrawn, state = state.withdrawn, replace(state, withdrawn=None)
     if withdrawn is None:
         return state
@@ -620,7 +622,7 @@ def _put_back(state: _State) -> _State:
 
 
 def _give_back(state: _State) -> _State:
-    """Forget the withdrawn segment, whose number was the last."""
+    """Forget the withdrawn segment and free its number, the last one."""
     return replace(state, withdrawn=None, number=state.number - 1)
 
 

@@ -6,11 +6,11 @@
 
 Each HTTP request is one `api_request_count`, one `api_request_duration_ms` (unless they are sampled: see
 `request_timer_rate` in spool/settings.py) and, if it failed, one `api_request_error_count`, labelled endpoint,
-method and status. Each WebSocket and excluded path has a scope and no metrics. The request's id is bound to the
-context, so that every event of the request has it in its metadata, and is returned in the response.
+method and status. WebSockets and excluded paths have a scope but no metrics. The request's id is bound to the
+context, so every event of the request has it in its metadata; it is also returned in the response.
 
-The status is the one that was sent. Without a response it is 500, which servers send then; if the client went
-away before the last byte it is 499.
+The status is the one sent to the client. Without a response it is 500, as servers send in that case; if the
+client disconnected before the last byte, it is 499.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
-"""Of a scope, `receive` and `send`, for which each framework has types of its own."""
+"""An ASGI scope, `receive` or `send`; each framework has its own types for them."""
 
 _HEADER: Final = b"x-request-id"
 _LENGTH: Final = b"content-length"
@@ -51,11 +51,12 @@ _PREFLIGHT: Final = (b"origin", b"access-control-request-method")
 class AnalyticsMiddleware(Middleware[Application]):
     """Wraps an ASGI application (https://asgi.readthedocs.io/en/latest/specs/www.html).
 
-    `emitter` is the process-wide one unless given. Requests to a path of `exclude`, a list, or below have no
-    metrics; "/" is the root alone. `endpoint`, a function of the scope, returns a request's label, or None for
-    the template of its route. Raises `ExcludeError`, a TypeError and ValueError, for what is not a list of paths.
+    `emitter` defaults to the process-wide one. Requests to the paths in the list `exclude`, or below them,
+    have no metrics; "/" excludes only the root. `endpoint`, a function of the scope, returns a request's
+    label, or None to use the template of its route. Raises `ExcludeError`, a TypeError and ValueError, if
+    `exclude` is not a list of paths.
 
-    Added to Starlette or FastAPI it is put around all other middlewares, so that it sees what they answer.
+    In Starlette and FastAPI it moves itself outside all other middlewares, so that it sees their responses.
     """
 
     _routes: Routes | None = None
@@ -65,7 +66,7 @@ class AnalyticsMiddleware(Middleware[Application]):
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         kind = scope["type"]
         if kind == "lifespan":
-            self._emitter.prepare()  # again: this may be a worker that was forked in C
+            self._emitter.prepare()  # again, because this may be a worker that was forked in C
         app = self._app
         if not self._placed and "app" in scope and MARK not in scope:
             self._placed = True
@@ -88,14 +89,14 @@ class AnalyticsMiddleware(Middleware[Application]):
         begun.scope.request = scope["method"], scope["path"]
         try:
             await self._app(scope, exchange.receive, exchange.send)
-        except GeneratorExit:  # the event loop was closed: nobody answers, or waits
+        except GeneratorExit:  # the event loop was closed: no response will follow
             exchange.abandon()
             raise
         except BaseException:
             exchange.fail()
             raise
         else:
-            exchange.fail()  # if there was no last byte
+            exchange.fail()  # if the last byte was not sent
         finally:
             routed.forget()
             end(begun)
@@ -117,7 +118,7 @@ class AnalyticsMiddleware(Middleware[Application]):
             return PREFLIGHT
         try:
             return template_of(self._routes, routed)
-        except Exception as error:  # a release of a framework that keeps its routes in another way
+        except Exception as error:  # a framework release that stores its routes differently
             if is_foreign(error):
                 raise
             return UNMATCHED
@@ -128,7 +129,7 @@ def _header(scope: Message, wanted: bytes) -> str | None:
 
 
 class _Exchange:
-    """One request and its response on their way through."""
+    """One request and its response."""
 
     def __init__(
         self, emitter: Emitter, routed: Routed, receive: Receive, send: Send, label: Callable[[], str]
@@ -142,7 +143,7 @@ class _Exchange:
         self._status: str | None = None
         self._has_trailers = False
         self._left = 0
-        """Bytes of the body that the header Content-Length announced and that were not sent yet."""
+        """Bytes of the body announced by Content-Length that are not sent yet."""
         self._disconnected = False
 
     def omit_metrics(self) -> None:
@@ -163,7 +164,7 @@ class _Exchange:
             message = {**message, "headers": self._headers(message.get("headers", ()))}
         try:
             await self._send(message)
-        except OSError:  # since version 2.4 of the specification, if the client is gone
+        except OSError:  # since version 2.4 of the specification, if the client has disconnected
             self._disconnected = True
             raise
         if self._is_last(kind, message) and not self._timer.ended:
@@ -181,7 +182,7 @@ class _Exchange:
 
     def _is_last(self, kind: str, message: Message) -> bool:
         if kind == "http.response.body" and self._left:
-            # With the last of the announced bytes the client may be gone before the application says that it is done.
+            # After the last announced byte the client may disconnect before the application reports the end.
             self._left -= len(message.get("body", b""))
             if self._left <= 0 and not self._has_trailers:
                 return True
@@ -192,7 +193,7 @@ class _Exchange:
         return bool(kind == "http.response.pathsend") and not self._has_trailers
 
     def fail(self) -> None:
-        """The application raised, was cancelled or is done: without a last byte there will be none."""
+        """Record that the application raised, was cancelled or returned: no last byte will follow."""
         if not self._timer.ended:
             self._end(failed=not self._disconnected)
 

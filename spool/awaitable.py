@@ -1,11 +1,11 @@
-"""The result of a call that has emitted already, for callers that await it and for those that do not.
+"""The result of a call that has already emitted, whether or not the caller awaits it.
 
     log_memory_posted(memory_id=memory.id)             # a sync view
     await log_memory_posted(memory_id=memory.id)       # an async view
     tasks.add_task(log_memory_posted, memory_id=memory.id)
 
-An `async def` would emit at the `await`, and never without one. `Emitted` has all of a coroutine's methods, so
-asyncio.run, create_task and gather take it, and nothing warns if it is never awaited.
+An `async def` would emit only when awaited. `Emitted` has all methods of a coroutine, so asyncio.run,
+create_task and gather accept it, and there is no warning if it is never awaited.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Emitted(Coroutine[Any, Any, "str | None"]):
-    """Awaiting it, any number of times, returns the id of what was emitted, None if it was dropped.
+    """An awaitable of the id of what was emitted, or of None if it was dropped. It can be awaited repeatedly.
 
-    It has no constructor of its own, which would make the call of an awaitable 5 % slower. Make it before the
-    emit: near the recursion limit there may be no room for that afterwards.
+    It has no `__init__`, which would make an awaitable call 5 % slower. Create it before the emit: near the
+    recursion limit there may be no frame left to do so afterwards.
     """
 
     __slots__ = ("event_id",)
@@ -34,10 +34,10 @@ class Emitted(Coroutine[Any, Any, "str | None"]):
         yield
 
     def send(self, value: object, /) -> Any:
-        """End at once, as a coroutine that waits for nothing. Raises StopIteration with the id."""
+        """Finish immediately, like a coroutine that never suspends. Raises StopIteration with the id."""
         try:
             end = StopIteration(self.event_id)
-        except RecursionError:  # no room to make one
+        except RecursionError:  # no frame left to create one
             end = _END
             end.__traceback__ = None
         raise end
@@ -49,25 +49,25 @@ class Emitted(Coroutine[Any, Any, "str | None"]):
         trace: TracebackType | None = None,
         /,
     ) -> Any:
-        """Raise what is thrown in, such as a cancellation: the event is emitted nevertheless."""
+        """Raise the given exception, such as a cancellation. The event has already been emitted."""
         raise kind if value is None else value  # type: ignore[misc]  # an instance of `kind`
 
     def close(self) -> None:
-        """Do nothing: no code is suspended."""
+        """Do nothing, because no code is suspended."""
 
 
 _END: Final = StopIteration()
 NOT_EMITTED: Final = Emitted()
-"""What a call returns that had no room for another one near the recursion limit."""
+"""Returned by a call that had no frame left to create one near the recursion limit."""
 NOT_EMITTED.event_id = None
 
 
 def coroutine_function(function: Function) -> Function:
-    """Mark a function that returns `Emitted` for frameworks that ask whether they may await its result.
+    """Mark a function that returns `Emitted` as a coroutine function, for frameworks that check this.
 
-    Without the mark, Starlette would run it in a thread, which takes ten times as long as an emit. Python 3.11
-    has the mark in asyncio, which takes longer to import than this package: a process that has not imported
-    it is left alone.
+    Without the mark, Starlette would run it in a thread, which takes ten times as long as an emit. In Python
+    3.11 the mark is part of asyncio, which takes longer to import than this package, so it is set only if the
+    process has already imported asyncio.
     """
     if sys.version_info >= (3, 12):
         return inspect.markcoroutinefunction(function)

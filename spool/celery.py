@@ -1,13 +1,13 @@
-"""A scope for each Celery task, which begins with what was bound where the task was sent.
+"""A scope for each Celery task, which starts with the context of the code that sent the task.
 
-    import spool.celery           # in the module of the Celery application, for who sends and who works
+    import spool.celery           # in the module of the Celery application, for senders and workers
 
-Or, without an import, in Celery's settings: `imports = ["spool.celery"]`, which only workers read. What was
-bound travels in a header of the message, as trace context does. A task that is retried, or sent by another
-task, carries what is bound in the task that sends it. Nothing that a task binds outlives it.
+Or, without an import, in Celery's settings: `imports = ["spool.celery"]`, which only workers read. The
+context is carried in a message header, as trace context is. A task that is retried, or sent by another task,
+carries the context of the task that sends it. Nothing bound in a task outlives the task.
 
-A process of a worker's pool ends without what Python does at the end of a process, so its emitter is closed
-when Celery signals that it is about to end.
+A pool process exits without running Python's exit handlers, so its emitter is closed when Celery signals that
+the process is about to exit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BEGUN: Final = "_analytics_spool_begun"
 
 
 def connect() -> None:
-    """Connect to Celery's signals, as importing this module does. Safe to repeat."""
+    """Connect to Celery's signals; importing this module does so. Safe to repeat."""
     signals.before_task_publish.connect(_send, dispatch_uid="analytics_spool_send", weak=False)
     signals.task_prerun.connect(_begin, dispatch_uid="analytics_spool_begin", weak=False)
     signals.task_postrun.connect(_end, dispatch_uid="analytics_spool_end", weak=False)
@@ -32,13 +32,13 @@ def connect() -> None:
 
 
 def _send(headers: dict[str, Any] | None = None, **_: object) -> None:
-    """Put what is bound into the message, in place of what the message of a retried task had."""
+    """Put the current context into the message, replacing that of a retried task."""
     if headers is not None:
         headers[HEADER] = carried()
 
 
 def _begin(task: Any, **_: object) -> None:
-    """Open the task's scope. An eager task, which no message carried, begins with what its caller bound."""
+    """Open the task's scope. An eager task, which has no message, starts with its caller's context."""
     request = task.request
     if request.is_eager and in_force() is not None:
         begun = begin()

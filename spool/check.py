@@ -1,9 +1,9 @@
-"""The application's side, checked where it runs: `python -m spool`, or `spool.check.findings()` in a server.
+"""Checks of the emitting side: `python -m spool`, or `spool.check.findings()` inside a server.
 
-    python -m spool           # as the user and with the environment of the application
+    python -m spool           # as the application's user, with its environment
 
-Platform, settings, the directory and its file system, uWSGI's options, and one test event, which is written to
-a temporary directory beside the segments and removed, so that it is never loaded.
+Checks the platform, the settings, the directory and its file system and uWSGI's options, and emits one test
+event. The event is written to a temporary directory beside the segments and removed, so it is never loaded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TEST_EVENT = "spool_check"
 
 
 class Finding(NamedTuple):
-    """What a check found: `verdict` is ok, warning or failed, as in `loader doctor`."""
+    """The result of a check; `verdict` is ok, warning or failed, as in `loader doctor`."""
 
     verdict: str
     check: str
@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 
 
 def findings() -> Iterator[Finding]:
-    """Yield what is found in this process; the first that failed ends it."""
+    """Yield the findings for this process, up to the first failure."""
     yield _platform()
     try:
         settings = Settings.of()
@@ -58,7 +58,9 @@ def _platform() -> Finding:
     if not kernel.SUPPORTED:
         return Finding("failed", "platform", f"{sys.platform} cannot write segments: every line is dropped")
     if sys.platform != "linux":
-        return Finding("warning", "platform", f"{sys.platform}, Python {version}: for development only")
+        return Finding(
+            "warning", "platform", f"{sys.platform}, Python {version}: supported for development only"
+        )
     return Finding("ok", "platform", f"{sys.platform}, Python {version}")
 
 
@@ -69,8 +71,8 @@ def _settings(settings: Settings) -> Finding:
         if field.name != "redact" and (value := getattr(settings, field.name)) != field.default
     ]
     if settings.disabled:
-        return Finding("warning", "settings", "SPOOL_DISABLED is set: nothing is kept")
-    return Finding("ok", "settings", ", ".join(given) or "all are the defaults")
+        return Finding("warning", "settings", "SPOOL_DISABLED is set: nothing is written")
+    return Finding("ok", "settings", ", ".join(given) or "all defaults")
 
 
 def _server() -> Iterator[Finding]:
@@ -84,14 +86,14 @@ def _server() -> Iterator[Finding]:
 def _directory(directory: Path) -> Finding:
     if (problem := problem_of(directory)) is not None:
         return Finding(
-            "failed", "directory", f'"{directory}": {problem}; set SPOOL_DIR to one this process may write'
+            "failed",
+            "directory",
+            f'"{directory}": {problem}; set SPOOL_DIR to a directory that this process may write to',
         )
-    status = f"{directory}" if directory.exists() else f"{directory}, which the first emit creates"
+    status = f"{directory}" if directory.exists() else f"{directory}, created by the first emit"
     if directory.exists() and directory.stat().st_mode & stat.S_IWOTH:
         remedy = f"chmod 2770 {directory}, or set SPOOL_DIR to {directory}/analytics, made by mkdir -m 2770"
-        finding = (
-            f"{directory}: everyone may write to it, so a loader that is not its owner refuses it; {remedy}"
-        )
+        finding = f"{directory}: world-writable, so a loader that does not own it refuses it; {remedy}"
         return Finding("warning", "directory", finding)
     user = f" as user {os.geteuid()}" if hasattr(os, "geteuid") else ""
     return Finding("ok", "directory", status + user)
@@ -114,9 +116,10 @@ def _file_system(directory: Path, settings: Settings) -> Finding:
         mapped = kernel.overwrites_in_place(file.fileno())
     if mapped and settings.mapped:
         return Finding("ok", "file system", "segments are mapped: an emit makes no system call")
-    reason = "SPOOL_MAPPED is 0" if mapped else "it may not overwrite in place"
+    reason = "SPOOL_MAPPED is 0" if mapped else "it may not overwrite blocks in place"
     verdict = "ok" if mapped else "warning"
-    return Finding(verdict, "file system", f"{reason}, so each line is one write: slower beside busy threads")
+    finding = f"{reason}, so each line is one write(2): slower when other threads are busy"
+    return Finding(verdict, "file system", finding)
 
 
 def _emit_one(settings: Settings) -> Finding:
@@ -126,8 +129,8 @@ def _emit_one(settings: Settings) -> Finding:
         event_id = emitter.emit_event(event_type=_TEST_EVENT, user_id=nobody, family_unit_id=nobody)
     lines = [line for file in settings.directory.glob("*.ndjson") for line in file.read_bytes().splitlines()]
     if event_id is None or event_id not in [orjson.loads(line)["event_id"] for line in lines]:
-        dropped = ", ".join(emitter.stats().dropped) or "it is in no segment"
-        return Finding("failed", "test event", f"it was not kept: {dropped}")
+        dropped = ", ".join(emitter.stats().dropped) or "no segment contains it"
+        return Finding("failed", "test event", f"it was dropped: {dropped}")
     return Finding("ok", "test event", f"emitted, sealed, read and removed: {len(lines[0])} bytes")
 
 

@@ -1,9 +1,9 @@
-"""Lines that are printed to standard error as they are emitted (`SPOOL_CONSOLE=1`), for development.
+"""Prints emitted lines to standard error (`SPOOL_CONSOLE=1`), for development.
 
     12:00:00.123 memory_posted user_id=0190163d-... family_unit_id=0190163d-... {"memory_id":"7"}
     12:00:00.125 api_request_count counter 1 {"endpoint":"/","method":"GET","status":"200"}
 
-Lines are printed after they were written to the spool, which they are as ever.
+Lines are written to the spool as usual and printed afterwards.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _IDS = ("user_id", "family_unit_id", "session_id")
 
 
 class ConsoleAppender(Appender):
-    """An appender that also prints."""
+    """An appender that also prints each line."""
 
     @property
     def write(self) -> Callable[[bytes], int]:
@@ -43,13 +43,13 @@ class ConsoleAppender(Appender):
 
 
 def show(line: bytes) -> None:
-    """Print a line to standard error. Never raises: it may be closed, or in use by the code that is interrupted."""
+    """Print a line to standard error. Never raises: the stream may be closed, or in use by interrupted code."""
     with suppress(Exception):
         sys.stderr.write(in_short(orjson.loads(line)) + "\n")
 
 
 def in_short(record: dict[str, Any]) -> str:
-    """Return an event or a metric as text for a person."""
+    """Return an event or a metric as human-readable text."""
     time = str(record["timestamp"])[11:23]
     if "metric_name" in record:
         details = orjson.dumps(record["labels"]).decode()

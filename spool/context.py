@@ -1,21 +1,22 @@
-"""Who is acting and in which request, for everything that is emitted in the meantime.
+"""The context of emitted events: the acting user and the current request.
 
     with bind(user_id=user.id, family_unit_id=user.family_unit_id, role="parent"):
         await analytics.emit_event(event_type="feed_viewed")
 
-    update(user_id=user.id)      # for the rest of the request, as a dependency that knows the user does
+    update(user_id=user.id)      # for the rest of the request, such as in a dependency that knows the user
 
-    with scope():                # a job, a message, a thread: begins with nobody
+    with scope():                # for a job, a message or a thread: starts without a user
         run(job)
 
 A scope is held in a context variable: asyncio tasks, threads of Starlette's pool and background tasks inherit
-it. What is bound to a scope can be replaced in it, so an endpoint sees what a dependency bound that ran in a
-thread, in a copy of the request's context. A task that was started within a scope and binds something gets a
-scope of its own for that, so sibling tasks of one request never see each other's.
+it. A scope is mutable, so an endpoint sees what a dependency bound, even if the dependency ran in a thread,
+with a copy of the request's context. A task that was started within a scope gets a scope of its own when it
+binds something, so sibling tasks of one request never see each other's values.
 
-A block may end in another copy than it began in: FastAPI runs each half of a sync dependency, and each piece
-of a sync streaming body, in its own copy. There is nothing to reset then, but whatever copy still holds the
-scope gets back what was bound outside of it, so that no identity outlives its block.
+A block may end in a different copy of the context than it started in: FastAPI runs each half of a sync
+dependency, and each piece of a sync streaming body, in its own copy. The context variable cannot be reset
+then. Instead, every copy that still holds the scope shows the values bound outside it, so that no identity
+outlives its block.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from spool.record import Refused, encode_actor
 
 
 class Values(TypedDict, total=False):
-    """What can be bound."""
+    """The values that can be bound."""
 
     user_id: Id | None
     family_unit_id: Id | None
@@ -58,9 +59,9 @@ _SCALARS: Final = ("user_id", "family_unit_id", "session_id", "role", "request_i
 
 @dataclass(slots=True)
 class Context:
-    """What was bound, None if nothing was. Never changed, only replaced.
+    """The bound values; unbound ones are None. Never modified, only replaced.
 
-    Not frozen, because that makes a new one, as each request needs, three times as expensive.
+    Not a frozen dataclass: creating one, which each request does, would take three times as long.
     """
 
     user_id: Any = None
@@ -70,16 +71,16 @@ class Context:
     request_id: str | None = None
     trace_id: str | None = None
     extra: Mapping[str, object] | None = None
-    """The application's own keys of metadata."""
+    """The application's own metadata keys."""
     defaults: Mapping[str, str] | None = None
-    """What the emitter adds to every event: see spool/defaults.py."""
+    """Values that the emitter adds to every event; see spool/defaults.py."""
     beside_defaults: Scope | None = field(default=None, init=False, repr=False, compare=False)
-    """The same with the defaults of the emitter that used it last."""
+    """This context with the defaults of the emitter that used it last."""
     encoded: bytes | None = field(default=None, init=False, repr=False, compare=False)
-    """The part of a line that all events in this context share, if `encode` could make it."""
+    """The part of a line that all events in this context share, if `encode` could build it."""
 
     def metadata(self) -> dict[str, object]:
-        """Return what of it belongs to the metadata of events."""
+        """Return the values that belong in the metadata of events."""
         values: dict[str, object] = {}
         if self.defaults is not None or self.extra is not None:
             values = {**(self.defaults or {}), **(self.extra or {})}
@@ -96,7 +97,7 @@ class Context:
         return self.user_id, self.family_unit_id, self.session_id
 
     def merged(self, metadata: Any) -> Any:
-        """Return an event's metadata with what is bound beside it; a key of the event's own wins."""
+        """Return an event's metadata merged with the bound values; the event's own keys win."""
         if type(metadata) is dict:
             values = self.metadata()
             values.update(metadata)
@@ -104,12 +105,12 @@ class Context:
         return beside(self.metadata(), metadata)
 
     def encode(self) -> None:
-        """Prepare the part of a line that all events in this context share.
+        """Build the part of a line that all events in this context share.
 
-        It begins as `record.encode_actor`, goes into the metadata and ends with `{` or `,`. It takes the time
-        of half an emit, once per bound user, and makes each emit a fifth cheaper (tests/bench/emit.py). There
-        is none for values of other types, for invalid ones, which the emit refuses, and for keys of the
-        application, which the emitter may have to redact.
+        It starts as `record.encode_actor`, continues into the metadata and ends with `{` or `,`. Building it
+        takes half as long as an emit, once per bound user, and makes each emit a fifth faster
+        (tests/bench/emit.py). It is not built for values of other types, for invalid values, which the emit
+        refuses, or for keys of the application, which the emitter may have to redact.
         """
         if self.extra or not {type(self.role), type(self.request_id), type(self.trace_id)} <= _TEXT:
             return
@@ -128,7 +129,7 @@ class Context:
         role: Any = _UNCHANGED, request_id: Any = _UNCHANGED, trace_id: Any = _UNCHANGED,
         extra: Any = _UNCHANGED,
     ) -> Context:  # fmt: skip
-        """Return one with other values. What is not named stays as it is, and so does each key of `extra`."""
+        """Return a copy with the given values replaced. Other values and other keys of `extra` are kept."""
         return Context(
             self.user_id if user_id is _UNCHANGED else user_id,
             self.family_unit_id if family_unit_id is _UNCHANGED else family_unit_id,
@@ -140,7 +141,7 @@ class Context:
         )
 
     def with_defaults(self, values: Mapping[str, str]) -> Context:
-        """Return the same with what an emitter adds to every event, encoded if this is."""
+        """Return a copy with an emitter's defaults, encoded if this context is encoded."""
         other = self.replaced()
         other.defaults = values
         if self.encoded is not None:
@@ -157,10 +158,12 @@ def _joined(before: Mapping[str, object] | None, extra: Any) -> dict[str, object
 
 
 def beside(values: Mapping[str, object], metadata: Any) -> Any:
-    """Return metadata or labels with more values beside them; their own keys win."""
+    """Return metadata or labels with additional values; their own keys win."""
     if metadata is None:
         return values
-    if not issubclass(type(metadata), dict):  # a model or dataclass, or what `record.encode_object` refuses
+    if not issubclass(
+        type(metadata), dict
+    ):  # a model or dataclass, or a value that `record.encode_object` refuses
         converted = Converter(Alterations()).convert(metadata)
         if type(converted) is not dict:
             return metadata
@@ -172,28 +175,28 @@ _NOBODY: Final = Context()
 
 
 class Scope:
-    """A stretch of work, such as a request, with what is bound to it at the moment."""
+    """A unit of work, such as a request, with its currently bound values."""
 
     __slots__ = ("__weakref__", "context", "followers", "request", "task")
 
     def __init__(self, context: Context, task: ref[Any] | None = None) -> None:
         self.context = context
         self.task = task
-        """The task that began it and may replace what is bound, None if it began outside of asyncio."""
+        """The task that opened the scope and may replace its values; None if opened outside asyncio."""
         self.request: tuple[str, str] | None = None
-        """Method and path of the HTTP request that the scope is of, if an ASGI middleware serves it."""
+        """Method and path of the scope's HTTP request, if an ASGI middleware serves it."""
         self.followers: WeakSet[Scope] | None = None
-        """Scopes in this one that have ended in another copy, and so show what is bound here."""
+        """Inner scopes that ended in another copy of the context and therefore show this scope's values."""
 
 
 class Complete(Scope):
-    """The scope of an event that has all it is to have, so that an emitter adds no defaults of its own."""
+    """The scope of a complete event, to which an emitter adds no defaults."""
 
     __slots__ = ()
 
 
 def _task() -> ref[Any] | None:
-    """Return the running task of asyncio, weakly, because its context holds the scope that holds this."""
+    """Return a weak reference to the running asyncio task: its context holds the scope that holds this reference."""
     tasks = sys.modules.get("asyncio.tasks")
     if tasks is None:
         return None
@@ -206,11 +209,11 @@ def _task() -> ref[Any] | None:
 
 _scope: ContextVar[Scope | None] = ContextVar("analytics", default=None)
 in_force = _scope.get
-"""Return the scope in force, or None."""
+"""Return the current scope, or None."""
 
 
 def scope_to_redact() -> Scope | None:
-    """Return a copy of the scope in force without what is encoded, for an emitter that redacts some of it."""
+    """Return a copy of the current scope without its encoded part, for an emitter that redacts values in it."""
     inner = _scope.get()
     if inner is None:
         return None
@@ -218,7 +221,7 @@ def scope_to_redact() -> Scope | None:
 
 
 def current() -> Context:
-    """Return what is bound."""
+    """Return the bound values."""
     inner = _scope.get()
     return Context() if inner is None else inner.context
 
@@ -227,12 +230,12 @@ def current() -> Context:
 def bind(**values: Unpack[Values]) -> Iterator[Context]:
     """Bind `user_id`, `family_unit_id`, `session_id`, `role`, `request_id` or `trace_id` until the block ends.
 
-    `extra` has the application's own keys, such as plan or tenant, which become part of the metadata of
-    events. What is not named stays as it was bound outside, also of `extra`; `extra=None` removes its keys.
-    Raises TypeError for another name, and for an `extra` that is not a mapping.
+    `extra` has the application's own keys, such as plan or tenant, which are added to the metadata of events.
+    Values and keys of `extra` that are not given keep their outer binding; `extra=None` removes all its keys.
+    Raises TypeError for an unknown name, and for an `extra` that is not a mapping.
 
-    It holds in this copy of the context. FastAPI runs an endpoint in another one than its sync dependencies,
-    and each further piece of a sync streaming body: use `update` there.
+    The binding applies to this copy of the context. FastAPI runs an endpoint in a different copy than its
+    sync dependencies, and each further piece of a sync streaming body in another: use `update` there.
     """
     begun = begin(**values)
     try:
@@ -243,13 +246,14 @@ def bind(**values: Unpack[Values]) -> Iterator[Context]:
 
 @contextmanager
 def scope(**values: Unpack[Values]) -> Iterator[Context]:
-    """Open a scope that inherits nothing, for one job, message or piece of work, until the block ends.
+    """Open a scope that inherits nothing, for one job, message or unit of work, until the block ends.
 
         with scope():
             update(user_id=job.user_id)
             work(job)
 
-    It begins with what is named, as `with scope(**carried)` in a job does. Raises TypeError as `bind`.
+    It starts with the given values, such as `with scope(**carried)` in a job. Raises TypeError as `bind`
+    does.
     """
     begun = begin_empty(**values)
     try:
@@ -259,11 +263,12 @@ def scope(**values: Unpack[Values]) -> Iterator[Context]:
 
 
 def carried() -> Values:
-    """Return what is bound in a form that a job can carry: text, numbers and no key for what is not bound.
+    """Return the bound values as text and numbers that a job can carry, without keys for unbound values.
 
         queue.enqueue("report", analytics=carried())        # and in the job: with scope(**analytics)
 
-    A value that is no id becomes the name of its type, which the job's events are refused for as others are.
+    A value that is not an id becomes the name of its type, so the job's events are refused like any event
+    with an invalid id.
     """
     bound = current()
     values: dict[str, object] = {
@@ -290,7 +295,7 @@ def _json(value: object) -> object:
 
 
 def arrived(values: object) -> Values:
-    """Return what of a job's message was carried; any process that reaches the queue can have written it."""
+    """Return the carried values of a job's message: untrusted, since any process may have written to the queue."""
     if not isinstance(values, dict):
         return {}
     known: dict[str, Any] = {name: values[name] for name in _SCALARS if type(values.get(name)) in _CARRIED}
@@ -300,16 +305,16 @@ def arrived(values: object) -> Values:
 
 
 class Begun(NamedTuple):
-    """What `end` needs to end a scope."""
+    """The state that `end` needs to end a scope."""
 
     scope: Scope
     token: Token[Scope | None]
 
 
 def begin(**values: Unpack[Values]) -> Begun:
-    """Begin a scope that lasts as long as this task or copy of a context, or until it is given to `end`.
+    """Begin a scope that lasts as long as this task or copy of the context, or until `end` is called with it.
 
-    Raises TypeError as `bind`.
+    Raises TypeError as `bind` does.
     """
     outer = _scope.get()
     inner = Scope(_encoded((_NOBODY if outer is None else outer.context).replaced(**values)), _task())
@@ -317,9 +322,9 @@ def begin(**values: Unpack[Values]) -> Begun:
 
 
 def begin_empty(**values: Unpack[Values]) -> Begun:
-    """Begin a scope that inherits nothing, as each request does: its thread may have served another user.
+    """Begin a scope that inherits nothing, for a request: its thread may have served another user before.
 
-    Raises TypeError as `bind`.
+    Raises TypeError as `bind` does.
     """
     context = _NOBODY.replaced(**values) if "extra" in values else Context(**values)
     inner = Scope(_encoded(context), _task())
@@ -327,7 +332,7 @@ def begin_empty(**values: Unpack[Values]) -> Begun:
 
 
 def resume(scope: Scope) -> Begun:
-    """Put a scope in force again, for a further piece of its work, until that is given to `end`."""
+    """Make a scope current again, for a further part of its work, until `end` is called with the result."""
     return Begun(scope, _scope.set(scope))
 
 
@@ -338,15 +343,15 @@ def _encoded(context: Context) -> Context:
 
 
 def end(begun: Begun) -> None:
-    """End a scope, in the copy of the context that it began in or in another one."""
+    """End a scope, in the copy of the context that it started in or in another one."""
     try:
         _scope.reset(begun.token)
-    except ValueError:  # in another one, which cannot be asked beforehand
+    except ValueError:  # in another copy, which cannot be checked beforehand
         _end_elsewhere(begun.scope, begun.token.old_value)
 
 
 def _end_elsewhere(ended: Scope, old_value: object) -> None:
-    """Show what is bound outside of a scope in each copy that still holds it."""
+    """Make each copy of the context that still holds the scope show the values bound outside it."""
     outer = old_value if isinstance(old_value, Scope) else None
     outside = Context() if outer is None else outer.context
     followers = [ended, *(ended.followers or ())]
@@ -360,14 +365,14 @@ def _end_elsewhere(ended: Scope, old_value: object) -> None:
 
 
 def update(**values: Unpack[Values]) -> None:
-    """Bind for the rest of the scope in force.
+    """Bind values for the rest of the current scope.
 
-    In a task that was started within the scope, such as one of `asyncio.gather`, it binds for that task and the
-    tasks and threads that it starts afterwards.
+    In a task that was started within the scope, such as one of `asyncio.gather`, they are bound for that task
+    and the tasks and threads that it starts afterwards.
 
-    Without a scope nothing is bound, because nothing would end it before the thread's next request or job:
-    the call is counted (`Stats.unbound`) and logged. Raises ValueError for that with `strict`, and TypeError for
-    another name.
+    Outside a scope nothing is bound, because the values would remain until the thread's next request or job.
+    The call is counted (`Stats.unbound`) and logged; with `strict` it raises ValueError. Raises TypeError for
+    an unknown name.
     """
     inner = _scope.get()
     if inner is None:
@@ -377,7 +382,9 @@ def update(**values: Unpack[Values]) -> None:
         get_emitter().count_unbound()
         return
     bound, task = _encoded(inner.context.replaced(**values)), _task()
-    if task is None or task == inner.task:  # a thread without tasks acts for the task that waits for it
+    if (
+        task is None or task == inner.task
+    ):  # a thread without tasks acts on behalf of the task that waits for it
         inner.context = bound
     else:
         own = Scope(bound, task)

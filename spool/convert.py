@@ -1,24 +1,24 @@
-"""The JSON form of values that orjson does not write by itself.
+"""Converts values that orjson cannot serialize to JSON.
 
     value                                   JSON
-    Decimal                                 a number if a double holds all its digits, else its text
-    float, int of a subclass; numpy number  a number; text of an integer beyond 64 bits
+    Decimal                                 a number if a double holds all its digits, else text
+    subclass of float, int; numpy number    a number; text for an integer beyond 64 bits
     timedelta                               seconds
-    datetime, date, time, UUID              text, also of a subclass
-    set, frozenset                          an array, sorted so that equal sets are equal events
+    datetime, date, time, UUID              text, also for a subclass
+    set, frozenset                          an array, sorted so that equal sets make equal events
     tuple, deque, views of a dictionary     an array; a named tuple: an object
-    pydantic model, dataclass, attrs,       an object of the fields that can be seen without running code of the
-    msgspec.Struct                          application; of a pydantic model what `model_dump` returns
+    pydantic model, dataclass, attrs,       an object of the fields that can be read without running code of the
+    msgspec.Struct                          application; for a pydantic model the result of `model_dump`
     Path, IP address, URL, lazy string      text
     bytes                                   text if it is UTF-8, else base64
     numpy array                             an array
     Enum                                    its value
-    a key                                   text of the above; true, false and null as JSON writes them
+    a key                                   text of the above; true, false and null as in JSON
 
-Anything else becomes the name of its type and is counted. It is never a `repr`, which could hold personal data, and
-an object is never asked for its `__class__`, which would make Django's lazy objects query the database.
+Any other value becomes the name of its type and is counted. `repr` is never used, because it could contain
+personal data, nor is `__class__` read, because that would make Django's lazy objects query the database.
 
-Lone surrogates and NUL characters, which Postgres cannot store, become U+FFFD.
+Lone surrogates and NUL characters, which Postgres cannot store, are replaced by U+FFFD.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from spool.interruption import is_foreign
 from spool.refused import Refused
 
 _MAX_DEPTH: Final = 100
-"""A level takes four frames, and Python's default limit is 1000."""
+"""Each level takes four frames, and Python's default recursion limit is 1000."""
 _MAX_ITEMS: Final = 1 << 20
-"""A longer array of numpy is not tried: it could not fit into the longest line, of 4 MiB."""
+"""Longer numpy arrays are not converted: they cannot fit into the longest line, 4 MiB."""
 
 
 class Converter:
-    """Converts one value. `alterations` counts what has no JSON form."""
+    """Converts one value. `alterations` counts values without a JSON form."""
 
     def __init__(self, alterations: Alterations) -> None:
         self._alterations = alterations
         self._depth = 0
 
     def convert(self, value: object) -> Any:
-        """Return the JSON form of a value: of exact built-in types that orjson writes.
+        """Return a value as exact built-in types, which orjson can serialize.
 
         Raises `Refused`: `not_json` if it is nested too deeply, `not_finite` for NaN and infinity.
         """
@@ -75,7 +75,7 @@ class Converter:
         except Exception as error:
             if is_foreign(error):
                 raise
-            return self._name_of(kind)  # code of the application failed
+            return self._name_of(kind)  # application code failed
         finally:
             self._depth -= 1
 
@@ -84,7 +84,7 @@ class Converter:
         return [self.convert(item) for item in value]
 
     def mapping(self, items: Iterable[tuple[object, object]]) -> dict[str, Any]:
-        """Return an object of keys and values. A key that occurs twice is counted; the last value stays."""
+        """Return an object of keys and values. A key that occurs twice is counted; its last value is kept."""
         made: dict[str, Any] = {}
         for key, value in items:
             name = self._key(key)
@@ -111,7 +111,7 @@ Form = Callable[[Converter, Any], Any]
 
 
 def text(value: object) -> str:
-    """Return the contents of a string without NUL characters and halves of surrogate pairs."""
+    """Return the contents of a string without NUL characters and lone surrogates."""
     plain = str.__str__(value)
     if "\0" in plain:
         plain = plain.replace("\0", "\ufffd")
@@ -149,7 +149,9 @@ def _date(_: Converter, value: date) -> str:
 
 
 def _uuid(_: Converter, value: UUID) -> str:
-    return str(UUID(int=value.int))  # not of the class: asyncpg's has another layout in memory
+    return str(
+        UUID(int=value.int)
+    )  # not the attribute of the class: asyncpg's UUID has a different memory layout
 
 
 def _bytes(_: Converter, value: bytes | bytearray | memoryview) -> str:
@@ -177,7 +179,7 @@ def _enum(converter: Converter, value: enum.Enum) -> Any:
 
 
 def _fields(converter: Converter, value: object, names: Iterable[str]) -> dict[str, Any]:
-    """Return an object of attributes, without private ones (as orjson) and those that are not set."""
+    """Return an object of attributes, without private ones (like orjson) and unset ones."""
     state = getattr(value, "__dict__", None)
     pairs = []
     for name in names:
@@ -192,7 +194,9 @@ def _fields(converter: Converter, value: object, names: Iterable[str]) -> dict[s
 
 def _numpy_scalar(converter: Converter, value: Any) -> Any:
     item = value.item()
-    return converter.convert(float(item) if type(item) is type(value) else item)  # longdouble has no other
+    return converter.convert(
+        float(item) if type(item) is type(value) else item
+    )  # longdouble has no other JSON form
 
 
 def _numpy_array(converter: Converter, value: Any) -> Any:
@@ -233,7 +237,7 @@ _BY_BASE: Final[dict[type, Form]] = {
     enum.Enum: _enum,
     orjson.Fragment: lambda converter, value: converter.convert(orjson.loads(orjson.dumps(value))),
 }  # fmt: skip
-"""Forms of a type and of its subclasses."""
+"""Converters for a type and its subclasses."""
 
 _BY_NAME: Final[dict[tuple[str, str], Form]] = {
     ("numpy", "generic"): _numpy_scalar,
@@ -252,11 +256,11 @@ _BY_NAME: Final[dict[tuple[str, str], Form]] = {
         )
     },
 }  # fmt: skip
-"""Forms of types of packages that this one does not import."""
+"""Converters for types of packages that this one does not import."""
 
 
 def _form_of(kind: type) -> Form | None:
-    """Return the form of a type, None if it has none."""
+    """Return the converter for a type, or None if there is none."""
     bases: tuple[type, ...] = type.__dict__["__mro__"].__get__(kind)
     for base in bases:
         form = _BY_BASE.get(base)

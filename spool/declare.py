@@ -1,6 +1,6 @@
-"""Declaring events: `event` adds one to the catalogue, and a call of what it returns emits one.
+"""Event declarations: `event` adds an event to the catalogue and returns a callable that emits it.
 
-See spool/events.py for how applications do it, and spool/fields.py for the types of fields.
+See spool/events.py for its use in applications, and spool/fields.py for the types of fields.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from spool.words import words
 Parameters = ParamSpec("Parameters")
 
 CATALOGUE: Final[dict[str, Event[...]]] = {}
-"""Every event that was defined, by name."""
+"""All defined events, by name."""
 
 WHO: Final = tuple(Who.__annotations__)
 _PREFIX: Final = "log_"
 
 
 class Event(Generic[Parameters]):
-    """An event of the catalogue; a call emits one."""
+    """An event of the catalogue; calling it emits one."""
 
     def __init__(self, name: str, description: str, fields: dict[str, Field]) -> None:
         self.name = name
@@ -39,7 +39,7 @@ class Event(Generic[Parameters]):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """What `inspect.signature` and interactive shells show."""
+        """The signature that `inspect.signature` and interactive shells show."""
         required = inspect.Parameter.empty
         return inspect.Signature([
             inspect.Parameter(
@@ -53,7 +53,7 @@ class Event(Generic[Parameters]):
 
     @coroutine_function
     def __call__(self, *args: Parameters.args, **values: Parameters.kwargs) -> Emitted:
-        """Emit one; what is not given comes from the context. Awaiting returns its id, None if dropped."""
+        """Emit one; omitted ids come from the context. Awaiting returns its id, or None if it was dropped."""
         emitter = None
         try:
             emitter = get_emitter()
@@ -66,14 +66,14 @@ class Event(Generic[Parameters]):
         return awaitable
 
     def emit(self, *args: Parameters.args, **values: Parameters.kwargs) -> str | None:
-        """Emit one and return its id, None if it was dropped."""
+        """Emit one and return its id, or None if it was dropped."""
         emitter = None
         try:
             emitter = get_emitter()
             given: dict[str, Any] = values
             try:
                 if args:
-                    raise Refused("invalid_metadata", f"{self.name} takes its fields by name")
+                    raise Refused("invalid_metadata", f"{self.name} takes its fields as keyword arguments")
                 metadata = self.validated(given)
             except Exception as error:
                 emitter.refuse(error, self.name)
@@ -90,7 +90,7 @@ class Event(Generic[Parameters]):
             return None
 
     def validated(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Return the metadata as it is written, without what is None. Raises `Refused`."""
+        """Return the metadata as it is written, without None values. Raises `Refused`."""
         if not self._arguments.issuperset(given):
             raise Refused("invalid_metadata", self._unknown(min(given.keys() - self._arguments)))
         written = {}
@@ -116,10 +116,10 @@ def event(function: Callable[Parameters, None], /) -> Event[Parameters]: ...
 @overload
 def event(name: str, description: str, /, **fields: object) -> Event[...]: ...
 def event(declared: Any, description: str = "", /, **fields: Any) -> Event[...]:
-    """Define an event and add it to the catalogue: a decorator, or a call with name, meaning and fields.
+    """Define an event and add it to the catalogue, as a decorator or as a call with name, meaning and fields.
 
-    Raises `DeclarationError`, a ValueError, for a name that is defined otherwise, and for a name or type
-    that cannot be.
+    Raises `DeclarationError`, a ValueError, for an invalid name or type, and for a name that is already
+    defined with other fields.
     """
     if callable(declared):
         name, description, declarations = _declared(declared)
@@ -150,10 +150,10 @@ def _check_name(name: object, what: str) -> None:
 
 
 def _declared(function: Callable[..., object]) -> tuple[str, str, dict[str, tuple[Any, Any]]]:
-    """Return name, meaning and fields (type and default) of an event that a function declares."""
+    """Return the name, meaning and fields (type and default) of an event declared by a function."""
     name = function.__name__
     if not name.startswith(_PREFIX):
-        raise DeclarationError(f'function "{name}" declares an event: name it "{_PREFIX}{name}"')
+        raise DeclarationError(f'function "{name}" declares an event: rename it to "{_PREFIX}{name}"')
     try:
         hints = get_type_hints(function, include_extras=True)
     except NameError as error:
@@ -161,7 +161,7 @@ def _declared(function: Callable[..., object]) -> tuple[str, str, dict[str, tupl
     fields = {}
     for each in inspect.signature(function).parameters.values():
         if each.kind is each.VAR_KEYWORD:
-            continue  # who: see `Who`
+            continue  # see `Who`
         if each.kind is not each.KEYWORD_ONLY:
             raise DeclarationError(f'"{each.name}" of "{name}" must be a keyword: write "*" before it')
         if each.name not in hints:

@@ -1,7 +1,7 @@
 """Process-wide values that an emitter adds to every event and metric: service, release and environment.
 
-An emitter without any pays nothing for events: it asks for the scope in force in another way only if it has
-some. What is bound, with the defaults beside it, is made once for each bound context.
+An emitter without defaults pays nothing for them: only one with defaults looks up the current scope in
+another way. A bound context and the defaults are merged once per bound context.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from spool.settings import Settings
 
 
 class Defaults:
-    """The values, and the scope in force with them."""
+    """The default values, and the current scope with them."""
 
     __slots__ = ("_bound", "_nobody", "values")
 
@@ -26,12 +26,12 @@ class Defaults:
 
     @classmethod
     def of(cls, settings: Settings, bound: Callable[[], Scope | None]) -> Defaults | None:
-        """Return those of the settings, or None if there are none; `bound` returns the scope in force."""
+        """Return the defaults in the settings, or None if there are none; `bound` returns the current scope."""
         values = {name: value for name in DEFAULTS if (value := getattr(settings, name))}
         return cls(values, bound) if values else None
 
     def scope_in_force(self) -> Scope:
-        """Return the scope in force, or an empty one, with the defaults."""
+        """Return the current scope, or an empty one, with the defaults."""
         inner = self._bound()
         if inner is None:
             return self._nobody
@@ -44,5 +44,5 @@ class Defaults:
         return known
 
     def beside(self, labels: Any) -> Any:
-        """Return a metric's labels with the defaults; its own win."""
+        """Return a metric's labels with the defaults; the metric's own labels win."""
         return beside(self.values, labels)

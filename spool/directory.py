@@ -1,4 +1,4 @@
-"""Whether the spool's directory can be used, asked once when an emitter is made. Creates nothing."""
+"""Checks once, when an emitter is created, whether the spool directory is usable. Creates nothing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from spool.settings import Settings
 
 
 class DirectoryError(ValueError):
-    """The spool's directory cannot be created, or no file in it."""
+    """The spool directory, or a file in it, cannot be created."""
 
 
 def check_directory(settings: Settings) -> None:
     """Log one warning if the directory cannot be used now; raise `DirectoryError` in strict mode instead.
 
-    The emitter tries again as long as it lives, and counts what it drops: a file system may be mounted later.
+    The emitter keeps retrying and counts what it drops: the file system may be mounted later.
     """
     if not kernel.SUPPORTED or (problem := problem_of(settings.directory)) is None:
         return
@@ -29,7 +29,7 @@ def check_directory(settings: Settings) -> None:
 
 
 def problem_of(directory: Path) -> str | None:
-    """Return why no file can be created in the directory, which may have to be created itself, or None."""
+    """Return why no file can be created in the directory, which may not exist yet, or None if it can."""
     nearest = directory
     try:
         while not nearest.exists():

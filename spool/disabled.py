@@ -1,7 +1,7 @@
-"""An emitter that is switched off (`SPOOL_DISABLED=1`): it keeps, counts, logs and creates nothing.
+"""A disabled emitter (`SPOOL_DISABLED=1`): it writes, counts, logs and creates nothing.
 
-A test that records (spool/testing.py) switches it on until its block ends, so the tests of an application can
-run with `SPOOL_DISABLED=1` and write nothing to a spool by accident.
+A test that records (spool/testing.py) enables it for the duration of its block, so an application's tests can
+run with `SPOOL_DISABLED=1` and never write to a spool by accident.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from spool.hook import install
 
 
 class DisabledEmitter(Emitter):
-    """Does nothing. An enabled one becomes a disabled one by its class, so neither pays for the other."""
+    """An emitter that does nothing. `disable` replaces the class, so an enabled emitter has no check to pay for."""
 
     __slots__ = ()
 
@@ -35,7 +35,7 @@ class DisabledEmitter(Emitter):
         """Do nothing."""
 
     def seal(self) -> bool:
-        """Return True: nothing waits."""
+        """Return True: there is nothing to seal."""
         return True
 
     def stats(self) -> Stats:
@@ -50,7 +50,7 @@ class DisabledEmitter(Emitter):
 
     @contextmanager
     def diverted(self, write: Callable[[bytes], int], *, strict: bool) -> Iterator[None]:
-        """Be enabled until the block ends; see `Emitter.diverted`."""
+        """Enable the emitter until the block ends; see `Emitter.diverted`."""
         _become(self, Emitter)
         try:
             install(self, self._before_emit)
@@ -62,7 +62,7 @@ class DisabledEmitter(Emitter):
 
 
 def disable(emitter: Emitter) -> None:
-    """Switch an emitter off."""
+    """Disable an emitter."""
     _become(emitter, DisabledEmitter)
 
 

@@ -1,18 +1,19 @@
 """Request metrics, request ids, the user and the context for Django, under WSGI and ASGI.
 
-    MIDDLEWARE = ["spool.django.AnalyticsMiddleware", ...]           # first, so that it sees what others answer
+    MIDDLEWARE = ["spool.django.AnalyticsMiddleware", ...]           # first, so that it sees all responses
     SPOOL = {"EXCLUDE": ["/health"], "USER": "family.analytics.user", "LOGIN_EVENTS": True}
 
 All settings are optional:
 
-    EXCLUDE         a list of paths without metrics, with what is below them; "/" is the root alone
-    ENDPOINT        a function of the request that returns its label, or None for the template of its route
-    USER            a function of the request, sync or async, that returns what to bind just before the view, as a
+    EXCLUDE         a list of paths without metrics, including what is below them; "/" is only the root
+    ENDPOINT        a function of the request that returns its label, or None to use the template of its route
+    USER            a function of the request, sync or async, that returns the values to bind before the view, as a
                     dictionary of `spool.context.update`'s arguments, or None. True is `authenticated_user`
     LOGIN_EVENTS    emit `user_logged_in` and `user_logged_out` when Django's signals are sent
 
-Functions may be dotted paths. The same metrics and labels as spool/asgi.py, but a response that is not streamed
-ends when the middleware returns it. Within spool.asgi or spool.wsgi these measure, and this binds.
+Functions may be given as dotted paths. The metrics and labels are those of spool/asgi.py, but a response that
+is not streamed ends when the middleware returns it. Inside spool.asgi or spool.wsgi, the outer middleware
+measures and this one only binds.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _HEADER: Final = "X-Request-ID"
 
 
 def authenticated_user(request: Any) -> Values | None:
-    """Return the ids of `request.user`, None if nobody is logged in.
+    """Return the ids of `request.user`, or None if nobody is logged in.
 
     A key that is not a UUID is mapped by `analytics_uuid("user", key)`. The family is the user's attribute
     `family_unit_id`, if there is one, mapped as `analytics_uuid("family", key)`.
@@ -80,7 +81,7 @@ class _Options:
 
     @classmethod
     def of_settings(cls) -> _Options:
-        """Read `SPOOL`. Raises ImproperlyConfigured for what it cannot be."""
+        """Read `SPOOL` from the settings. Raises ImproperlyConfigured for an invalid setting."""
         given = dict(getattr(settings, "SPOOL", {}))
         user = given.pop("USER", None)
         try:
@@ -92,7 +93,7 @@ class _Options:
             raise ImproperlyConfigured(f"SPOOL: {error}") from error
         if given:
             known = "EXCLUDE, ENDPOINT, USER and LOGIN_EVENTS"
-            raise ImproperlyConfigured(f'SPOOL has no setting "{min(given)}", only {known}')
+            raise ImproperlyConfigured(f'SPOOL has no setting "{min(given)}"; its settings: {known}')
         return options
 
 
@@ -104,7 +105,7 @@ def _function(name: str, given: Any) -> Any:
 
 
 class AnalyticsMiddleware:
-    """For `MIDDLEWARE`; see above. Raises ImproperlyConfigured for a setting that cannot be."""
+    """The class for `MIDDLEWARE`; see above. Raises ImproperlyConfigured for an invalid setting."""
 
     sync_capable = True
     async_capable = True
@@ -118,7 +119,8 @@ class AnalyticsMiddleware:
         if self._is_async:
             markcoroutinefunction(self)
         if options.user is not None:
-            # Not a method: Django calls it in a thread, if the server is asynchronous and it is not.
+            # Not a method: Django calls it in a thread if the server is asynchronous and the middleware is
+            # not.
             bind_async = iscoroutinefunction(options.user)
             self.process_view = self._bind_user_async if bind_async else self._bind_user
         if options.login_events:
@@ -141,8 +143,8 @@ class AnalyticsMiddleware:
         timer.ended = request.path in self._options.exclude or request.path_info in self._options.exclude
         return timer
 
-    # The scope in force after the response was made is not always the one that was begun: Django runs what is async in
-    # a task of its own and takes over the context that this ends with.
+    # The scope that is current after the response was made is not always the one that was started: Django
+    # runs async code in a task of its own and takes over the final context of that task.
 
     def _serve(self, request: Any, exchange: _Exchange) -> Any:
         begun = exchange.begin()
@@ -158,7 +160,7 @@ class AnalyticsMiddleware:
         begun = exchange.begin()
         try:
             return exchange.answer(await self._get_response(request), in_force() or begun.scope)
-        except asyncio.CancelledError:  # by Django, when the client is gone
+        except asyncio.CancelledError:  # by Django, when the client has disconnected
             exchange.end(DISCONNECTED)
             raise
         except BaseException:
@@ -179,7 +181,7 @@ class AnalyticsMiddleware:
 
 
 def _carrier(request: Any) -> Any:
-    """Return the request's scope or environment, in which a middleware outside of Django has left its mark."""
+    """Return the request's scope or environment, which a middleware outside Django has marked."""
     return getattr(request, "scope", None) or getattr(request, "environ", None) or request.META
 
 
@@ -196,7 +198,7 @@ class _Exchange:
         self._complete = False
         self._failed = False
         self._input = None
-        if hasattr(request, "environ"):  # under WSGI: the class has taken the server's input already
+        if hasattr(request, "environ"):  # under WSGI: the request class has already taken the server's input
             self._input = watched(getattr(request, "_stream", None), request.environ)
             if self._input is not None:
                 request._stream = self._input
@@ -205,13 +207,13 @@ class _Exchange:
         return begin_empty(request_id=self._id, trace_id=trace_id(self._request.headers.get("traceparent")))
 
     def answer(self, response: Any, scope: Scope) -> Any:
-        """Return the response with the id. A streamed one is counted when the server closes it."""
+        """Return the response with the request id. A streamed response is counted when the server closes it."""
         response[_HEADER] = self._id
         if not response.streaming:
             self.end(str(response.status_code))
             return response
         if getattr(response, "file_to_stream", None) is not None or self._request.method == "HEAD":
-            self._complete = True  # as far as can be seen: the server may send the file itself
+            self._complete = True  # as far as is known here: the server may send the file itself
         elif getattr(response, "is_async", False):
             response.streaming_content = self._pieces_async(response.streaming_content, scope)
         else:
@@ -301,7 +303,7 @@ def _logged_in(request: Any, user: Any, **_: object) -> None:
 
 
 def _logged_out(request: Any, user: Any, **_: object) -> None:
-    """Django sends it before it logs out; whoever was not logged in has no event."""
+    """Emit the event. Django sends this signal before it logs out; without a logged-in user there is no event."""
     with calling_user_function(get_emitter()):
         if user is not None and user.is_authenticated and (values := _values_of(request, user)):
             with bind(**values):
@@ -314,7 +316,7 @@ def _values_of(request: Any, user: Any) -> Values | None:
     request = HttpRequest() if request is None else request
     request.user = user  # not set yet in the test client's `force_login`
 
-    async def auser() -> Any:  # Django's own may have found nobody before the login
+    async def auser() -> Any:  # Django's own lazy user may have been evaluated before the login
         return user
 
     request.auser = auser

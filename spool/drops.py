@@ -1,12 +1,12 @@
-"""Lines that were not kept: counted by cause and name by whoever emits, logged and reported by housekeeping.
+"""Dropped lines, counted by cause and name by the emitting thread, logged and reported by housekeeping.
 
-The name is the event type or the metric's name if it is valid. At most MAX_NAMES distinct names are counted,
-whatever an application uses as names; all others are counted as OTHER. So what is counted is bounded.
+The name is the event type or the metric's name, if it is valid. At most MAX_NAMES distinct names are counted;
+all others count as OTHER. So the counts are bounded, whatever names an application uses.
 
-Each drop leaves the process on four ways:
+Each drop is reported in four ways:
 
-    log      one line per cause, name and minute, and a summary when the process ends
-    metric   `spool_dropped_count`, labelled cause and name, among the lines: `unreported`, `reported`
+    log      one line per cause, name and minute, and a summary when the process exits
+    metric   `spool_dropped_count`, labelled cause and name, written to the spool: `unreported`, `reported`
     account  the writer's file beside the spool, which survives SIGKILL (spool/account.py)
     stats    `Emitter.stats()`
 """
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from spool.account import Account
 
 REPORT_INTERVAL: Final = 1.0
-"""Seconds that drops are gathered for before metrics report them."""
+"""Seconds for which drops are collected before metrics report them."""
 MAX_NAMES: Final = 100
 OTHER: Final = "other"
 _SUMMARIZED: Final = 10
-"""Kinds of drops that the summary names."""
+"""Maximum number of kinds of drops that the summary names."""
 
 
 class Kind(NamedTuple):
-    """What drops are counted by."""
+    """The key by which drops are counted."""
 
     cause: str
     name: str
@@ -45,7 +45,7 @@ _TOO_DEEP: Final = Kind("recursion", OTHER)
 
 
 class Report(NamedTuple):
-    """Drops for a metric: those of a kind from the `begin`-th on, up to the `end`-th."""
+    """The drops that one metric reports: those of a kind from number `begin` (excluded) to `end`."""
 
     kind: Kind
     begin: int
@@ -53,11 +53,11 @@ class Report(NamedTuple):
 
 
 class Drops:
-    """Safe to use from any thread, signal handler or finalizer."""
+    """The drops of one process. Safe to use from any thread, signal handler or finalizer."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        # `counts[kind] += 1` on a defaultdict runs no Python code in which a handler could come between.
+        # `counts[kind] += 1` on a defaultdict runs no Python code that a handler could interrupt.
         self._counts: defaultdict[Kind, int] = defaultdict(int)
         self._reported: defaultdict[Kind, int] = defaultdict(int)
         self._logged: defaultdict[Kind, int] = defaultdict(int)
@@ -67,13 +67,13 @@ class Drops:
         self._report_at = float("inf")
         self._account: Account | None = None
         self.too_deep = 0
-        """Lines dropped when the recursion limit left no room for a call, not even one of `add`."""
+        """Lines dropped so close to the recursion limit that not even `add` could be called."""
         self._too_deep_counted = 0
 
     def add(self, cause: str, name: object, message: str, *, report: bool) -> bool:
-        """Count a dropped line. Return whether housekeeping has to know of it.
+        """Count a dropped line. Return whether housekeeping must be notified.
 
-        `report` is false for what no metric is to report, as in a test that records.
+        `report` is false for drops that no metric should report, such as in a test that records.
         """
         with self._lock:
             kind = Kind(cause, self._counted_name(name))
@@ -101,7 +101,7 @@ class Drops:
         return plain
 
     def _count_too_deep(self) -> None:
-        """Count what had no room to be counted; not for who emits, which may be near the limit again."""
+        """Count the drops near the recursion limit. Not for an emitting thread, which may be near it again."""
         with self._lock:
             count = self.too_deep - self._too_deep_counted
             if count:
@@ -109,13 +109,13 @@ class Drops:
                 self._count(_TOO_DEEP, count, report=True)
 
     def count_in(self, account: Account | None) -> None:
-        """Have what was and will be dropped stated in an account, or in none."""
+        """Write all past and future drops to the given account, or to none."""
         with self._lock:
             self._account = account
             for kind in list(self._counts) if account is not None else ():
                 account.count(kind, self._counts, self._reported)  # type: ignore[union-attr]
 
-    # ---- for callers --------------------------------------------------------------------------------
+    # ---- read by callers ----------------------------------------------------------------------------
 
     def counts(self) -> Mapping[str, int]:
         """Return how many lines were dropped, by cause."""
@@ -134,7 +134,7 @@ class Drops:
     # ---- log ----------------------------------------------------------------------------------------
 
     def log(self) -> None:
-        """Log each kind whose last warning is long enough ago. Not for the thread that emits."""
+        """Log each kind whose last warning is long enough ago. Not to be called by the thread that emits."""
         self._count_too_deep()
         for kind, count in self._unlogged():
             if self._warnings[kind].is_due():
@@ -144,7 +144,7 @@ class Drops:
                 )
 
     def seconds_until_log(self) -> float | None:
-        """Return the seconds after which `log` has something to do, None if nothing was dropped since."""
+        """Return the seconds until `log` has something to log, or None if nothing was dropped since its last call."""
         waits = [self._warnings[kind].seconds() for kind, _ in self._unlogged()]
         return max(0.0, min(waits)) if waits else None
 
@@ -153,7 +153,7 @@ class Drops:
         return ((kind, count) for kind, count in counts.items() if count > self._logged[kind])
 
     def log_summary(self) -> None:
-        """Log what was dropped in all, if anything was: for the end of the process."""
+        """Log the total of dropped lines, if there are any. Called when the process exits."""
         counts = sorted(self.by_kind().items(), key=lambda item: -item[1])
         if not counts:
             return
@@ -172,11 +172,11 @@ class Drops:
         return self._report_at < float("inf") or self.too_deep > self._too_deep_counted
 
     def seconds_until_report(self) -> float:
-        """Return the seconds after which to report what is waiting."""
+        """Return the seconds until the waiting drops should be reported."""
         return max(0.0, self._report_at - time.monotonic())
 
     def unreported(self) -> list[Report]:
-        """Return what no metric has reported yet. Each must be given to `reported` or come again."""
+        """Return the drops that no metric has reported yet, repeatedly until they are passed to `reported`."""
         self._count_too_deep()
         with self._lock:
             self._report_at = float("inf")
@@ -187,10 +187,10 @@ class Drops:
             ]
 
     def reported(self, report: Report) -> None:
-        """Note that a metric has reported this."""
+        """Record that a metric has reported these drops."""
         with self._lock:
             self._reported[report.kind] = report.end
 
     def postpone(self) -> None:
-        """Have what could not be reported tried again."""
+        """Schedule another attempt for drops that could not be reported."""
         self._report_at = time.monotonic() + REPORT_INTERVAL

@@ -17,7 +17,7 @@ from spool.suggest import did_you_mean
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Source = str | Callable[[dict[str, Any], Any], Any]
-"""Where a decorator finds a value: a dotted path, or a function of the call's arguments and its result."""
+"""The source of a field's value: a dotted path, or a function of the call's arguments and its result."""
 
 _RESULT = "result"
 
@@ -29,13 +29,14 @@ def emits(name: str | Event[...], **sources: Source) -> Callable[[Function], Fun
         @emits("memory_posted", memory_id="result.id", media_type="memory.media_type")
         async def post_memory(memory: Memory) -> Posted: ...
 
-    A source is a dotted path that begins with an argument's name or with `result`, through attributes or
-    keys, or a function of the arguments and the result. Sources may be named `user_id` and so on, too. The
-    result, an exception and the signature are left as they are; a source that does not exist in a call is
-    counted as a drop.
+    A source is a dotted path of attributes or keys that starts with an argument's name or with `result`, or
+    it is a function of the arguments and the result. `user_id`, `family_unit_id` and the like may have
+    sources, too. The result, exceptions and the signature of the function are unchanged. If a source does not
+    exist in a call, the event is dropped and counted.
 
     Raises `DeclarationError`, a ValueError and KeyError, for an event or a field that does not exist, a
-    required field without a source, a source that begins with no argument of the function, and a generator.
+    required field without a source, a source that does not start with an argument of the function, and a
+    generator.
     """
     wanted = _event(name)
     _check_fields(wanted, sources)
@@ -44,7 +45,7 @@ def emits(name: str | Event[...], **sources: Source) -> Callable[[Function], Fun
         kind = kind_of(function)
         if kind not in {Kind.RESULT, Kind.COROUTINE}:
             raise DeclarationError(
-                f'event "{wanted.name}" cannot be emitted by a generator, which does not return'
+                f'event "{wanted.name}" cannot be emitted by a generator, which has no single return'
             )
         signature = inspect.signature(function)
         for each, source in sources.items():
@@ -111,13 +112,13 @@ def _check_fields(wanted: Event[...], sources: Mapping[str, object]) -> None:
             )
     for each, field in wanted.fields.items():
         if field.required and each not in sources:
-            raise DeclarationError(f'event "{wanted.name}" needs a source of "{each}"')
+            raise DeclarationError(f'event "{wanted.name}" needs a source for "{each}"')
 
 
 def _check_source(
     event: str, field: str, source: object, parameters: Mapping[str, object], function: Callable[..., object]
 ) -> None:
-    """Raise `DeclarationError` if no call of the function can have the source."""
+    """Raise `DeclarationError` if the source cannot exist in any call of the function."""
     what = f'source of "{field}" of event "{event}"'
     if isinstance(source, str):
         first, *rest = source.split(".")
@@ -126,7 +127,7 @@ def _check_source(
             where = getattr(function, "__qualname__", "the function")
             hint = did_you_mean(first, known)
             raise DeclarationError(
-                f'{what} must begin with an argument of {where} or "{_RESULT}", not "{first}"{hint}'
+                f'{what} must start with an argument of {where} or "{_RESULT}", not "{first}"{hint}'
             )
         if not all(rest):
             raise DeclarationError(f'{what} must be names with dots between them, not "{source}"')
@@ -139,7 +140,7 @@ def _check_source(
 def _check_callable(what: str, source: Callable[..., object]) -> None:
     try:
         signature = inspect.signature(source)
-    except (TypeError, ValueError):  # written in C without a signature
+    except (TypeError, ValueError):  # a C function without a signature
         return
     try:
         signature.bind(None, None)

@@ -1,20 +1,20 @@
-"""The running part: an event or a metric becomes one line, and the line goes to the spool.
+"""The emitter: encodes each event or metric as one line and appends it to the spool.
 
-The hot path is `emit_event` and `_metric`: no system call, no lock, nothing that releases the GIL. Both are
-written out flat, since a call of a function costs a twentieth of a whole emit (tests/bench/emit.py), and take
-the short way for what is usual:
+The hot path is `emit_event` and `_metric`: no system call, no lock, nothing that releases the GIL. Both avoid
+function calls, because each costs a twentieth of a whole emit (tests/bench/emit.py), and have a fast path for
+the usual cases:
 
-    step              the short way                                   else
-    context           nothing is bound, or what is bound is encoded   what is bound fills the gaps
+    step              fast path                                       otherwise
+    context           nothing is bound, or the context is encoded     bound values fill the gaps
     time and id       the same millisecond as the last emit           `_new_tick`
-    actor             the same objects as in the last emit            `record.encode_actor`, which remembers
+    actor             the same objects as in the last emit            `record.encode_actor`, with a memo
     metadata, labels  flat, of exact types, keys seen before, no      `record.encode_object`
                       escape
     names             an exact `str` that was seen before             `record.encode_event_name`, ...
     bytes             fit into the current segment                    `Appender.append`
 
-Whatever goes wrong in there ends in `refuse` (the line can't be made) or `_drop` (there is no room for it),
-which count it. Housekeeping (spare, age, sealing, reporting drops) runs in a thread that may be missing.
+Every failure ends in `refuse` (the line cannot be encoded) or `_drop` (there is no room for it), which count
+the line. Housekeeping (spare, age, sealing, reporting drops) runs in a thread; emits also work without it.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ _MICROSECONDS: Final = tuple(b"%03dZ" % micro for micro in range(1000))
 
 @dataclass(frozen=True)
 class Stats:
-    """What an emitter did in this process: lines kept, lines dropped by cause, bytes and segments.
+    """The counts of an emitter in this process: written lines, dropped lines by cause, bytes and segments.
 
-    Lines kept include the metrics that report drops. `dropped_by_name` has the drops by cause and event type or
-    metric name, `other` for an invalid name and for all names but the first 100.
+    The lines include the metrics that report drops. `dropped_by_name` has the drops by cause and event type
+    or metric name; invalid names, and all names but the first 100, count as `other`.
     """
 
     emitted: int
@@ -74,11 +74,11 @@ class Stats:
     segments: int
     dropped_by_name: Mapping[tuple[str, str], int] = field(default_factory=dict)
     converted: int = 0
-    """Values that have no JSON form and were written as the name of their type."""
+    """Number of values without a JSON form that were written as the name of their type."""
     redacted: Mapping[str, int] = field(default_factory=dict)
-    """Values that were replaced by `[redacted]`, by key."""
+    """Number of values replaced by `[redacted]`, by key."""
     unbound: int = 0
-    """Calls of `spool.context.update` outside of a scope, which bound nothing."""
+    """Number of calls of `spool.context.update` outside a scope, which bound nothing."""
 
 
 class Emitter:
@@ -88,13 +88,13 @@ class Emitter:
         emitter.emit_event(event_type="memory_posted", user_id=user, family_unit_id=family)
 
     `emit_event` and the metric calls never raise (except ValueError with `strict`) and never wait. An emit
-    after `close` is kept, too: its segment is sealed by the loader when the process has ended.
+    after `close` is written, too: the loader seals its segment after the process has exited.
 
     Raises ValueError for an invalid setting; see `Settings` for all of them.
     """
 
-    # Reading an attribute from a dictionary, which an object gets with the first `vars` or `copy` of it, makes
-    # an emit 8 % slower than from a slot.
+    # With slots an emit is 8 % faster than with an instance dictionary, which an object gets at its first
+    # `vars` or `copy`.
     __slots__ = (
         "__weakref__", "_account", "_actor", "_alterations", "_appender", "_before_emit", "_defaults",
         "_drops", "_encode_actor", "_harmless", "_harmless_beside_context", "_housekeeper", "_prepared",
@@ -128,7 +128,7 @@ class Emitter:
 
     @property
     def before_emit(self) -> BeforeEmit | None:
-        """A function that may change or drop each event; see spool/hook.py. It may be set at any time."""
+        """A function that may change or drop each event; see spool/hook.py. It can be set at any time."""
         return self._before_emit
 
     @before_emit.setter
@@ -138,8 +138,8 @@ class Emitter:
         install(self, hook)
 
     def _start_afresh(self) -> None:
-        """The state of a process that has emitted nothing; also what a forked child begins with."""
-        # Each of these two is one tuple that is replaced as a whole, so that threads never mix halves of two.
+        """Set the state of a process that has emitted nothing, also in a forked child."""
+        # Each of these two is a tuple that is replaced as a whole, so that no thread sees a partial update.
         self._tick: tuple[int, str, bytes] = _NO_TICK
         self._actor: tuple[object, object, object, bytes] = (object(), None, None, b"")
         self._drops = Drops()
@@ -164,14 +164,14 @@ class Emitter:
         return Appender
 
     def after_fork_in_child(self) -> None:
-        """Begin as a new process; see `fork.Forked`. What the constructor made belongs to the parent."""
+        """Start as a new process; see `fork.Forked`. The objects that the constructor made belong to the parent."""
         parents = self._appender
         drops = Drops()
         housekeeper = Housekeeper(self._keep_house, threaded=self._housekeeper.is_surely_asleep())
         appender = self._appender_class()(self.settings, housekeeper.wake, parents)
         account, parents_account = Account(self.settings.directory, appender.writer), self._account
         if NOTICED:
-            return  # a handler that emitted in between has done it
+            return  # a signal handler that emitted in between has done this
         self._tick, self._drops, self._housekeeper, self._appender = _NO_TICK, drops, housekeeper, appender
         self._account = account
         self._alterations = Alterations()
@@ -190,7 +190,7 @@ class Emitter:
     ) -> str | None:  # fmt: skip
         """Write one event and return its id, or None if it was dropped (see `stats`).
 
-        `user_id`, `family_unit_id` and `session_id` are UUIDs or their text, else what is bound to the
+        `user_id`, `family_unit_id` and `session_id` are UUIDs or their text; by default they come from the
         context. `event_id` is for callers with their own idempotency; `timestamp` is an aware datetime.
         """
         try:
@@ -205,7 +205,7 @@ class Emitter:
                     or family_unit_id is not None
                     or session_id is not None
                 ):
-                    # What the call gives wins. Only None means "from the context": "" and 0 are invalid ids.
+                    # Arguments win. Only None means "from the context": "" and 0 are invalid ids.
                     user_id = bound.user_id if user_id is None else user_id
                     family_unit_id = bound.family_unit_id if family_unit_id is None else family_unit_id
                     session_id = bound.session_id if session_id is None else session_id
@@ -225,7 +225,7 @@ class Emitter:
                 moment, micros = record.encode_timestamp(timestamp), b""
             data = None
             if type(metadata) is dict:
-                for value in metadata.values():  # a loop over types costs less than any search in `data`
+                for value in metadata.values():  # a loop over types is faster than any search in `data`
                     kind = type(value)
                     if kind is not str and kind is not int and kind is not bool and value is not None:
                         break
@@ -242,7 +242,7 @@ class Emitter:
             elif metadata is None:
                 data = b"{}"
             if data is None:
-                if encoded is not None:  # a key of the context may be among the event's own
+                if encoded is not None:  # a key of the context may also be a key of the event
                     user_id, family_unit_id, session_id = bound.actor()
                     encoded, metadata = None, bound.merged(metadata)
                 data = record.encode_object(metadata, "metadata", self._redaction, self._alterations)
@@ -267,7 +267,7 @@ class Emitter:
                 name = record.encode_event_name(event_type)
             line = b"".join((b'{"event_id":"', new_id.encode(), name, moment, micros, actor, data, b"}\n"))
         except RecursionError:
-            self._drops.too_deep += 1  # there may be no room for a call
+            self._drops.too_deep += 1  # near the recursion limit a call may fail
             return None
         except Exception as error:
             self.refuse(error, event_type)
@@ -335,7 +335,7 @@ class Emitter:
                  moment, micros, b'"}\n')
             )  # fmt: skip
         except RecursionError:
-            self._drops.too_deep += 1  # there may be no room for a call
+            self._drops.too_deep += 1  # near the recursion limit a call may fail
             return None
         except Exception as error:
             self.refuse(error, metric_name)
@@ -357,7 +357,7 @@ class Emitter:
         """Write one metric and return its id, or None if it was dropped.
 
         `metric_type` is counter (never below zero), gauge, timer (milliseconds) or histogram. `timestamp` is an
-        aware datetime, for what was measured earlier.
+        aware datetime, for a value that was measured earlier.
         """
         try:
             return self._metric(metric_name, metric_type, value, labels, timestamp)
@@ -401,10 +401,10 @@ class Emitter:
         """Return a context manager and decorator that records a timer; see `Timer`."""
         return Timer(self, metric_name, labels)
 
-    # ---- the long way -------------------------------------------------------------------------------
+    # ---- the slow path ------------------------------------------------------------------------------
 
     def _new_tick(self, nanoseconds: int) -> tuple[str, bytes, int]:
-        """What ids and timestamps of this millisecond begin with, and the nanoseconds that are past of it."""
+        """Return the beginning of this millisecond's ids and timestamps, and the nanoseconds since it began."""
         if not fork.KERNEL_WIPES:
             fork.check_pid()
         if not self._housekeeper.threaded and not self._appender.is_interrupted():
@@ -416,7 +416,7 @@ class Emitter:
         return prefix, moment, past
 
     def _append(self, line: bytes, error: Exception) -> bool:
-        """Find room for a line that the current segment had none for. Returns whether it was kept."""
+        """Append a line for which the current segment had no room. Returns whether it was written."""
         if is_foreign(error):
             raise error
         try:
@@ -433,9 +433,9 @@ class Emitter:
         return False
 
     def refuse(self, error: Exception, name: object = None) -> None:
-        """Count a line of an event type or a metric that could not be made. Raises ValueError with `strict`.
+        """Count the drop of an event or metric that could not be encoded. Raises ValueError with `strict`.
 
-        An exception that belongs to the application, such as one of its signal handlers, is raised again.
+        Re-raises an exception that belongs to the application, such as one from its signal handlers.
         """
         refused = record.refusal(error)
         self._count_drop(refused.cause, name, str(refused))
@@ -445,7 +445,7 @@ class Emitter:
     def count_unbound(self) -> None:
         """Count a call of `spool.context.update` that bound nothing. Raises ValueError with `strict`.
 
-        It is no drop: no line was emitted, so no sum of lines includes it.
+        This is not a drop: no line was emitted, so no sum of lines includes it.
         """
         self._alterations.count_unbound()
         self._housekeeper.wake()
@@ -453,24 +453,25 @@ class Emitter:
             raise ValueError(NO_SCOPE)
 
     def _drop(self, error: OSError, name: object) -> None:
-        """Count a line that there was no room for, and have housekeeping report it once there is."""
+        """Count a line for which there was no room; housekeeping reports it once there is room."""
         cause = "spool_full" if error.errno == errno.EDQUOT else "disk"
         if not kernel.SUPPORTED:
             cause = "unsupported"
         self._count_drop(cause, name, f"could not write to {self.settings.directory}: {error}")
 
     def _count_drop(self, cause: str, name: object, message: str) -> None:
-        """Count; what waits for a log handler is left to housekeeping."""
+        """Count a drop. Housekeeping logs it, because a log handler may block."""
         if self._drops.add(cause, name, message, report=not self._appender.is_diverted()):
             self._housekeeper.wake()
 
     # ---- housekeeping -------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Have a segment and the housekeeping thread ready before the first emit, so that no request pays.
+        """Create a segment and the housekeeping thread before the first emit, so that no request pays for them.
 
-        For the start of a server or a worker, which the middlewares know; forked children prepare themselves
-        then, too. In uWSGI's master it prepares only them: see `fork.will_fork_without_hooks`. Never raises.
+        Call it when a server or a worker starts; the middlewares do. Children forked later then prepare
+        themselves. In uWSGI's master only the children are prepared; see `fork.will_fork_without_hooks`.
+        Never raises.
         """
         self._prepared = True
         if fork.will_fork_without_hooks():
@@ -483,7 +484,7 @@ class Emitter:
         self._housekeeper.wake()
 
     def _rehearse(self) -> None:
-        """Run the code of an emit a few times without a spool: the very first run of it takes 0.2 ms."""
+        """Run the code of an emit a few times without a spool, because its first run takes 0.2 ms."""
         rehearsal = copy(self)
         rehearsal._appender = cast(Appender, SimpleNamespace(write=len))
         rehearsal._before_emit = None
@@ -494,7 +495,7 @@ class Emitter:
             rehearsal.increment_counter(metric_name="rehearsal", labels={"n": "1"})
 
     def _keep_house(self) -> float | None:
-        """Do what is due. Returns the seconds after which to do so again, None if only a wake-up helps."""
+        """Do all work that is due. Returns the seconds until the next call, or None to wait for a wake-up."""
         waits = [self._appender.tidy()]
         self._drops.log()
         self._alterations.log()
@@ -507,7 +508,7 @@ class Emitter:
         return min((wait for wait in waits if wait is not None), default=None)
 
     def _report_dropped(self) -> None:
-        """Report among the metrics how many lines were dropped, once there is room for that."""
+        """Report dropped lines as metrics, once there is room for these."""
         if not self._appender.has_room():
             self._appender.prepare()
         if not self._appender.has_room():
@@ -526,11 +527,11 @@ class Emitter:
     # ---- for callers --------------------------------------------------------------------------------
 
     def seal(self) -> bool:
-        """Make what was emitted so far loadable. Returns False (and logs) if that failed."""
+        """Seal all lines emitted so far, so that they can be loaded. Returns False (and logs) if that failed."""
         return self._appender.seal()
 
     def stats(self) -> Stats:
-        """Return the counts of this process since it began to emit."""
+        """Return the counts of this process since its first emit."""
         written = self._appender.written()
         by_name = {(kind.cause, kind.name): count for kind, count in self._drops.by_kind().items()}
         alterations = self._alterations
@@ -541,7 +542,7 @@ class Emitter:
 
     @contextmanager
     def diverted(self, write: Callable[[bytes], int], *, strict: bool) -> Iterator[None]:
-        """Hand lines to `write` instead of the spool until the block ends: what `spool.testing` does."""
+        """Pass lines to `write` instead of the spool until the block ends. Used by `spool.testing`."""
         before, self.settings = self.settings, replace(self.settings, strict=strict)
         try:
             with self._appender.diverted(write):
@@ -560,13 +561,13 @@ class Emitter:
         self._account.close(self._appender.sealed_so_far(), self._drops)
 
     def log_summary(self) -> None:
-        """Log what was dropped in all, at the end of the process."""
+        """Log the total of dropped lines when the process exits."""
         self._drops.log_summary()
 
     # ---- forks: see spool/fork.py ---------------------------------------------------------------------
 
     def before_fork(self) -> None:
-        """Wait until no other thread is in the middle of a change, and have none at the fork."""
+        """Wait until no other thread is in the middle of a change, and block changes until after the fork."""
         self._was_running = not self._appender.is_interrupted() and self._housekeeper.stop()
         self._appender.hold()
 
@@ -586,15 +587,15 @@ _emitters: weakref.WeakSet[Emitter] = weakref.WeakSet()
 
 
 def close_all() -> None:
-    """Close every emitter of this process, and make none."""
+    """Close every emitter of this process, without creating one."""
     for emitter in list(_emitters):
         emitter.close()
 
 
 def close_at_end() -> None:
-    """Close every emitter and log what was dropped in all, at the end of a process.
+    """Close every emitter and log the total of dropped lines when a process exits.
 
-    Registered with atexit; for a process that ends without that, as os._exit does.
+    Registered with atexit; call it in a process that exits without atexit, such as by os._exit.
     """
     close_all()
     for emitter in list(_emitters):
@@ -608,21 +609,21 @@ atexit.register(close_at_end)
 def get_emitter() -> Emitter:
     """Return the process-wide emitter, set up from the environment.
 
-    Never raises, because it is first called inside a request: with a setting that is invalid, the emitter it
-    returns drops everything under the cause `settings`, after one warning. An application that wants to fail
-    at its start creates an `Emitter` there. In strict mode, raises ValueError if the spool cannot be created.
+    Never raises, because its first call may be inside a request. If a setting is invalid, it logs one warning
+    and returns an emitter that drops everything with the cause `settings`. To fail at startup instead, create
+    an `Emitter` there. In strict mode, raises ValueError if the spool cannot be created.
     """
     try:
         return Emitter()
     except DirectoryError:  # only in strict mode
         raise
     except ValueError as error:
-        logger().warning("cannot emit analytics: %s; correct it and start the process again", error)
+        logger().warning("cannot emit analytics: %s; correct it and restart the process", error)
         return _MisconfiguredEmitter(str(error))
 
 
 class _MisconfiguredEmitter(Emitter):
-    """Drops and counts whatever it is asked to emit. It has no file and no thread, and never raises."""
+    """An emitter that drops and counts everything. It has no file and no thread, and never raises."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(**vars(Settings()))
@@ -638,7 +639,7 @@ class _MisconfiguredEmitter(Emitter):
         """Do nothing: there is no segment to seal."""
 
     def log_summary(self) -> None:
-        """Do nothing: the one warning was that everything is dropped."""
+        """Do nothing: one warning has already reported that everything is dropped."""
 
     def emit_event(self, *, event_type: object = None, **_: Any) -> None:
         """Count a drop."""
@@ -648,7 +649,7 @@ class _MisconfiguredEmitter(Emitter):
         self.emit_event(event_type=metric_name)
 
     def count_unbound(self) -> None:
-        """Do nothing: nothing is emitted either."""
+        """Do nothing: nothing is emitted."""
 
     def refuse(self, error: Exception, name: object = None) -> None:
         """Count a drop."""
@@ -662,6 +663,6 @@ class _MisconfiguredEmitter(Emitter):
 
     @contextmanager
     def diverted(self, write: Callable[[bytes], int], *, strict: bool) -> Iterator[None]:
-        """Raise ValueError: a test that records should learn of the setting."""
+        """Raise ValueError, so that a test that records reports the invalid setting."""
         raise ValueError(self._problem)
         yield

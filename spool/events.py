@@ -1,20 +1,20 @@
-"""The standard events of the application, one catalogue: what each is called, means and carries.
+"""The catalogue of standard events: their names, meanings and fields.
 
     log_memory_posted(user_id=user.id, family_unit_id=user.family_unit_id, memory_id=memory.id)
-    await log_memory_posted(memory_id=memory.id)                           # who comes from the context
+    await log_memory_posted(memory_id=memory.id)                           # ids come from the context
     background_tasks.add_task(log_memory_posted, memory_id=memory.id)
 
-Each call emits at once, with `await` and without. An application adds its own in the same way, and so to the
-reference that `python -m spool.events` prints. A function without a body declares the fields, so that a type
-checker finds a wrong call and an editor completes a right one:
+Each call emits immediately, with or without `await`. Applications add their own events in the same way;
+`python -m spool.events` prints a reference of all events. A function without a body declares the fields, so
+that type checkers and editors know them:
 
     @event
     def log_album_shared(*, album_id: UUID | str, note: str | None = None, **who: Unpack[Who]) -> None:
         \"\"\"An album was shared.\"\"\"
 
-The same without static types: `event("album_shared", "An album was shared.", album_id=UUID, note=str | None)`.
-The types of fields are in spool/fields.py. What does not fit is refused as any line that cannot be made:
-counted, and a ValueError with `strict`.
+The same without static types: `event("album_shared", "An album was shared.", album_id=UUID, note=str |
+None)`. See spool/fields.py for the types of fields. An event with an invalid field is dropped and counted;
+with `strict` it raises ValueError.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ __all__ = [
 
 @event
 def log_user_registered(*, method: str | None = None, **who: Unpack[Who]) -> None:
-    """An account was made."""
+    """A user account was created."""
 
 
 @event
 def log_user_logged_in(*, method: str | None = None, **who: Unpack[Who]) -> None:
-    """A user came in."""
+    """A user logged in."""
 
 
 @event
 def log_user_logged_out(**who: Unpack[Who]) -> None:
-    """A user left."""
+    """A user logged out."""
 
 
 @event
@@ -85,7 +85,7 @@ def log_memory_posted(
 
 @event
 def log_memory_updated(*, memory_id: UUID | str, **who: Unpack[Who]) -> None:
-    """A memory was changed."""
+    """A memory was edited."""
 
 
 @event
@@ -97,7 +97,7 @@ def log_memory_deleted(*, memory_id: UUID | str, **who: Unpack[Who]) -> None:
 def log_memory_viewed(
     *, memory_id: UUID | str, duration_ms: int | None = None, source: str | None = None, **who: Unpack[Who]
 ) -> None:
-    """A memory was looked at."""
+    """A memory was viewed."""
 
 
 @event
@@ -108,7 +108,7 @@ def log_reaction_created(
     reaction_type: str | None = None,
     **who: Unpack[Who],
 ) -> None:
-    """Somebody reacted to a memory."""
+    """A reaction was added to a memory."""
 
 
 @event
@@ -119,19 +119,19 @@ def log_reaction_deleted(
     reaction_type: str | None = None,
     **who: Unpack[Who],
 ) -> None:
-    """A reaction was taken back."""
+    """A reaction was removed."""
 
 
 @event
 def log_comment_created(
     *, memory_id: UUID | str, comment_id: UUID | str, length: int | None = None, **who: Unpack[Who]
 ) -> None:
-    """A memory was commented."""
+    """A comment was posted on a memory."""
 
 
 @event
 def log_comment_updated(*, memory_id: UUID | str, comment_id: UUID | str, **who: Unpack[Who]) -> None:
-    """A comment was changed."""
+    """A comment was edited."""
 
 
 @event
@@ -141,29 +141,29 @@ def log_comment_deleted(*, memory_id: UUID | str, comment_id: UUID | str, **who:
 
 @event
 def log_feed_viewed(*, page: int | None = None, memory_count: int | None = None, **who: Unpack[Who]) -> None:
-    """A user looked at the feed."""
+    """A user viewed the feed."""
 
 
 @event
 def log_invite_created(*, invite_id: UUID | str, invited_role: str | None = None, **who: Unpack[Who]) -> None:
-    """Somebody was invited into a family."""
+    """An invitation to a family was sent."""
 
 
 @event
 def log_invite_accepted(
     *, invite_id: UUID | str, invited_role: str | None = None, **who: Unpack[Who]
 ) -> None:
-    """An invited person joined the family."""
+    """An invited person joined a family."""
 
 
 @event
 def log_child_provisioned(*, child_id: UUID | str, **who: Unpack[Who]) -> None:
-    """A child got an account."""
+    """An account was created for a child."""
 
 
 @event
 def log_pet_created(*, pet_id: UUID | str, species: str | None = None, **who: Unpack[Who]) -> None:
-    """A pet was added to the family."""
+    """A pet was added to a family."""
 
 
 def reference() -> str:

@@ -1,11 +1,12 @@
-"""A field of an event: which values it takes, from the annotation that declares it.
+"""A field of an event: the values it accepts, derived from its annotation.
 
-    str, int, float, bool, UUID, datetime, an enum, any other class       values of it
-    X | None                                                              may be left out
+    str, int, float, bool, UUID, datetime, an enum, any other class       its instances
+    X | None                                                              optional
     X | Y, Literal["photo", "video"], list[str], NewType, Annotated       as in a type checker
 
-Beside what a type checker accepts, an int is taken for a float, text for a UUID, a number of numpy for an int
-or a float, and whatever has a JSON form (spool/convert.py) of the field's type, such as a lazy string for text.
+In addition to what a type checker accepts, an int is accepted for a float, text for a UUID, a numpy number
+for an int or a float, and any value whose JSON form (spool/convert.py) has the field's type, such as a lazy
+string for text.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ _ORDINARY: Final = ("str", "int", "float", "bool", "UUID", "datetime", "date", "
 
 
 class DeclarationError(ValueError, KeyError):
-    """An event, a field or a source that cannot be. Also a KeyError, for a name that does not exist."""
+    """An invalid event, field or source. Also a KeyError, for a name that does not exist."""
 
     __str__ = BaseException.__str__  # KeyError shows a message in quotation marks
 
 
 @dataclass(frozen=True)
 class Field:
-    """A value in an event's metadata."""
+    """A field of an event's metadata."""
 
     kinds: tuple[type, ...]
-    """Types of its values, empty if there are only `literals`."""
+    """Types of its values; empty if it accepts only `literals`."""
     literals: tuple[object, ...]
     required: bool
     default: Any = None
 
     @property
     def kind(self) -> type:
-        """The first of its types: the one that the reference shows."""
+        """The first of its types, which the reference shows."""
         if UUID in self.kinds:
             return UUID
         return self.kinds[0] if self.kinds else type(self.literals[0])
@@ -105,7 +106,7 @@ def field(event: str, name: str, annotation: Any, default: Any = None) -> Field:
     kinds = [kind for kind in kinds if kind is not types.NoneType]
     literals = [each for each in literals if each is not None]
     if not kinds and not literals:
-        raise DeclarationError(f'field "{name}" of event "{event}" must have a type beside None')
+        raise DeclarationError(f'field "{name}" of event "{event}" must have a type other than None')
     return Field(tuple(kinds), tuple(literals), required=not optional and default is None, default=default)
 
 
@@ -115,7 +116,7 @@ class _Literals:
 
 
 def _parts(annotation: Any) -> list[Any]:
-    """Return the members of a union, each as a class, as literals, or as it is if it is neither."""
+    """Return the members of a union: classes, literals, and anything else unchanged."""
     origin = get_origin(annotation)
     if origin is Union or origin is types.UnionType:
         return [part for member in get_args(annotation) for part in _parts(member)]

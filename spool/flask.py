@@ -22,8 +22,8 @@ from spool.wsgi import AnalyticsMiddleware
 class Analytics:
     """Installs `spool.wsgi.AnalyticsMiddleware`, which describes `emitter`, `exclude` and `endpoint`.
 
-    `user`, called before each request's view, returns what to bind, as a dictionary of `spool.context.update`'s
-    arguments, or None for nobody.
+    `user`, called before each request's view, returns the values to bind as a dictionary of
+    `spool.context.update`'s arguments, or None if there is no user.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Analytics:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Install it in an application. A second time counts no request twice."""
+        """Install it in an application. Repeating it does not count requests twice."""
         app.wsgi_app = AnalyticsMiddleware(  # type: ignore[method-assign]  # Flask's own way to add a middleware
             app.wsgi_app, emitter=self._emitter, exclude=self._exclude, endpoint=self._endpoint
         )
@@ -61,7 +61,7 @@ class Analytics:
 
 
 def _after_preprocessing(app: Flask, call: Callable[[], None]) -> None:
-    """Call it after all functions that run before a request, whenever they are registered, unless one answers."""
+    """Call the function after all that Flask runs before a request, however late registered, unless one responds."""
     preprocess = app.preprocess_request
 
     def preprocess_request(*args: Any, **kwargs: Any) -> Any:

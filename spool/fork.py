@@ -1,17 +1,17 @@
-"""A forked process begins as a new one, whether or not the fork ran Python's hooks.
+"""Resets the state in a forked process, whether or not the fork ran Python's hooks.
 
 A fork in C (uWSGI without `--py-call-uwsgi-fork-hooks`, an embedding server) runs no hook, and the child
-would go on with its parent's map, write position, writer token and ids. So `MARK` lies on a page that the
-kernel clears in every child (madvise(2), MADV_WIPEONFORK, Linux 4.14); whoever emits reads its one byte
-first (6 ns) and calls `notice` if it is 0. `os.getpid` once per millisecond, `check_pid`, is only for
-kernels that have no such page: it misses a fork within the same millisecond.
+would continue with its parent's map, write position, writer token and ids. So `MARK` is on a page that the
+kernel clears in every child (madvise(2), MADV_WIPEONFORK, Linux 4.14). Each emit first reads its one byte (6
+ns) and calls `notice` if it is 0. `check_pid`, an `os.getpid` once per millisecond, is only for kernels
+without such pages: it misses a fork within the same millisecond.
 
-With Python's hooks, the housekeeping threads end before the fork, so that the child has no copy of a state
-that is half changed, and Python 3.12 and later do not warn about threads; the parent starts its own again.
+With Python's hooks, the housekeeping threads end before the fork, so that the child has no copy of a
+half-changed state, and Python 3.12 and later do not warn about threads. The parent restarts its own thread.
 
-What cannot be repaired from inside: a child forked in C while another thread of the parent wanted the GIL
-waits for that thread to take it, forever, before any code of ours runs. So uWSGI's options are checked and
-reported, once.
+One case cannot be repaired from inside the process: a child that was forked in C while another thread of the
+parent was waiting for the GIL waits forever for that thread to take it, before any of our code runs. So
+uWSGI's options are checked, and problems are logged once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Final, Protocol
 
 from spool.log import logger
 
-_MADV_WIPEONFORK: Final = 18  # Python has no name for it
+_MADV_WIPEONFORK: Final = 18  # Python does not define it
 
 
 def _wiped_on_fork() -> mmap.mmap | bytearray:
@@ -43,42 +43,42 @@ def _wiped_on_fork() -> mmap.mmap | bytearray:
 
 
 MARK: Final = _wiped_on_fork()
-"""Its first byte is 0 in a process that is a fork and has not noticed."""
+"""Its first byte is 0 in a forked process that has not noticed the fork yet."""
 MARK[0] = 1
 NOTICED: Final = ctypes.c_bool.from_buffer(MARK)
-"""The same byte, read by `if not NOTICED` in 6 ns instead of the 17 ns of `MARK[0]`."""
+"""The first byte of `MARK`. `if not NOTICED` takes 6 ns, `MARK[0]` 17 ns."""
 KERNEL_WIPES: Final = not isinstance(MARK, bytearray)
 
 
 class Forked(Protocol):
-    """What has a state of its own in each process."""
+    """An object with a separate state in each process."""
 
     def before_fork(self) -> None: ...
     def after_fork_in_parent(self) -> None: ...
     def after_fork_in_child(self) -> None:
-        """Begin as a new process, unless `MARK[0]` says by the last step that a signal handler has done it all."""
+        """Start as a new process, unless the final check of `MARK[0]` shows that a signal handler has done so."""
 
 
 _members: weakref.WeakSet[Forked] = weakref.WeakSet()
 _in_child: list[Callable[[], None]] = []
 _forking = threading.local()
 _pid = os.getpid()
-# A lock that another thread held at the fork stays held in the child forever, so each process has its own.
+# A lock held by another thread at the fork stays held in the child forever, so each process has its own.
 _noticing: dict[int, threading.RLock] = {}
 
 
 def add(member: Forked) -> None:
-    """Call its methods at each fork, as long as it lives."""
+    """Call the object's methods at each fork, as long as it exists."""
     _members.add(member)
 
 
 def in_child(work: Callable[[], None]) -> None:
-    """Have `work` done in each forked process, before anything of its members."""
+    """Call `work` in each forked process, before the methods of the added objects."""
     _in_child.append(work)
 
 
 def notice() -> None:
-    """Begin as a new process if this one is a fork that has not done so. Safe in any thread or handler."""
+    """Start as a new process if this one was forked and has not done so. Safe in any thread or handler."""
     global _pid
     with _noticing.setdefault(os.getpid(), threading.RLock()):
         for work in _in_child if not MARK[0] else ():
@@ -91,7 +91,7 @@ def notice() -> None:
 
 
 def check_pid() -> None:
-    """Notice a fork where the kernel does not clear the page. A system call, but one that keeps the GIL."""
+    """Detect a fork on kernels that do not clear the page. A system call, but one that keeps the GIL."""
     if os.getpid() != _pid:
         MARK[0] = 0
         notice()
@@ -127,7 +127,7 @@ _warned: set[str] = set()
 
 
 def _uwsgi() -> tuple[set[str], int]:
-    """Return the names of uWSGI's options, none without uWSGI, and the number of this worker."""
+    """Return the names of uWSGI's options (none outside uWSGI) and the number of this worker."""
     uwsgi = sys.modules.get("uwsgi")
     options: Mapping[object, object] = getattr(uwsgi, "opt", {})
     names = {name.decode() if isinstance(name, bytes) else str(name) for name in options}
@@ -135,7 +135,7 @@ def _uwsgi() -> tuple[set[str], int]:
 
 
 def will_fork_without_hooks() -> bool:
-    """Whether this is uWSGI's master, which forks its workers in C: a thread here may make one hang."""
+    """Whether this is a uWSGI master that forks its workers in C, so that a thread here may make a worker hang."""
     return forks_without_hooks(*_uwsgi())
 
 
@@ -146,7 +146,7 @@ def forks_without_hooks(options: set[str], worker: int) -> bool:
 
 
 def warn_about_server() -> None:
-    """Log, once, if uWSGI runs with options under which an emitter cannot keep all it promises."""
+    """Log, once, uWSGI options under which an emitter cannot keep its guarantees."""
     for problem in uwsgi_problems(*_uwsgi()):
         if problem not in _warned:
             _warned.add(problem)
@@ -154,9 +154,9 @@ def warn_about_server() -> None:
 
 
 def uwsgi_problems(options: set[str], worker: int) -> list[str]:
-    """Return what is wrong with uWSGI's options for an emitter of that worker, 0 for the master.
+    """Return the problems of uWSGI's options for an emitter created in that worker (0: the master).
 
-    An emitter that is made in a worker is not forked; one worker reports for all.
+    An emitter that is created in a worker is not forked; one worker reports for all.
 
     See https://uwsgi-docs.readthedocs.io/en/latest/Options.html.
     """
@@ -165,11 +165,10 @@ def uwsgi_problems(options: set[str], worker: int) -> list[str]:
     problems = []
     if forks_without_hooks(options, worker):
         problems.append(
-            f"uWSGI forks its workers without Python's fork hooks; a worker may hang at its start: {_HOOKS}"
+            f"uWSGI forks its workers without Python's fork hooks; a worker may hang when it starts: {_HOOKS}"
         )
     if not options & {"enable-threads", "T", "threads", "gevent", "master-as-root-threads"}:
         problems.append(
-            "uWSGI runs no Python threads, so that segments are sealed by the next request or at the end: "
-            f"{_THREADS}"
+            f"uWSGI runs no Python threads, so segments are sealed by the next request or at exit: {_THREADS}"
         )
     return problems

@@ -1,4 +1,4 @@
-"""A function of the application that sees each event before it is encoded, and may change or drop it.
+"""`before_emit`: an application's function that sees each event before it is encoded, and may change or drop it.
 
     def without_bots(event):
         if event["metadata"].get("agent") == "bot":
@@ -8,13 +8,13 @@
 
     get_emitter().before_emit = without_bots  # or Emitter(before_emit=without_bots)
 
-The event is a new dictionary of the arguments of `Emitter.emit_event`, with what is bound to the context and
-the process-wide defaults in its metadata. What the function returns is what is written, after redaction.
-`event_id` and `timestamp` are None unless the caller gave them. An exception in the function, or an event that
-it returns and that cannot be written, drops the event (cause `before_emit_failed`, or that of the event).
-Metrics are not shown to it.
+The event is a new dictionary of the arguments of `Emitter.emit_event`; its metadata includes the bound
+context and the process-wide defaults. The returned event is redacted and written. `event_id` and `timestamp`
+are None unless the caller gave them. An exception in the function drops the event (cause
+`before_emit_failed`), and so does returning an event that cannot be written (with the cause of that). Metrics
+do not pass through the function.
 
-An emitter without such a function pays nothing for the possibility: setting one changes the emitter's class.
+An emitter without a hook pays nothing for this feature: setting a hook changes the emitter's class.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from spool.settings import BeforeEmit, Event
 from spool.suggest import did_you_mean
 
 _in_hook: ContextVar[bool] = ContextVar("analytics_before_emit", default=False)
-"""Whether the hook is running: what it emits itself does not go through it again."""
+"""Whether the hook is running: events emitted by the hook itself do not pass through it."""
 
 _KEYS = (
     "event_type", "user_id", "family_unit_id", "session_id", "metadata", "event_id", "timestamp",
@@ -73,11 +73,11 @@ class HookedEmitter(Emitter):
         if changed is None:
             self._count_drop("before_emit", event["event_type"], "the before_emit hook dropped the event")
             return None
-        with _complete():  # the hook may have removed what is bound
+        with _complete():  # the hook may have removed bound values
             return Emitter.emit_event(self, **changed)
 
     def _call(self, hook: BeforeEmit, event: Event) -> Event | None:
-        """Return what the hook makes of an event. Raises `Refused`."""
+        """Return the event that the hook returns. Raises `Refused`."""
         token = _in_hook.set(True)
         try:
             changed = hook(event)
@@ -92,7 +92,7 @@ class HookedEmitter(Emitter):
 
 
 def install(emitter: Emitter, hook: BeforeEmit | None) -> None:
-    """Set or remove the hook of an emitter. Raises TypeError if it cannot be called."""
+    """Set or remove the hook of an emitter. Raises TypeError if the hook is not callable."""
     if hook is not None and not callable(hook):
         raise TypeError(f"before_emit must be a function of an event, not {type(hook).__name__}")
     emitter._before_emit = hook

@@ -1,12 +1,13 @@
-"""Who an event is about: ids made of the application's own keys, and events without a person or family.
+"""Ids derived from the application's own keys, and events without a person or family.
 
-The tables know people and families by UUID. An application with integer or text keys maps them:
+The tables identify people and families by UUID. An application with integer or text keys maps them:
 
     emit_event(event_type="order_paid", user_id=analytics_uuid("user", 42), family_unit_id=...)
 
-`analytics_uuid(kind, text)` of schema.sql computes the same, so that a query can join on the application's
-key. The UUID is the beginning of the SHA-256 of `kind`, a colon and the key's text in UTF-8, with the version
-8 (RFC 9562, section 5.8) and the variant in their places. It never changes: rows would lose their person.
+`analytics_uuid(kind, text)` of schema.sql computes the same UUID, so that a query can join on the
+application's key. The UUID is the first 128 bits of the SHA-256 of `kind`, a colon and the key's text in
+UTF-8, with the bits for version 8 (RFC 9562, section 5.8) and the variant set. The mapping must never change:
+existing rows would lose their person.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ def analytics_uuid(kind: str, key: None) -> None: ...
 
 
 def analytics_uuid(kind: str, key: int | str | None) -> UUID | None:
-    """Return the UUID of a person, family or session that the application knows by an integer or a text.
+    """Return the UUID of a person, family or session that the application identifies by an integer or a text.
 
-    `kind` is snake_case, such as `user` or `family`, so that the user 1 and the family 1 differ. None, the
-    key of nobody, stays None.
+    `kind` is snake_case, such as `user` or `family`, so that user 1 and family 1 have different UUIDs. None
+    stays None.
 
     >>> analytics_uuid("user", 42)
     UUID('ea3fd43b-e1e5-8d62-a163-dae19fc740bd')
@@ -40,7 +41,7 @@ def analytics_uuid(kind: str, key: int | str | None) -> UUID | None:
     True
 
     Raises ValueError for a kind that is not snake_case and for a text that Postgres cannot hold (a NUL
-    character, half of a surrogate pair), and TypeError for a key of another type.
+    character, a lone surrogate), and TypeError for a key of another type.
     """
     if key is None:
         return None

@@ -1,8 +1,8 @@
-"""Exceptions of somebody else that come out of an emit: from a signal handler, or set by another thread.
+"""Detects foreign exceptions in an emit: raised by a signal handler, or set by another thread.
 
-Celery's soft time limit, RQ's job timeout and the like raise in the main thread between any two instructions,
-and an emit that swallowed them would let the job go on. Asked only once an exception is there, so that the
-hot path pays nothing.
+Celery's soft time limit, RQ's job timeout and the like raise in the main thread between any two instructions.
+An emit that swallowed such an exception would let the job continue. The check runs only once an exception was
+raised, so the hot path pays nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Final
 
 _OURS: Final = str(Path(__file__).parent)
 _CALLED: Final = (_OURS, str(Path(os.__file__).parent), "<frozen ", "<string>")
-"""Where the code of an emit lies: this package and the standard library, with its frozen and generated code."""
+"""Locations of the code of an emit: this package and the standard library, including frozen and generated code."""
 _KNOWN: Final = ("builtins", "orjson")
-"""Modules of the exceptions that the code of this package raises or that are raised in it."""
+"""Modules of the exceptions that this package raises or that occur in it."""
 
 
 def is_foreign(error: BaseException) -> bool:
-    """Whether the exception belongs to the application: it has to be raised again, not counted."""
+    """Whether the exception belongs to the application, so that it must be re-raised, not counted."""
     frames = list(_codes(error.__traceback__))
     if not frames:
         return False
@@ -30,8 +30,8 @@ def is_foreign(error: BaseException) -> bool:
         handlers = {code for number in signal.valid_signals() if (code := _handler_code(number)) is not None}
         if not handlers.isdisjoint(frames):
             return True
-    # PyThreadState_SetAsyncExc: raised in a frame in which nothing raises this kind. Code of the application, of
-    # a value that it gave, may raise any.
+    # PyThreadState_SetAsyncExc: raised in a frame in which nothing else raises this type. Application code,
+    # such as a method of an emitted value, may raise any.
     place, module = frames[-1].co_filename, type(error).__module__
     is_called = place.startswith(_CALLED) and (place.startswith(_OURS) or "site-packages" not in place)
     return is_called and not module.startswith(("spool", *_KNOWN))
@@ -44,7 +44,7 @@ def _codes(trace: TracebackType | None) -> Iterator[CodeType]:
 
 
 def _handler_code(number: int) -> CodeType | None:
-    """Return the code that a signal runs, None if that is not a Python function."""
+    """Return the code that a signal runs, or None if it is not a Python function."""
     try:
         handler: object = signal.getsignal(number)
     except ValueError:

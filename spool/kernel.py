@@ -1,8 +1,8 @@
-"""System calls of segments: those that a platform may lack, and those that Python has no name for.
+"""System calls for segments that a platform may lack or that Python does not wrap.
 
-Linux has them all. macOS cannot reserve space, so that lines are written, not mapped. Windows has neither
-`flock` nor `pread`: every function raises OSError (ENOTSUP) there, and the emitter drops and counts. What
-goes through ctypes releases the GIL: it belongs where a segment is made, never into an emit.
+Linux has them all. macOS cannot reserve space, so lines are written, not mapped. Windows has neither `flock`
+nor `pread`: every function raises OSError (ENOTSUP) there, and the emitter drops and counts lines. Calls
+through ctypes release the GIL: use them when a segment is created, never in an emit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ else:
 
 SUPPORTED: Final = sys.platform != "win32"
 BLOCK: Final = 1 << 20
-"""Bytes per read: with busy threads beside it, getting the GIL back after each costs milliseconds."""
+"""Bytes per read: with other busy threads, getting the GIL back after each read takes milliseconds."""
 
 
 def check_platform() -> None:
@@ -39,20 +39,20 @@ def check_platform() -> None:
 
 
 def lock(fd: int) -> None:
-    """Take the exclusive flock of a file. Raises BlockingIOError if somebody else has it."""
+    """Take the exclusive flock of a file. Raises BlockingIOError if another process holds it."""
     check_platform()
     if sys.platform != "win32":
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def share(fd: int, directory: Path, mode: int) -> None:
-    """Let the group of the directory read the file, whatever the umask and whoever runs this process."""
+    """Let the directory's group read the file, regardless of the umask and the user of this process."""
     if sys.platform != "win32":
-        with contextlib.suppress(OSError):  # some file systems have no modes
+        with contextlib.suppress(OSError):  # some file systems do not support modes
             os.fchmod(fd, mode)
         group = os.stat(directory).st_gid
         if os.fstat(fd).st_gid != group:
-            with contextlib.suppress(OSError):  # only root may give to any group
+            with contextlib.suppress(OSError):  # only root may set an arbitrary group
                 os.fchown(fd, -1, group)
 
 
@@ -75,10 +75,10 @@ def blocks(fd: int, start: int, end: int) -> Iterator[bytes]:
 
 
 def reserve(fd: int, size: int) -> None:
-    """Have the disk keep room for `size` bytes, or raise OSError.
+    """Reserve disk space for `size` bytes. Raises OSError.
 
-    Writing to a mapped hole of a full disk is SIGBUS, reserving it is an ordinary ENOSPC
-    (posix_fallocate(3)).
+    Writing to an unreserved hole of a map when the disk is full raises SIGBUS; reserving it fails with an
+    ordinary ENOSPC (posix_fallocate(3)).
     """
     if sys.platform == "linux":
         os.posix_fallocate(fd, 0, size)
@@ -86,17 +86,17 @@ def reserve(fd: int, size: int) -> None:
 
 _OVERWRITES_IN_PLACE: Final = {
     0xEF53: "ext2, ext3, ext4",
-    0x58465342: "XFS",  # copies only blocks that two files share, which those of a new file are not
+    0x58465342: "XFS",  # copies on write only blocks shared by two files, which blocks of a new file are not
     0x01021994: "tmpfs",
     0x3153464A: "JFS",
 }
-"""`f_type` (statfs(2), linux/magic.h) of the file systems on which a block that posix_fallocate reserved is
-overwritten in place, so that writing to a mapped page cannot run out of space. On all others (btrfs, ZFS,
-bcachefs, F2FS, NILFS; overlayfs, NFS, FUSE, whose storage is not known) it may be SIGBUS, or a wait of half a
-minute that holds the GIL (btrfs with NOCOW on a full disk)."""
+"""`f_type` (statfs(2), linux/magic.h) of the file systems that overwrite a block reserved by posix_fallocate
+in place, so that writing to a mapped page cannot run out of space. On all others (btrfs, ZFS, bcachefs, F2FS,
+NILFS; overlayfs, NFS, FUSE, whose storage is unknown) it may raise SIGBUS, or block for half a minute while
+holding the GIL (btrfs with NOCOW on a full disk)."""
 _STATFS_BYTES: Final = 256
-"""More than `struct statfs` takes on any architecture; `f_type` is its first member."""
-_MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python has no name for it
+"""Larger than `struct statfs` on any architecture; `f_type` is its first member."""
+_MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; Python does not define it
 _MAP_FIXED: Final = 0x10
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
@@ -113,15 +113,15 @@ def _libc() -> Any:
 
 
 def _call(function: Any, *arguments: object) -> Any:
-    """Call a function of libc. Raises RecursionError, not ctypes' own error, near the recursion limit."""
+    """Call a libc function. Near the recursion limit it raises RecursionError instead of ctypes' own error."""
     try:
         return function(*arguments)
-    except ctypes.ArgumentError as error:  # raised for any exception while the arguments are converted
+    except ctypes.ArgumentError as error:  # raised for any exception during the conversion of arguments
         raise RecursionError(str(error)) from None
 
 
 def overwrites_in_place(fd: int) -> bool:
-    """Whether a file can be mapped without a risk to the process when the disk is full."""
+    """Whether writing to a map of the file is safe when the disk is full."""
     if sys.platform != "linux":
         return False
     buffer = ctypes.create_string_buffer(_STATFS_BYTES)

@@ -1,4 +1,4 @@
-"""What a function does when it is called, for decorators: it returns, or it makes a coroutine or generator."""
+"""The kind of a function, for decorators: whether a call returns a value, a coroutine or a generator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Kind(Enum):
-    """What a call makes."""
+    """The kind of a function, by the result of a call."""
 
     RESULT = auto()
     COROUTINE = auto()
@@ -29,7 +29,7 @@ def kind_of(function: Callable[..., Any]) -> Kind:
     """Return the kind of a function, method, partial or object that can be called."""
     while isinstance(function, functools.partial):
         function = function.func
-    for each in (function, getattr(type(function), "__call__", None)):  # noqa: B004  # the method itself is asked
+    for each in (function, getattr(type(function), "__call__", None)):  # noqa: B004  # the method itself is inspected
         for is_kind, kind in _TESTS:
             if is_kind(each):
                 return kind

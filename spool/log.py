@@ -1,10 +1,10 @@
-"""The package's logger, "spool", also for applications whose logging configuration does not mention it.
+"""The package's logger, "spool"; it also works if the application's logging configuration does not mention it.
 
-`logging.config.dictConfig`, which Django's LOGGING goes through, disables every logger that exists unless
-`disable_existing_loggers` is false. The warnings of this package would vanish although nobody chose that. So
-a disabled logger is replaced by one of the same name that no configuration knows: its records go to the root
-logger's handlers or, if there are none, to standard error (logging's last resort). To silence the package, set
-the level of the logger "spool" and keep it enabled.
+`logging.config.dictConfig`, which Django uses for LOGGING, disables every existing logger unless
+`disable_existing_loggers` is false. The warnings of this package would disappear without anybody having
+chosen that. So a disabled logger is replaced by an unregistered one of the same name: its records are sent to
+the root logger's handlers or, if there are none, to standard error (logging's last resort). To silence the
+package, set the level of the logger "spool" and keep it enabled.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import time
 from typing import Final
 
 LOG_INTERVAL: Final = 60.0
-"""Seconds between two warnings of one kind."""
+"""Minimum number of seconds between two warnings of one kind."""
 _NAMED = logging.getLogger("spool")
-_UNKNOWN = logging.Logger("spool")  # noqa: LOG001  # getLogger would make it known
+_UNKNOWN = logging.Logger("spool")  # noqa: LOG001  # getLogger would register it
 _UNKNOWN.parent = logging.root
 
 
@@ -35,7 +35,9 @@ class Warnings:
     def log(self, message: str, *values: object) -> None:
         if self.is_due():
             self._logged_at = time.monotonic()
-            with contextlib.suppress(Exception):  # a handler that writes may not be interrupted by itself
+            with contextlib.suppress(
+                Exception
+            ):  # a handler must not be interrupted by itself while it writes
                 logger().warning(message, *values)
 
     def is_due(self) -> bool:

@@ -1,4 +1,4 @@
-"""Chosen log records as events: a handler for `logging` and a processor for structlog, which is not imported.
+"""Emits selected log records as events: a handler for `logging`, and a processor for structlog (not imported).
 
     logging.getLogger("family").addHandler(EventHandler())
     logger.info("album shared", extra={"analytics_event": "album_shared", "album_id": album.id})
@@ -7,9 +7,9 @@
     logger.info("album shared", analytics_event="album_shared", album_id=album.id)
 
 A record with the key `analytics_event` is an event of that type. Its other keys are the metadata, except for
-`user_id`, `family_unit_id`, `session_id`, `event_id` and `timestamp`, which are arguments of `emit_event`, and what
-is bound to the context is added. Records without the key are left alone, unless a function `choose` makes
-the arguments of an event from them.
+`user_id`, `family_unit_id`, `session_id`, `event_id` and `timestamp`, which are arguments of `emit_event`;
+the bound context is added. Records without the key are ignored, unless a function `choose` returns the
+arguments of an event for them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spool.emitter import Emitter, get_emitter
 
 _ARGUMENTS: Final = frozenset({"event_type", "metadata", *WHO})
 KEY: Final = "analytics_event"
-"""Key of the event's type in a record."""
+"""The key of a record that holds the event type."""
 
 Choose = Callable[[Any], Mapping[str, Any] | None]
 """A function of a record that returns the arguments of `emit_event`, or None for a record that is not an event."""
@@ -35,10 +35,10 @@ _OF_STRUCTLOG: Final = frozenset(
 
 
 class EventHandler(logging.Handler):
-    """Emits an event for each record that is chosen; what the handlers beside it do is not changed.
+    """Emits an event for each selected record. Other handlers are not affected.
 
-    It takes no lock, and raises nothing but ValueError with `SPOOL_STRICT=1`. Records of the logger `spool`, which
-    reports what could not be emitted, are never events.
+    It takes no lock, and raises nothing but ValueError with `SPOOL_STRICT=1`. Records of the logger `spool`,
+    which reports dropped lines, are never emitted.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class EventHandler(logging.Handler):
         self.lock = None
 
     def handle(self, record: logging.LogRecord) -> Any:
-        """Emit the record if it passes the filters, as `logging.Handler` does within its lock."""
+        """Emit the record if it passes the filters; `logging.Handler` does the same, but under a lock."""
         passed = self.filter(record)
         if passed:
             self.emit(passed if isinstance(passed, logging.LogRecord) else record)
@@ -68,10 +68,10 @@ class EventHandler(logging.Handler):
 
 
 def event_processor(*, emitter: Emitter | None = None, choose: Choose | None = None) -> Any:
-    """Return a processor of structlog that emits an event for each entry that is chosen.
+    """Return a structlog processor that emits an event for each selected entry.
 
-    The entry goes on to the next processor without the key `analytics_event`. `choose` gets a copy of it. Place
-    the processor before the one that renders.
+    The entry is passed to the next processor without the key `analytics_event`; `choose` receives a copy.
+    Place the processor before the renderer.
     """
     chosen = choose or _chosen_entry
 
@@ -91,7 +91,7 @@ def _chosen_record(record: logging.LogRecord) -> dict[str, Any] | None:
 def _chosen_entry(entry: dict[str, Any]) -> dict[str, Any] | None:
     if KEY not in entry:
         return None
-    # structlog's own timestamp is text or a number, and is when it was logged: the emitter has a better one.
+    # structlog's own timestamp is the time of logging, as text or a number: the emitter's is more precise.
     stamped = (
         frozenset({"timestamp"}) if isinstance(entry.get("timestamp"), (str, float, int)) else frozenset()
     )
@@ -110,7 +110,7 @@ def _arguments(values: Mapping[str, Any], not_metadata: frozenset[str]) -> dict[
 
 
 def _emit(emitter: Emitter, choose: Choose, record: Any) -> bool:
-    """Emit the event that a record is, if it is one, and return whether it is. A failure is a counted drop."""
+    """Emit the record's event, if it has one; return whether it has. A failure is counted as a drop."""
     try:
         arguments = choose(record)
         if arguments is None:

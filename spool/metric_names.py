@@ -1,4 +1,4 @@
-"""Names of the metrics that the package records itself. Public through spool/metrics.py.
+"""Names of the metrics that the package itself records. Public through spool/metrics.py.
 
 This module imports nothing, so that the emitter and the helpers in spool/metrics.py can both use it.
 """
@@ -13,9 +13,9 @@ DROPPED_METRIC: Final = "spool_dropped_count"
 REQUEST_COUNT: Final = "api_request_count"
 """Counter, one per request."""
 REQUEST_DURATION: Final = "api_request_duration_ms"
-"""Timer, from the request's arrival to the last byte of the response; `SPOOL_REQUEST_TIMER_RATE` samples it."""
+"""Timer, from the arrival of the request to the last byte of the response; `SPOOL_REQUEST_TIMER_RATE` samples it."""
 REQUEST_ERRORS: Final = "api_request_error_count"
-"""Counter, one per response of 500 and above and per exception that the application did not handle."""
+"""Counter, one per response with a status of 500 or above and per exception that the application did not handle."""
 
 FEED_INTERACTION_COUNT: Final = "feed_interaction_count"
 """Counter, one per interaction, labelled interaction_type."""

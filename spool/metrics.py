@@ -1,4 +1,4 @@
-"""The names of the metrics that the package records itself, and helpers for those of the application."""
+"""Names of the metrics that the package itself records, and helpers for the application's metrics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def log_feed_interaction(
 ) -> Emitted:
     """Count an interaction with the feed (scroll, tap, like, ...) and emit an event with the user's id.
 
-    Both are emitted when it is called. Awaiting returns the event's id, or None if it was dropped.
+    Both are emitted by the call. Awaiting returns the event's id, or None if it was dropped.
     """
     emitter = None
     try:

@@ -1,13 +1,13 @@
-"""A segment that this process writes: mapped where that is safe, else one write per line.
+"""A segment that this process writes: mapped if that is safe, otherwise one write per line.
 
 Why appending to a map needs no lock: `mmap.write` copies the bytes and moves the position inside one C call
-that keeps the GIL, so no thread, signal handler or finalizer can come between (CPython,
+that keeps the GIL, so no thread, signal handler or finalizer can interrupt it (CPython,
 Modules/mmapmodule.c). Moving the position to the end makes every later write raise ValueError, so a thread
-that still holds the `write` of a retired segment notices and takes the next one.
+that still holds the `write` of a retired segment notices and uses the next one.
 
-The process does not own its descriptors alone: a daemonizing application closes them all, and the number may
-then belong to a file of its own. So a descriptor is used, and closed, only after a check that it still refers
-to the segment; a map needs none, and keeps the file and its lock alive.
+The application shares the process's descriptors: if it daemonizes, it closes them all, and a number may then
+refer to one of its own files. So a descriptor is used, and closed, only after a check that it still refers to
+the segment. A map needs no descriptor, and keeps the file and its lock alive.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from spool.segment import (
 )
 
 _UNSUPPORTED: Final = frozenset({errno.ENODEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
-"""What some file systems answer to reserving or mapping (posix_fallocate(3), mmap(2))."""
+"""Errors of file systems that cannot reserve or map (posix_fallocate(3), mmap(2))."""
 _SLICE: Final = 1 << 16
-"""Bytes of a map that are counted at once, which holds the GIL for some 10 us."""
+"""Bytes of a map that are counted in one call, which holds the GIL for about 10 us."""
 
 
 class Busy(ValueError):
@@ -49,7 +49,7 @@ class Counts(NamedTuple):
 
 
 class HeldFile:
-    """A file that this process holds open, whatever the application does to descriptors."""
+    """A file that this process holds open even if the application closes descriptors."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -68,7 +68,7 @@ class HeldFile:
         return self._fd
 
     def reopened(self, path: Path) -> int:
-        """Return the descriptor, opened again if need be. Raises FileNotFoundError for another file."""
+        """Return the descriptor, reopened if needed. Raises FileNotFoundError if its path is another file."""
         if not self.is_held():
             fd = os.open(path, os.O_RDWR | kernel.EXISTING_FILE)
             if _identity(fd) != self._identity:
@@ -89,18 +89,18 @@ def _identity(fd: int) -> tuple[int, int]:
 
 
 class Segment:
-    """Takes lines between `create` and `retire`; `write` raises ValueError if a line does not fit.
+    """Accepts lines between `create` and `retire`; `write` raises ValueError if a line does not fit.
 
-    `busy` is held by whoever creates, resizes or seals it, or writes a line that is not mapped.
+    `busy` is held while the segment is created, resized or sealed, or while an unmapped line is written.
     """
 
     def __init__(self, directory: Path, stem: str) -> None:
-        # Not `/`, which turns a TypeError of an application's signal handler into one of its own (pathlib).
+        # Not `/`: pathlib would replace a TypeError of an application's signal handler by its own.
         self.path = directory.joinpath(stem + UNFINISHED)
         self.write: Callable[[bytes], int] = _not_created
         self.busy = ReentryLock()
         self.due = 0.0
-        """When it should be sealed, for one that is not in the appender's own order."""
+        """When to seal a segment that is outside the appender's numbering."""
         self._sealed: Sealed | None = None
         self._file: HeldFile | None = None
         self._lines: _Mapped | _Written | None = None
@@ -138,7 +138,7 @@ class Segment:
         return 0 if self._lines is None else self._lines.capacity
 
     def is_held(self) -> bool:
-        """Whether the application has left the descriptor alone."""
+        """Whether the descriptor still refers to the segment."""
         return self._file is not None and self._file.is_held()
 
     def is_mapped(self) -> bool:
@@ -147,7 +147,7 @@ class Segment:
     def resize(self, capacity: int) -> None:
         """Change the capacity of a segment that has no line and that no other thread can write to.
 
-        Raises OSError; then it is as it was.
+        Raises OSError; the segment is then unchanged.
         """
         assert self._file is not None and self._lines is not None
         fd, before = self._file.held(), self._lines
@@ -171,7 +171,7 @@ class Segment:
         return 0 if self._lines is None else self._lines.end()
 
     def retire(self) -> None:
-        """From now on `write` raises ValueError. Safe to repeat."""
+        """Make `write` raise ValueError from now on. Safe to repeat."""
         if self._lines is not None:
             self._lines.retire()
 
@@ -194,9 +194,9 @@ class Segment:
         return self._sealed
 
     def restore(self, directory: Path) -> None:
-        """Write the lines of a retired segment, whose file was removed, to a new one of the same stem.
+        """Write the lines of a retired segment, whose file was removed, to a new file with the same stem.
 
-        Raises OSError; then it is as it was.
+        Raises OSError; the segment is then unchanged.
         """
         if self._lines is None:
             return
@@ -213,7 +213,7 @@ class Segment:
         self.path, self._file, self._lines = fresh.path, fresh._file, fresh._lines
 
     def discard(self) -> None:
-        """Remove the file of a segment that has no line, whichever name it has by now."""
+        """Remove the file of a segment that has no line, whatever its current name is."""
         with contextlib.suppress(OSError):
             for path in (self.path, self.path.with_suffix(OPEN)):
                 if self._file is None:
@@ -223,7 +223,7 @@ class Segment:
         self.abandon()
 
     def abandon(self) -> None:
-        """Let go of the file and its lock without touching it, as a forked child does."""
+        """Release the file and its lock without changing them, as a forked child does."""
         if self._lines is not None:
             self._lines.close()
         if self._file is not None:
@@ -258,14 +258,14 @@ class _Mapped:
                 self._end = self._end_after(written_at_least)
 
     def _end_after(self, written: int) -> int:
-        """Return where the lines end: no line has a NUL byte, and what follows them has nothing else."""
-        if written == self.capacity:  # full, or an exception came between the two calls in `retire`
+        """Return where the lines end: no line contains a NUL byte, and only NUL bytes follow the lines."""
+        if written == self.capacity:  # full, or an exception occurred between the two calls in `retire`
             return self._map.rfind(b"\n", 0) + 1
         found = self._map.find(b"\0", written)
         return self.capacity if found < 0 else found
 
     def counts(self) -> Counts:
-        """Count what was written since the last call. Two threads at once count the same, never wrongly."""
+        """Count the lines written since the last call. Concurrent calls return the same correct result."""
         with contextlib.suppress(ValueError):  # closed: all of it is counted
             end, (lines, start) = self.end(), self._counted
             for at in range(start, end, _SLICE):
@@ -274,22 +274,22 @@ class _Mapped:
         return self._counted
 
     def settle(self) -> None:
-        """Nothing to do: what was written is known."""
+        """Do nothing: the counts are always known."""
 
     def blocks(self) -> Iterator[bytes]:
         end = self.end()
         return (self._map[at : min(at + _SLICE, end)] for at in range(0, end, _SLICE))
 
     def close(self) -> None:
-        with contextlib.suppress(BufferError):  # forked while another thread was asking for its address
+        with contextlib.suppress(BufferError):  # forked while another thread was taking its address
             self._map.close()
 
 
 class _Written:
-    """The lines of a file that cannot be mapped safely: each is one pwrite(2) where the last one ended.
+    """The lines of a file that cannot be mapped safely. Each line is one pwrite(2) after the previous line.
 
-    A write that was cut short is overwritten by the next one. If an exception came from a signal handler in
-    the middle of one, what the file holds is not known: then it takes no more, and its end is looked for.
+    A partial write is overwritten by the next one. If a signal handler raised during a write, the contents of
+    the file are unknown: it then accepts no more lines, and `settle` searches for its end.
     """
 
     def __init__(self, file: HeldFile, busy: ReentryLock, capacity: int) -> None:
@@ -301,7 +301,7 @@ class _Written:
         self._uncertain = False
 
     def write(self, line: bytes) -> int:
-        """Raises ValueError if there is no room, Busy, OSError if the disk refuses."""
+        """Write a line. Raises ValueError if there is no room, Busy, and OSError from the disk."""
         if not self._busy.try_run(lambda: self._write(line)):
             raise Busy("another thread is writing its line")
         return len(line)
@@ -315,7 +315,7 @@ class _Written:
         try:
             written = kernel.write_at(self._file.held(), line, end)
         except OSError as error:
-            self._uncertain = error.errno is None  # then it is the exception of a signal handler
+            self._uncertain = error.errno is None  # if None, a signal handler raised it
             raise
         if written == len(line):
             self._counted = Counts(lines + 1, end + len(line))
@@ -333,7 +333,7 @@ class _Written:
         return self._counted
 
     def settle(self) -> None:
-        """Look for the end if it is not known. Raises OSError."""
+        """Find the end of the lines if it is unknown. Raises OSError."""
         if self._uncertain:
             end, _ = whole_and_torn(self._file.held())
             self._counted = Counts(count_lines(self._file.held(), end), end)

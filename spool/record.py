@@ -1,23 +1,22 @@
-"""A line of the spool: one event or one metric as JSON, and the limits it must keep.
+"""The line format of the spool: one event or one metric as JSON, and its limits.
 
-This module never opens a file. It turns values that were given by an application into the bytes of one
-line, or refuses them with a reason; the loader reads UUIDs, timestamps, names and limits through the same
-functions.
+This module never opens a file. It encodes an application's values as the bytes of one line, or refuses them
+with a reason. The loader checks UUIDs, timestamps, names and limits with the same functions.
 
     {"event_id", "event_type", "timestamp", "user_id", "family_unit_id", "session_id", "metadata"}
     {"event_id", "metric_name", "metric_type", "value", "labels", "timestamp"}
 
-What always holds of an encoded line: it is JSON in UTF-8, ends with the only newline in it, has no NUL byte
-and no escaped NUL, no lone surrogate and no number that is not finite, so Postgres can store it
+Invariants of an encoded line: it is JSON in UTF-8, ends with its only newline, and has no NUL byte, no
+escaped NUL, no lone surrogate and no number that is not finite, so Postgres can store it
 (https://www.postgresql.org/docs/current/datatype-json.html).
 
-No method that an application defines decides what is written. `__str__`, `__eq__`, `__hash__` or `__iter__`
-of a subclass may return anything, so the contents of a subclass are read through its base class, and only
-objects of exact built-in types are looked up in a memo.
+Methods defined by an application never influence what is written. `__str__`, `__eq__`, `__hash__` or
+`__iter__` of a subclass may return anything, so the contents of a subclass are read through its base class,
+and only objects of exact built-in types are looked up in a memo.
 
-Everything here is a pure function except for memos of parts that were checked before. A memo is bounded by
-its number of entries and, because it only takes short keys, by bytes. Any thread may read and write it: a
-lost write only costs checking once more. The emitter joins the parts.
+All functions are pure, except for memos of validated parts. A memo is bounded in entries and, because it only
+takes short keys, in bytes. Any thread may read and write it: a lost write only costs a repeated check. The
+emitter joins the parts.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from spool.alterations import Alterations
 from spool.convert import Converter
 from spool.interruption import is_foreign
 from spool.redaction import Redaction
-from spool.refused import Refused as Refused  # noqa: PLC0414  # part of this module for those who import it
+from spool.refused import Refused as Refused  # noqa: PLC0414  # re-exported
 
 EVENT_KEYS: Final = (
     "event_id", "event_type", "timestamp", "user_id", "family_unit_id", "session_id", "metadata",
@@ -50,14 +49,14 @@ NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,99}", re.ASCII)
 """snake_case, 1 to 100 characters: the width of `event_type` and `metric_name` in schema.sql."""
 
 MAX_LINE_BYTES: Final = 4 << 20
-"""The longest line that the loader reads: its chunk (loader's CHUNK_BYTES). It rejects a longer one."""
+"""The longest line that the loader reads, one chunk (the loader's CHUNK_BYTES). It rejects longer lines."""
 
 MEMO_SIZE: Final = 8192
-"""Entries after which a memo starts again, more users than are active within one second. Keys are names of at
-most 100 characters and UUIDs of at most 45, so a full memo takes some 6 MiB."""
+"""Entries at which a memo is cleared: more than the users active within one second. Keys are names of at most
+100 characters and UUIDs of at most 45, so a full memo takes about 6 MiB."""
 
 PLAIN_NUMBER_LIMIT: Final = 1 << 63
-"""A number from 0 to below this is a metric's value of any type as it stands."""
+"""A number from 0 to below this is a valid value for a metric of any type."""
 
 _BACKSLASH: Final = ord("\\")
 _SHOWN_CHARACTERS: Final = 100
@@ -78,13 +77,13 @@ def name_of(line: bytes) -> str:
 
 
 def refusal(error: Exception) -> Refused:
-    """Return why a line could not be made as one of ours.
+    """Return the reason why a line could not be encoded, as a `Refused`.
 
-    Raises `error` itself if it belongs to the application: see `is_foreign`.
+    Re-raises `error` if it belongs to the application; see `is_foreign`.
     """
     if isinstance(error, Refused):
         return error
-    if isinstance(error, RecursionError):  # first, because there may be no frame left to ask more
+    if isinstance(error, RecursionError):  # first, because there may be no frame left for further checks
         return Refused("recursion", "the recursion limit is too near to encode a line")
     if is_foreign(error):
         raise error
@@ -94,7 +93,7 @@ def refusal(error: Exception) -> Refused:
 
 
 def _shown(value: object) -> str:
-    """Return what a message shows of a value: the beginning of a text, else the type."""
+    """Return how a message shows a value: the beginning of a text, otherwise the type."""
     if isinstance(value, str):
         return repr(str.__str__(value)[:_SHOWN_CHARACTERS])
     return f"an object of type {type(value).__name__}"
@@ -112,7 +111,7 @@ def canonical_uuid(text: str) -> str | None:
     """Return a UUID's text in lower case with hyphens, or None if it is not a UUID.
 
     Accepts the canonical form in either case, 32 hex digits, and the canonical form in braces or after
-    `urn:uuid:` (RFC 9562, section 4). Nothing else: `uuid.UUID` accepts `0x`, `_` and hyphens anywhere.
+    `urn:uuid:` (RFC 9562, section 4). Unlike `uuid.UUID`, it rejects `0x`, `_` and hyphens in other places.
 
     >>> canonical_uuid("{0190163D-8694-739B-AEA5-966C26F8AD91}")
     '0190163d-8694-739b-aea5-966c26f8ad91'
@@ -139,18 +138,20 @@ def uuid_text(value: object, field: str) -> str:
     if value is None:
         raise Refused(
             "missing",
-            f"{field} is missing: give it to the call or bind it to the context, or set SPOOL_IDENTITY=optional",
+            f"{field} is missing: pass it to the call or bind it to the context, or set "
+            f"SPOOL_IDENTITY=optional",
         )
     text = None
     if isinstance(value, UUID):
-        # Not `UUID.__dict__["int"]`: asyncpg's UUID claims to be a subclass and has another layout in memory.
+        # Not `UUID.__dict__["int"]`: asyncpg's UUID claims to be a subclass and has a different memory
+        # layout.
         number = value.int
         if isinstance(number, int) and 0 <= number < 1 << 128:
             text = _hyphenated(f"{int.__int__(number):032x}")
     elif isinstance(value, str):
         text = canonical_uuid(str.__str__(value))
     if text is None:
-        remedy = "; spool.analytics_uuid makes one of the application's own key"
+        remedy = "; spool.analytics_uuid makes one from the application's own key"
         raise Refused("invalid_uuid", f"{field} is not a UUID: {_shown(value)}{remedy}")
     return text
 
@@ -165,10 +166,11 @@ _TIMESTAMP: Final = re.compile(
 
 
 def parse_timestamp(text: str) -> datetime:
-    """Return the time that RFC 3339 text gives, without `tzinfo` if the text has no offset.
+    """Parse RFC 3339 text; the result has no `tzinfo` if the text has no offset.
 
-    Digits beyond microseconds are cut off. A leap second, which UTC inserts at the end of a month (RFC 3339,
-    section 5.7), becomes the first second of the next month, as in Postgres. Raises ValueError for the rest.
+    Digits beyond microseconds are truncated. A leap second, which UTC inserts at the end of a month (RFC
+    3339, section 5.7), becomes the first second of the next month, as in Postgres. Raises ValueError for
+    other text.
     """
     match = _TIMESTAMP.fullmatch(text)
     if match is None:
@@ -198,17 +200,17 @@ def _after_leap_second(last: datetime) -> datetime:
 def utc_text(moment: datetime) -> str:
     """Return `2026-01-20T12:00:00.000001Z` for an aware datetime.
 
-    Raises OverflowError if it is not within the years 1 to 9999 of UTC.
+    Raises OverflowError if it is outside the years 1 to 9999 in UTC.
     """
-    # An exact datetime of the same fields: a subclass (pandas' Timestamp) has an `isoformat` of its own.
+    # An exact datetime with the same fields: a subclass (pandas' Timestamp) has an `isoformat` of its own.
     plain = datetime.combine(datetime.date(moment), datetime.timetz(moment)).astimezone(UTC)
     return plain.replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
 
 
 def encode_timestamp(value: object) -> bytes:
-    """Return RFC 3339 text of a time that the caller gives: an aware `datetime`, or text of one.
+    """Return RFC 3339 text for a caller's timestamp: an aware `datetime` or its text.
 
-    Raises `Refused` (cause `invalid_timestamp`) if it has no offset, is not a time or out of range.
+    Raises `Refused` (cause `invalid_timestamp`) if it has no offset, is not a timestamp or is out of range.
     """
     try:
         moment = value if isinstance(value, datetime) else parse_timestamp(_plain_str(value))
@@ -235,10 +237,11 @@ def _plain_str(value: object) -> str:
 def encode_object(value: object, field: str, redaction: Redaction, alterations: Alterations) -> bytes:
     """Return `metadata` or `labels` as a JSON object without secrets, ready to be put into a line.
 
-    What orjson writes is read and written again. Only `orjson.Fragment` makes a difference: it may hold
-    newlines, keys given twice, or no JSON at all. What orjson does not write has a form in spool/convert.py.
+    The JSON that orjson writes is decoded and encoded again. This only matters for `orjson.Fragment`, which
+    may hold newlines, duplicate keys, or no JSON at all. Values that orjson cannot write are converted by
+    spool/convert.py.
 
-    Raises `Refused`: `not_json` (not an object, recursive or too deeply nested, or with such a fragment),
+    Raises `Refused`: `not_json` (not an object, recursive, nested too deeply, or with an invalid fragment),
     `not_finite` (NaN or infinity).
     """
     if value is None:
@@ -253,7 +256,7 @@ def encode_object(value: object, field: str, redaction: Redaction, alterations: 
 
 
 def _decoded(value: object, alterations: Alterations) -> Any:
-    """Return a value as it is read from JSON. Raises `Refused` and orjson.JSONDecodeError."""
+    """Return a value decoded from its JSON. Raises `Refused` and orjson.JSONDecodeError."""
     try:
         data = orjson.dumps(value)
     except TypeError as error:
@@ -267,7 +270,7 @@ def _decoded(value: object, alterations: Alterations) -> Any:
 
 
 def _all_finite(value: object) -> bool:
-    """Whether no float in `value` is NaN or infinite (orjson writes null for those)."""
+    """Whether every float in `value` is finite (orjson writes null for the others)."""
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, dict):
@@ -285,7 +288,7 @@ def _all_finite(value: object) -> bool:
 
 
 def _without_nul(value: Any) -> Any:
-    """`value` with each NUL character as U+FFFD, which Postgres can store (it cannot store U+0000)."""
+    """Return `value` with each NUL character, which Postgres cannot store, replaced by U+FFFD."""
     if isinstance(value, str):
         return value.replace("\0", "\ufffd")
     if isinstance(value, list):
@@ -307,7 +310,7 @@ def encode_number(value: object, metric_type: str) -> bytes:
         data = _encode_float(float.__float__(value))
     elif isinstance(value, Decimal):
         data = _encode_decimal(value)
-    elif isinstance(value, Integral) and not isinstance(value, bool):  # as numpy's are
+    elif isinstance(value, Integral) and not isinstance(value, bool):  # such as numpy's
         data = _encode_int(int.__int__(index(value)))
     elif isinstance(value, Real) and not isinstance(value, int):
         data = _encode_float(float(value))
@@ -353,9 +356,9 @@ def _remember(memo: dict[Any, bytes], key: object, part: bytes) -> bytes:
 
 
 EVENT_NAMES: Final[dict[str, bytes]] = {}
-"""What `encode_event_name` returned recently, by type. Ask it for an exact `str` only."""
+"""Recent results of `encode_event_name`, by type. Look up exact `str`s only."""
 METRIC_NAMES: Final[dict[str, dict[str, bytes]]] = {metric_type: {} for metric_type in METRIC_TYPES}
-"""What `encode_metric_name` returned recently, by type and name. Ask it for exact `str`s only."""
+"""Recent results of `encode_metric_name`, by type and name. Look up exact `str`s only."""
 _ACTORS: Final[dict[tuple[int | str, int | str, int | str | None], bytes]] = {}
 
 
@@ -389,8 +392,8 @@ def encode_actor(user_id: object, family_unit_id: object, session_id: object) ->
 
     Raises `Refused` (see `uuid_text`).
     """
-    # A UUID is known by its number: hashing the object runs Python code, hashing an int does not. An int that
-    # was given is not looked up, so it cannot be taken for the UUID of that number.
+    # The key for a UUID is its number: hashing the object runs Python code, hashing an int does not. An int
+    # passed by the caller is not looked up, so it cannot be mistaken for the UUID with that number.
     user: int | str
     family: int | str
     session: int | str | None

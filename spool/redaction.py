@@ -1,21 +1,22 @@
-"""What may not leave the process: values under keys that name secrets or personal data.
+"""Redaction: values under keys that name secrets or personal data must not leave the process.
 
-A key is sensitive if its words (spool/words.py) contain a run of words of one of the two named sets,
-`secrets` and `personal_data` (spool/sensitive.py), or of the application's own list, unless the next or the last
-word makes it a key about the secret (`password_strength`) or the first one a question (`has_password`).
+A key is sensitive if its words (spool/words.py) contain an entry of one of the two named sets, `secrets` and
+`personal_data` (spool/sensitive.py), or of the application's own list. It is not sensitive if the next or the
+last word shows that the value only describes the secret (`password_strength`), or if the first word makes it
+a question (`has_password`).
 
     key                  value                            written
     user_password        "hunter2"                        "[redacted]"
-    prompt_tokens        12                               12          another word than `token`
-    token                12, true, null                   as it is    numbers and booleans are not secrets
+    prompt_tokens        12                               12              a different word than `token`
+    token                12, true, null                   unchanged       numbers and booleans are not secrets
     latitude, phone      52.5, 4930123                    "[redacted]"  but may be personal data
-    cookies              {"theme": "dark"}, ["a"]         "[redacted]"  the whole value, if it has text in it
+    cookies              {"theme": "dark"}, ["a"]         "[redacted]"  the whole value, if it contains text
     name, value          "authorization", "Bearer ..."    "authorization", "[redacted]"
     [["authorization", "Bearer ..."]]                     [["authorization", "[redacted]"]]
 
-Values under other keys are never searched for secrets.
+Values under other keys are not searched for secrets.
 
-An application uses the same few keys again and again, so what was found about a key is remembered.
+Applications use the same few keys repeatedly, so the result for a key is memoized.
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ _PAIR: Final = 2
 
 
 class Sensitivity(IntEnum):
-    """What a key says about its value."""
+    """The sensitivity of the value under a key."""
 
     NONE = 0
     BESIDE_NAME = 1
     """Sensitive if the object also names something sensitive: see `VALUE_KEYS`."""
     TEXT = 2
-    """Text is sensitive."""
+    """Sensitive if it is or contains text."""
     NUMBERS = 3
-    """Numbers are, too."""
+    """Sensitive if it is or contains text or a number."""
 
 
-_NONE, _BESIDE_NAME, _TEXT, _NUMBERS = Sensitivity  # names of a module are found faster than members
+_NONE, _BESIDE_NAME, _TEXT, _NUMBERS = Sensitivity  # module-level names are looked up faster than members
 
 
 class _Entry(NamedTuple):
@@ -63,10 +64,10 @@ class _Entry(NamedTuple):
 
 
 class Redaction:
-    """The sets in force, ready to be asked. Safe to share between threads."""
+    """The active sets of sensitive words. Safe to share between threads."""
 
     def __init__(self, changes: Iterable[str] = ()) -> None:
-        """`changes` are words to add, and `-secrets` or `-personal_data` to switch that set off."""
+        """`changes` are words to add, and `-secrets` or `-personal_data` to disable that set."""
         self._runs: dict[tuple[str, ...], _Entry] = {}
         given = frozenset(changes)
         for name, entries in SENSITIVE_SETS.items():
@@ -77,16 +78,16 @@ class Redaction:
         self._longest = max(map(len, self._runs), default=0)
         self._beginnings = frozenset(run[0] for run in self._runs)
         self.spares_context = not any(map(self._examine, CONTEXT_KEYS))
-        """Whether the keys that a bound context adds to metadata are not sensitive."""
+        """Whether none of the keys that a bound context adds to metadata is sensitive."""
         self.harmless: set[object] = set()
-        """Keys that were asked about recently and are not sensitive, whatever is beside them."""
+        """Recently checked keys that are not sensitive, whatever other keys the object has."""
         self.harmless_beside_context: set[object] = set()
-        """The same without those that a bound context adds to an event's metadata."""
+        """`harmless` without the keys that a bound context adds to an event's metadata."""
         self._unnamed: set[object] = set()
-        """The keys of `harmless` and of `VALUE_KEYS` that were asked about, without those of `NAME_KEYS`."""
+        """The checked keys of `harmless` and of `VALUE_KEYS`, without those of `NAME_KEYS`."""
         self._unnamed_beside_context: set[object] = set()
         self._others: dict[str, Sensitivity] = {}
-        """Keys that were asked about recently and are not harmless."""
+        """Recently checked keys that are not harmless."""
 
     def _add(self, entries: Iterable[str], sensitivity: Sensitivity) -> None:
         for entry in entries:
@@ -96,7 +97,7 @@ class Redaction:
                 self._runs[run] = self._runs[words("".join(run))] = found
 
     def sensitivity(self, key: str) -> Sensitivity:
-        """Return what the key, an exact `str`, says about its value."""
+        """Return the sensitivity of values under the key, an exact `str`."""
         if key in self.harmless:
             return _NONE
         known = self._others.get(key)
@@ -143,7 +144,7 @@ class Redaction:
         return found
 
     def _of_runs_at(self, split: tuple[str, ...], start: int) -> Sensitivity:
-        """Return the sensitivity of the runs that begin with the word at `start`."""
+        """Return the sensitivity of the entries that start with the word at `start`."""
         found = _NONE
         for end in range(start + 1, min(start + self._longest, len(split)) + 1):
             entry = self._runs.get(split[start:end])
@@ -160,11 +161,11 @@ class Redaction:
         return found
 
     def spares(self, flat: Any, harmless: set[object]) -> bool:
-        """Whether a dictionary of text, numbers, booleans and None has nothing to redact.
+        """Whether a dictionary of text, numbers, booleans and None is known to have nothing to redact.
 
-        Its keys are in `harmless`, or were examined before and their values are not sensitive: it takes a sixth of
-        the time of reading and writing the JSON again, and a third of that if the only such keys are those of
-        `VALUE_KEYS` and there is no name beside them, as in `{"value": 3}`.
+        True if its keys are in `harmless`, or were checked before and their values are not sensitive. This
+        takes a sixth of the time of decoding and encoding the JSON, and a third of that if the only keys not
+        in `harmless` are those of `VALUE_KEYS`, without one of `NAME_KEYS`, as in `{"value": 3}`.
         """
         unnamed = self._unnamed if harmless is self.harmless else self._unnamed_beside_context
         if unnamed.issuperset(flat):
@@ -181,7 +182,7 @@ class Redaction:
         return True
 
     def _names_sensitive(self, key: str, name: object) -> bool:
-        """Whether `name` under `key` is the name of what is beside it, and sensitive."""
+        """Whether `name`, the value under `key`, is a sensitive name for a value in the same object."""
         return (
             type(name) is str
             and key in NAME_KEYS
@@ -215,7 +216,7 @@ class Redaction:
             self._redact_named(value, alterations)
 
     def _redact_named(self, value: dict[str, Any], alterations: Alterations) -> None:
-        """`{"name": "authorization", "value": ...}`."""
+        """Redact the values of an object such as `{"name": "authorization", "value": ...}`."""
         for name_key, name in value.items():
             if not self._names_sensitive(name_key, name):
                 continue
@@ -236,7 +237,7 @@ class Redaction:
                 self._redact_list(item, alterations)
 
     def _redact_pair(self, pair: list[Any], alterations: Alterations) -> None:
-        """`["authorization", "Bearer ..."]` in a list, as headers are given."""
+        """Redact a pair such as `["authorization", "Bearer ..."]` in a list of headers."""
         name, item = pair
         if len(name) <= _MEMO_KEY_LENGTH and self._is_to_redact(item, self.sensitivity(name)):
             pair[1] = REDACTED
@@ -252,7 +253,7 @@ _HARMLESS_RUNS: Final = frozenset(map(words, HARMLESS_RUNS))
 
 
 def _is_sensitive(value: Any, sensitivity: Sensitivity) -> bool:
-    """Whether decoded JSON is or contains text, or a number if those are sensitive."""
+    """Whether decoded JSON is or contains text, or a number if numbers are sensitive."""
     kind = type(value)
     if kind is str:
         return True

@@ -1,10 +1,11 @@
-"""A lock that knows whether its holder interrupts itself, and that no exception leaves behind.
+"""A lock that reports whether the current thread already holds it, and that no exception leaves locked.
 
-A signal handler or a finalizer may run between any two steps of a function, in that function's own thread. An
-ordinary lock would block it forever, a reentrant one would let it see half a change. And a handler may
-raise: between `acquire` and the `try`, or before the release at the end of a `with` block, that would leave
-the lock taken for good. So a lock runs the work itself, inside the one `try` that also covers both calls,
-and asks the lock, not a variable, whether it has to be released.
+A signal handler or a finalizer may run between any two steps of a function, in that function's own thread.
+With an ordinary lock the handler would deadlock; with a reentrant one it would see a partial change. A
+handler may also raise: between `acquire` and the `try`, or before the release at the end of a `with` block,
+the exception would leave the lock held forever. So this lock runs the work itself, inside a single `try` that
+also covers acquire and release, and checks the state of the lock, not a variable, to decide whether to
+release it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 
 class _Owned(Protocol):
-    """What threading.RLock offers, with the method that threading.Condition relies on, too."""
+    """The interface of threading.RLock, including the method that threading.Condition relies on."""
 
     def acquire(self, blocking: bool = True) -> bool: ...
     def release(self) -> None: ...
@@ -25,19 +26,19 @@ class _Owned(Protocol):
 
 
 class ReentryLock:
-    """Runs one piece of work at a time. Check `held_here` first where a handler may interrupt."""
+    """Runs one piece of work at a time. Check `held_here` first if a handler may interrupt the holder."""
 
     def __init__(self) -> None:
         self._lock = cast(_Owned, threading.RLock())
 
     def held_here(self) -> bool:
-        """Whether this thread holds the lock: then it interrupts itself, or was called by the holder."""
+        """Whether this thread holds the lock: the caller interrupted the holder, or was called by it."""
         return self._lock._is_owned()
 
     def run(self, work: Callable[[], T]) -> T:
-        """Wait for the lock, then do the work. Raises RuntimeError if this thread holds it already."""
+        """Wait for the lock, then do the work. Raises RuntimeError if this thread already holds it."""
         if self._lock._is_owned():
-            raise RuntimeError("the lock is held by this thread already")
+            raise RuntimeError("this thread already holds the lock")
         try:
             return self._run(work)
         except BaseException:
@@ -45,7 +46,7 @@ class ReentryLock:
             raise
 
     def try_run(self, work: Callable[[], object]) -> bool:
-        """Do the work if nobody, this thread included, holds the lock; return whether it was done."""
+        """Do the work if the lock is free, also in this thread; return whether it was done."""
         if self._lock._is_owned():
             return False
         try:
@@ -54,7 +55,7 @@ class ReentryLock:
             self._release_if_held()
             raise
 
-    # A handler may also raise while the lock is released after an exception of the work: hence twice.
+    # A handler may also raise while the lock is released after an exception in the work: hence twice.
 
     def _run(self, work: Callable[[], T]) -> T:
         try:
@@ -82,7 +83,7 @@ class ReentryLock:
             self._lock.release()
 
     def hold(self) -> None:
-        """Wait for the lock and keep it until `let_go`: for a fork, whose hooks are two calls."""
+        """Wait for the lock and keep it until `let_go`, for a fork, whose hooks are two separate calls."""
         self._lock.acquire()
 
     def let_go(self) -> None:

@@ -1,10 +1,10 @@
-"""What cannot be written, and under which word it is counted."""
+"""The exception for input that cannot become a line."""
 
 from __future__ import annotations
 
 
 class Refused(ValueError):
-    """What was given cannot become a line. `cause` is the word it is counted under."""
+    """The input cannot become a line. `cause` is the cause under which the drop is counted."""
 
     def __init__(self, cause: str, message: str) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""What the request middlewares share: the id of a request, its labels, and the metrics when it has ended."""
+"""Code shared by the request middlewares: the id of a request, its labels, and its metrics."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from spool.metric_names import REQUEST_COUNT, REQUEST_DURATION, REQUEST_ERRORS
 Application = TypeVar("Application")
 
 UNMATCHED: Final = "unmatched"
-"""Label of a request that no route matched: its path is whatever a client asked for."""
+"""Label of a request that no route matched: its path is arbitrary text from the client."""
 MIDDLEWARE: Final = "middleware"
 """Label of a request that a middleware answered before it reached the router."""
 PREFLIGHT: Final = "preflight"
 """Label of a CORS preflight (https://fetch.spec.whatwg.org/#cors-preflight-request), whatever its path."""
 DISCONNECTED: Final = "499"
-"""Status of a request whose client went away before the last byte, as nginx logs it."""
+"""Status of a request whose client disconnected before the last byte, as in nginx's log."""
 FAILED: Final = "500"
-"""Status of a request that ended without a response: every server answers it so."""
+"""Status of a request that ended without a response: servers then send this status."""
 MARK: Final = "spool.request"
-"""Key of an ASGI scope or a WSGI environment that a middleware serves already, so that an inner one does not."""
+"""Key that marks an ASGI scope or WSGI environment as already served by an outer middleware."""
 
 SAMPLE_RATE: Final = "sample_rate"
-"""Label of a request's timer if only a part of the requests has one: that part."""
+"""Label of a request's timer with the sample rate, if only a part of the requests is timed."""
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 _VALID_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -46,7 +46,7 @@ _DEEPEST: Final = 30
 
 
 def path_below(root: str, path: str) -> str:
-    """Return the path as the application's routes have it, without where a proxy or a router has mounted it."""
+    """Return the path without the prefix at which a proxy or a router has mounted the application."""
     root = root.rstrip("/")
     return path.removeprefix(root) or "/" if root and f"{path}/".startswith(f"{root}/") else path
 
@@ -56,16 +56,16 @@ class ExcludeError(TypeError, ValueError):
 
 
 def request_id(given: str | None) -> str:
-    """Return the id that a proxy or client gave if it is sane, else a new UUIDv7."""
+    """Return the request id sent by a proxy or client if it is valid, otherwise a new UUIDv7."""
     if given is not None and _VALID_ID.fullmatch(given):
         return given
     return ids.uuid7(time.time_ns() // 1_000_000)
 
 
 def trace_id(traceparent: str | None) -> str | None:
-    """Return the trace id of OpenTelemetry's current span, else that of a `traceparent` header, else None.
+    """Return the trace id of OpenTelemetry's current span, or of a `traceparent` header, or None.
 
-    32 hex digits (https://www.w3.org/TR/trace-context/#trace-id). OpenTelemetry is asked only if the
+    32 hex digits (https://www.w3.org/TR/trace-context/#trace-id). OpenTelemetry is used only if the
     application has imported it.
     """
     trace = sys.modules.get("opentelemetry.trace")
@@ -81,7 +81,7 @@ def trace_id(traceparent: str | None) -> str | None:
 
 
 def inner_of(app: object) -> Iterator[Any]:
-    """Yield an application and what is inside of it, as far as its middlewares show it."""
+    """Yield an application and the applications inside its middlewares, as far as they expose them."""
     for _ in range(_DEEPEST):
         if app is None:
             return
@@ -90,21 +90,21 @@ def inner_of(app: object) -> Iterator[Any]:
 
 
 def wrapped_with(app: object, attribute: str) -> Any:
-    """Return what has an attribute of an application and those inside of it, None if none has."""
+    """Return the application, or the first one inside it, that has the attribute, or None."""
     return next((each for each in inner_of(app) if hasattr(each, attribute)), None)
 
 
 def served_request() -> tuple[str, str] | None:
-    """Return method and path of the request that an ASGI middleware serves here, None if none does.
+    """Return method and path of the request that an ASGI middleware is serving here, or None.
 
-    Within it, a WSGI application that is mounted sees the same request, in an environment that has no mark.
+    A WSGI application mounted inside it sees the same request, in an environment without a mark.
     """
     scope = in_force()
     return None if scope is None else scope.request
 
 
 class Exclusions:
-    """The paths that are left alone, each with what is below it; `/` is the root alone."""
+    """The excluded paths, including what is below them; `/` is only the root."""
 
     def __init__(self, paths: Iterable[str]) -> None:
         if not isinstance(paths, (list, tuple, set, frozenset)):
@@ -125,9 +125,9 @@ class Exclusions:
 
 
 class Middleware(Generic[Application]):
-    """What both have: the application inside, the emitter, and the paths that are left alone.
+    """The base of both middlewares: the inner application, the emitter and the excluded paths.
 
-    The emitter is prepared here, at the start of the server, so that no request pays for it.
+    The emitter is prepared here, when the server starts, so that no request pays for it.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Middleware(Generic[Application]):
         self._emitter.prepare()
 
     def _excluded(self, root: str, path: str) -> bool:
-        """Whether a path is excluded, as the client asked for it or as the application's routes have it."""
+        """Whether a path is excluded, either as requested or without the prefix of a mount."""
         return path in self._exclude or path_below(root, path) in self._exclude
 
 
@@ -155,7 +155,7 @@ _warnings: Final = Warnings()
 
 
 def given_endpoint(endpoint: Callable[[Any], str | None], request: Any) -> str | None:
-    """Return the label that the application's own function gives a request, None if it gives none."""
+    """Return the label that the application's own function returns for a request, or None."""
     try:
         label = endpoint(request)
         if label is None or type(label) is str:
@@ -171,9 +171,9 @@ def given_endpoint(endpoint: Callable[[Any], str | None], request: Any) -> str |
 
 @contextmanager
 def calling_user_function(emitter: Emitter) -> Iterator[None]:
-    """Run a block that asks the application's own function for a request's user, and binds it.
+    """Run a block that calls the application's own function for a request's user and binds the result.
 
-    What it raises is raised with `strict`; else it is logged, and the request is nobody's.
+    With `strict` its exceptions are raised; otherwise they are logged, and the request has no user.
     """
     try:
         yield
@@ -193,7 +193,7 @@ class RequestTimer:
         self.ended = False
 
     def end(self, endpoint: str, status: str, *, failed: bool = False) -> None:
-        """The last byte was sent, or will never be; `failed` if the application broke a response off."""
+        """Record the end of the response. `failed`: the application aborted the response."""
         if self.ended:
             return
         self.ended = True
@@ -205,7 +205,7 @@ class RequestTimer:
             self._emitter.increment_counter(metric_name=REQUEST_ERRORS, labels=labels)
 
     def _record_duration(self, milliseconds: float, labels: dict[str, str]) -> None:
-        """Record the timer, or with `request_timer_rate` only for that part of the requests.
+        """Record the timer; with `request_timer_rate` only for that part of the requests.
 
         Each request is drawn by itself: of a client that alternates between a fast and a slow request, one in
         every n could be the slow ones alone.
@@ -220,6 +220,6 @@ class RequestTimer:
 
 
 _generator: Final = random.Random()
-"""Of this module alone: the application may seed the global one, for each request even."""
+"""Used only by this module: the application may seed the global generator, even for each request."""
 _draw: Final = _generator.random
-fork.in_child(_generator.seed)  # else the first requests of all workers, the slow ones, are drawn alike
+fork.in_child(_generator.seed)  # otherwise all workers would sample the same of their first, slow requests

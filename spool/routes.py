@@ -1,12 +1,12 @@
-"""The template of the route that served a request, as the framework has it: never what a client typed.
+"""The template of the route that served a request, taken from the framework, never from the client's path.
 
-Which framework it is, is found at the first request by going through the middlewares around it:
+The framework is detected at the first request, by unwrapping the middlewares around the application:
 
     Starlette, FastAPI      the endpoint in the scope, looked up in the table of routes (spool/starlette_routes.py)
     Litestar                `path_template` in the scope
-    Django, Flask, Quart    the request object, which a subclass of their request class leaves in the mark
+    Django, Flask, Quart    the request object, which a subclass of their request class stores in the mark
 
-The mark (`MARK` in the scope or environment) is shared by the copies that a middleware makes of a scope.
+The mark (`MARK` in the scope or environment) is shared by all copies of a scope that middlewares make.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ _RECORDS: Final = "_analytics_spool_records"
 
 
 class Routed:
-    """What is known of a request's way: its path when it arrived, and what its router or framework left."""
+    """The routing state of a request: its original path, and what its router or framework recorded."""
 
     __slots__ = ("answered", "arrived", "mounted_at", "path", "request", "scope")
 
     def __init__(self, scope: MutableMapping[str, Any]) -> None:
         self.scope = scope
         self.arrived: Any = scope.get("endpoint")
-        """What a router outside of the middleware has chosen."""
+        """The endpoint chosen by a router outside the middleware."""
         self.answered = False
         self.path: str | None = None
-        """The path that the router was given, None if the request did not reach it."""
+        """The path that the router received, or None if the request did not reach it."""
         self.mounted_at = _mounted_at(scope)
         self.request: Any = None
-        """The framework's own object."""
+        """The framework's own request object."""
 
     def forget(self) -> None:
-        """Break the circle of scope and mark, which would be left to the garbage collector."""
+        """Break the reference cycle of scope and mark, which only the garbage collector would free."""
         self.scope = {}
         self.request = None
 
 
 def _mounted_at(scope: MutableMapping[str, Any]) -> str:
-    """Return where the middleware's own application is mounted, "" if that is in a path with parameters."""
+    """Return the path at which the middleware's application is mounted, or "" if it has parameters."""
     if "SCRIPT_NAME" in scope:
         return str(scope["SCRIPT_NAME"])
     if "app_root_path" not in scope or scope.get("path_params"):
@@ -59,7 +59,7 @@ class Routes(Protocol):
 
 
 def routes_of(app: object, scope: MutableMapping[str, Any]) -> Routes | None:
-    """Return the routes of an ASGI application, or of the one in the scope that the middleware is in."""
+    """Return the routes of an ASGI application, or of the application in the scope that contains the middleware."""
     try:
         host = wrapped_with(app, "url_path_for") or wrapped_with(scope.get("app"), "url_path_for")
         if host is not None:
@@ -70,7 +70,7 @@ def routes_of(app: object, scope: MutableMapping[str, Any]) -> Routes | None:
             watch(host, "asgi_handler")
             return _Litestar()
         return _Litestar() if "path_template" in scope else _of_request_class(app)
-    except Exception as error:  # a release of a framework that keeps its routes in another way
+    except Exception as error:  # a framework release that stores its routes differently
         if is_foreign(error):
             raise
         return None
@@ -95,7 +95,7 @@ def _of_request_class(app: object) -> Routes | None:
 
 
 def watch(host: Any, attribute: str) -> None:
-    """Let an application within leave in the mark that a request reached it, and with which scope."""
+    """Make an inner application record in the mark that a request reached it, and with which scope."""
     app = getattr(host, attribute, None)
     if app is not None and type(app) is not _Watched:
         setattr(host, attribute, _Watched(app))
@@ -108,14 +108,14 @@ class _Watched:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         mark = scope.get(MARK)
         if mark is not None:
-            mark.scope = scope  # that of the innermost router: a middleware may have copied it
+            mark.scope = scope  # the scope of the innermost router: a middleware may have copied it
             if mark.path is None:
                 mark.path = path_below(scope.get("root_path", ""), scope["path"])
         await self.app(scope, receive, send)
 
 
 def template_of(routes: Routes | None, routed: Routed) -> str:
-    """Return the label of a request. `spool.django` within leaves its request also if the framework was not found."""
+    """Return the label of a request. An inner `spool.django` stores its request even without a detected framework."""
     if routes is not None:
         return routes.template(routed)
     return UNMATCHED if routed.request is None else django_template(routed.request)
@@ -124,7 +124,7 @@ def template_of(routes: Routes | None, routed: Routed) -> str:
 class _Litestar:
     def template(self, routed: Routed) -> str:
         scope = routed.scope
-        if "path_params" not in scope:  # its router sets them before it looks for a route
+        if "path_params" not in scope:  # the router sets them before it looks for a route
             return MIDDLEWARE
         from spool.starlette_routes import without_converters
 
@@ -136,10 +136,12 @@ class _Django:
     def __init__(self, app: Any) -> None:
         while (handler := wrapped_with(app, "resolve_request")) is not None:
             record_requests(handler)
-            app = getattr(handler, "application", None)  # of one that serves static files itself
+            app = getattr(handler, "application", None)  # an application that serves static files itself
 
     def template(self, routed: Routed) -> str:
-        if routed.request is None and not routed.answered:  # the client left before Django made a request
+        if (
+            routed.request is None and not routed.answered
+        ):  # the client disconnected before Django created a request
             from django.urls import resolve
 
             scope = routed.scope
@@ -157,7 +159,7 @@ def _django_route(match: Any) -> str:
 
 
 def django_template(request: Any) -> str:
-    """Return what Django resolved a request to; if nothing, whether a middleware was before it."""
+    """Return the route that Django resolved for a request, or the label for a request without one."""
     if (match := request.resolver_match) is not None:
         return _django_route(match)
     from django.urls import Resolver404, resolve
@@ -170,14 +172,14 @@ def django_template(request: Any) -> str:
 
 
 class _Werkzeug:
-    """Flask and Quart."""
+    """The routes of Flask and Quart."""
 
     def __init__(self, host: Any) -> None:
         self._host = host
         record_requests(host)
 
     def template(self, routed: Routed) -> str:
-        # One mounted beside the host leaves its requests here, as long as they are under way.
+        # Requests in progress of an application that is mounted beside the host.
         request = routed.request or routed.scope.get("werkzeug.request")
         if request is None:
             return MIDDLEWARE
@@ -201,12 +203,12 @@ class _Werkzeug:
 
 
 def record_requests(host: Any) -> None:
-    """Let a framework's request class leave each request in the mark of its scope or environment."""
+    """Make a framework's request class store each request in the mark of its scope or environment."""
     known = host.request_class
     if hasattr(known, _RECORDS):
         return
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # of the class that is made
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # becomes a method of the new class
         known.__init__(self, *args, **kwargs)
         mark = (getattr(self, "environ", None) or self.scope).get(MARK)
         if isinstance(mark, Routed):

@@ -1,13 +1,13 @@
-"""A scope for each RQ job, which begins with what was bound where the job was enqueued.
+"""A scope for each RQ job, which starts with the context of the code that enqueued the job.
 
-    Queue(connection=redis, job_class="spool.rq.Job")       # whoever enqueues
-    rq worker --job-class spool.rq.Job                      # whoever works
+    Queue(connection=redis, job_class="spool.rq.Job")       # in the process that enqueues
+    rq worker --job-class spool.rq.Job                      # in the worker
 
-Django-RQ: `RQ = {"JOB_CLASS": "spool.rq.Job"}`. What was bound travels in the job's `meta`, which a retried or
-repeated job keeps. Nothing that a job binds outlives it.
+Django-RQ: `RQ = {"JOB_CLASS": "spool.rq.Job"}`. The context is carried in the job's `meta`, which a retried
+or repeated job keeps. Nothing bound in a job outlives the job.
 
-RQ forks a process for each job and ends it by `os._exit`, which runs none of what a process does at its end. So
-drops are reported, and what was emitted is sealed, after the job and after each of its callbacks.
+RQ forks a process for each job and ends it with `os._exit`, which skips all exit handlers. So drops are
+reported, and the emitted lines are sealed, after the job and after each of its callbacks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOADED_IN: Final = os.getpid()
 
 @contextmanager
 def _work(meta: dict[Any, Any]) -> Iterator[None]:
-    """Run a part of a job: in a scope of its own, and leaving nothing open in a process that was forked for it."""
+    """Run a part of a job in a scope of its own, and leave nothing open in a process that was forked for it."""
     try:
         with scope(**arrived(meta.get(META))):
             yield
@@ -38,7 +38,7 @@ def _work(meta: dict[Any, Any]) -> Iterator[None]:
 
 
 class Job(rq.job.Job):
-    """A job that carries what was bound, and runs, with its callbacks, in a scope of its own."""
+    """A job that carries the context of its enqueuer and runs, with its callbacks, in a scope of its own."""
 
     @classmethod
     def create(cls, *args: Any, **kwargs: Any) -> Job:
@@ -71,5 +71,5 @@ class Job(rq.job.Job):
     def _in_scope(self, callback: Callable[..., Any] | None) -> Callable[..., Any] | None:
         if callback is None:
             return None
-        # `contextmanager` objects are decorators that begin again at each call.
+        # Used as a decorator, a `contextmanager` object starts afresh at each call.
         return _work(self.meta)(callback)

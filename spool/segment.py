@@ -1,4 +1,4 @@
-"""A segment: one file of lines, written by one process, whose name is its state.
+"""A segment: one file of lines, written by one process; its name shows its state.
 
     <stem>.open     preallocated and being written; its writer holds an exclusive flock on it
     <stem>.ndjson   sealed: cut to its last complete line, immutable
@@ -7,14 +7,14 @@
 
 Nothing here parses JSON: a segment is lines that end in a newline and have no NUL byte.
 
-What a crash (SIGKILL, or power loss with `fsync`) leaves after each step, and what repairs it:
+The state that a crash (SIGKILL, or power loss with `fsync`) leaves after each step, and what repairs it:
 
     step                               leaves                                  repaired by
     create    1 open <stem>.new        an empty file that loaders ignore       an emitter that measures the
               2 lock it                                                        spool removes it after a minute
               3 reserve, map           the same, with its capacity             (`written_bytes`)
-              4 rename to .open  a locked file of NUL bytes  adopt: no line, so it is removed
-    append  copy into the map  every line whose emit returned; the  adopt: cut to the last whole line,
+              4 rename to .open        a locked file of NUL bytes              adopt: no line, so it is removed
+    append    copy into the map        every line whose emit returned; the     adopt: cut to the last whole line,
                                        last one may be cut, or have a hole     `torn_bytes` reports the rest
     rotate    1 the spare takes lines  two files with lines                    adopt, each
               2 the full one retires
@@ -26,22 +26,20 @@ What a crash (SIGKILL, or power loss with `fsync`) leaves after each step, and w
               4 sync the directory     sealed; before it, power loss may       adopt
                                        bring .open back
     seal by   1 write <stem>.part      both; loaders ignore .part              adopt: writes .part again
-    copying  2 sync, rename it  .ndjson beside .open  adopt waits until .ndjson is loaded;
+    copying   2 sync, rename it        .ndjson beside .open                    adopt waits until .ndjson is loaded;
                                                                                then its lines are known
               3 remove .open           sealed                                  nothing to do
     adopt       lock, then as seal     the lock is free again                  the next loader
 
-A writer that lives repairs its own: a step that failed is repeated (`seal`), a file that was removed is
-written
-again, one that it may no longer rename is left to the loader by freeing its lock.
+A running writer repairs its own segments: it repeats a failed step (`seal`), rewrites a removed file, and
+releases the lock of a file that it may no longer rename, so that the loader seals it.
 
-What nothing repairs: a file that somebody else truncates while it is open (`: > file`, logrotate with
-`copytruncate`). Its lines are gone, and the next emit of the process ends it by SIGBUS. Linux offers no seal,
-lease or lock against it for a file in a directory, and a handler for SIGBUS would have to replace the
-application's. The mode 0640 keeps other users from it; `SPOOL_MAPPED=0` survives it, at the latency of a
-write(2): tens of milliseconds at p99 beside busy threads. Rotation is the emitter's own work; a logrotate
-rule
-for other files of the same host must not match it, and may only remove old rejects, whole:
+Nothing repairs a file that another process truncates while it is open (`: > file`, logrotate with
+`copytruncate`). Its lines are gone, and the next emit of the process kills it by SIGBUS. Linux has no seal,
+lease or lock that prevents this for a file in a directory, and a SIGBUS handler would have to replace the
+application's. The mode 0640 excludes other users; with `SPOOL_MAPPED=0` the process survives, at the latency
+of a write(2): tens of milliseconds at p99 with other busy threads. The emitter rotates segments itself;
+logrotate rules must not match them, and may only remove old rejects, as whole files:
 
     /var/spool/analytics/rejected/*.ndjson { weekly rotate 4 missingok nocreate nocopytruncate }
 """
@@ -75,7 +73,7 @@ _STEM: Final = re.compile(
     r"-(?P<number>[0-9]{6}|[1-9][0-9]{6,17})"
 )
 _UNFINISHED_SECONDS: Final = 60.0
-"""A segment that has not got its name `.open` for so long is a dead writer's."""
+"""A segment that is not renamed to `.open` within this time belongs to a dead writer."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class SegmentName:
 
     @classmethod
     def parse(cls, stem: str) -> SegmentName | None:
-        """Return the parts of a file name without its suffix, or None if it is not a segment's."""
+        """Return the parts of a file name without its suffix, or None if it is not a segment name."""
         found = _STEM.fullmatch(stem)
         if found is None or int(found["number"]) == 0:
             return None
@@ -103,7 +101,7 @@ class SegmentName:
 
     @property
     def writer(self) -> str:
-        """Who wrote it: host, boot, pid and token."""
+        """The writer's name: host, boot, pid and token."""
         return f"{self.host}-{self.boot}-{self.pid}-{self.token}"
 
     @property
@@ -112,7 +110,7 @@ class SegmentName:
 
 
 class Writer(NamedTuple):
-    """Who writes: two containers may share a pid and a directory, so a random part is added."""
+    """The identity of a writer. Two containers may share a pid and a directory, so it includes a random token."""
 
     host: str
     boot: str
@@ -130,11 +128,11 @@ class Writer(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Who writes, as `SegmentName.writer`."""
+        """The writer's name, as in `SegmentName.writer`."""
         return f"{self.host}-{self.boot}-{self.pid}-{self.token}"
 
     def stem(self, number: int) -> str:
-        """Return the stem of this writer's segment `number`, made now."""
+        """Return the stem of this writer's segment `number`, created now."""
         now = time.time_ns() // 1000
         moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now // 1_000_000))
         moment = f"{moment}.{now % 1_000_000:06d}Z"
@@ -142,7 +140,7 @@ class Writer(NamedTuple):
 
 
 class Sealed(NamedTuple):
-    """What sealing left: the file (None if there was no line), its lines and bytes, bytes cut off."""
+    """The result of sealing: the file (None if it had no lines), its lines and bytes, and the bytes cut off."""
 
     path: Path | None
     lines: int
@@ -151,12 +149,12 @@ class Sealed(NamedTuple):
 
 
 def recover(path: Path, *, sync: bool = False) -> Sealed | None:
-    """Seal the segment of a dead writer. Returns None if its writer lives or another loader took it.
+    """Seal the segment of a dead writer. Returns None if the writer is alive or another loader took it.
 
-    A lock that can be had means that the writer is dead: the kernel frees it with the last descriptor and
-    map (flock(2)). A segment that this process may read but not write, as one of another user in its group,
-    is copied. Raises OSError, also for a file with a second name: cutting it would cut what lies there,
-    wherever that is.
+    If the lock is free, the writer is dead: the kernel frees the lock with the last descriptor and map
+    (flock(2)). A segment that this process may read but not write, such as another user's in its group, is
+    copied. Raises OSError, also for a file with a second hard link, because cutting it would also cut the
+    other name's file, wherever that is.
     """
     try:
         fd, writable = os.open(path, os.O_RDWR | kernel.EXISTING_FILE), True
@@ -188,7 +186,7 @@ def seal(path: Path, fd: int, lines: int, end: int, torn: int, *, sync: bool = F
     `path` is no longer this file.
     """
     sealed = path.with_suffix(SEALED)
-    renamed = not is_file(path, fd) and is_file(sealed, fd)  # by an earlier try that failed to sync
+    renamed = not is_file(path, fd) and is_file(sealed, fd)  # by an earlier attempt that failed to sync
     if not renamed and not is_file(path, fd):
         raise FileNotFoundError(errno.ENOENT, "segment is no longer in its directory", str(path))
     if end == 0:
@@ -205,9 +203,10 @@ def seal(path: Path, fd: int, lines: int, end: int, torn: int, *, sync: bool = F
 
 
 def _seal_copy(path: Path, fd: int, lines: int, end: int, torn: int) -> Sealed:
-    """Seal a file that can be read only: copy its lines to the sealed name, then remove it.
+    """Seal a read-only file: copy its lines to the sealed name, then remove it.
 
-    A crash in between leaves both; the sealed one is loaded first, then this one is found to be known.
+    A crash in between leaves both: the sealed file is loaded first, then the lines of this one are recognized
+    as loaded.
     """
     part, sealed = path.with_suffix(".part"), path.with_suffix(SEALED)
     if end:
@@ -215,7 +214,7 @@ def _seal_copy(path: Path, fd: int, lines: int, end: int, torn: int) -> Sealed:
         with open(os.open(part, kernel.NEW_FILE, FILE_MODE), "wb") as copy:
             copy.writelines(kernel.blocks(fd, 0, end))
             copy.flush()
-            os.fsync(copy.fileno())  # the original may have been on disk for long
+            os.fsync(copy.fileno())  # the original may have been on disk for a long time
         os.rename(part, sealed)
         sync_directory(path.parent)
     os.unlink(path)
@@ -225,8 +224,8 @@ def _seal_copy(path: Path, fd: int, lines: int, end: int, torn: int) -> Sealed:
 def written_bytes(directory: Path, token: str = "") -> int:
     """Return how many bytes the segments of a spool hold; 0 if there is no spool. Raises OSError.
 
-    An open segment counts with what is written to it, not with what is reserved; that of the writer with this
-    `token` with all of it. Segments that a dead writer did not finish are removed.
+    An open segment counts with its written bytes, not with its reserved bytes; segments of the writer with
+    this `token` count with their full size. Segments that a dead writer did not finish creating are removed.
     """
     total = 0
     with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
@@ -244,7 +243,7 @@ def written_bytes(directory: Path, token: str = "") -> int:
 
 
 def _written(entry: os.DirEntry[str]) -> int:
-    """Return where the NUL bytes of an open segment begin; its size if this process may not read it."""
+    """Return the offset of the first NUL byte of an open segment, or its size if this process may not read it."""
     status = entry.stat(follow_symlinks=False)
     if not stat.S_ISREG(status.st_mode):
         return 0
@@ -271,7 +270,7 @@ def _remove_unfinished(entry: os.DirEntry[str]) -> None:
         return
     if time.time() - entry.stat(follow_symlinks=False).st_mtime < _UNFINISHED_SECONDS:
         return
-    with contextlib.suppress(OSError):  # somebody else's; its writer lives after all
+    with contextlib.suppress(OSError):  # another user's file; its writer is alive after all
         fd = os.open(path, os.O_RDWR | kernel.EXISTING_FILE)
         try:
             kernel.lock(fd)
@@ -291,7 +290,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def is_file(path: Path, fd: int) -> bool:
-    """Whether `path` names the very file that `fd` has open."""
+    """Whether `path` is the file that `fd` has open."""
     try:
         found, held = os.lstat(path), os.fstat(fd)
     except FileNotFoundError:
@@ -313,8 +312,8 @@ def count_lines(fd: int, end: int) -> int:
 def _end_of_lines(fd: int, size: int) -> int:
     """Return the offset after the last whole line.
 
-    A copy that a kill cut short may have written its newline before its middle, so a last line with a NUL
-    byte is not a whole line. Lines before it were complete when it began.
+    A copy interrupted by SIGKILL may have written its newline before its middle, so a last line with a NUL
+    byte is not whole. Earlier lines were complete before that copy began.
     """
     end = _after_last_newline(fd, size)
     start = _after_last_newline(fd, end - 1)

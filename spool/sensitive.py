@@ -1,11 +1,11 @@
-"""The two named sets of words that mark a key as sensitive, and the words that show that a key is harmless.
+"""The two named sets of words that mark a key as sensitive, and the words that mark it as harmless.
 
-An entry is a run of words. `^` before it means at the beginning of a key, `$` behind it at the end, so `^pin$`
-is the whole key. An entry of several words also matches them written as one (`api key`: `api_key`, `apiKey`,
-`X-Api-Key` and `apikey`). How keys are split is in spool/words.py, what happens to values in spool/redaction.py.
+An entry is a run of words. A leading `^` anchors it to the beginning of a key, a trailing `$` to the end, so
+`^pin$` matches only the whole key. An entry of several words also matches them written as one (`api key`:
+`api_key`, `apiKey`, `X-Api-Key` and `apikey`). spool/words.py splits keys; spool/redaction.py redacts values.
 
-The lists are those of the denylists of sentry-sdk 2 (`sentry_sdk/scrubber.py`) and of Rails'
-`filter_parameter_logging`, with what people call the same things.
+The lists contain the denylists of sentry-sdk 2 (`sentry_sdk/scrubber.py`) and of Rails'
+`filter_parameter_logging`, and synonyms of their entries.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def _entries(text: str) -> tuple[str, ...]:
 
 
 class SensitiveSet(NamedTuple):
-    """Entries of a named set."""
+    """The entries of a named set."""
 
     text: tuple[str, ...]
-    """Sensitive if the value is or contains text."""
+    """Keys whose values are sensitive if they are or contain text."""
     numbers: tuple[str, ...]
-    """Sensitive also if it is or contains a number."""
+    """Keys whose values are also sensitive if they are or contain a number."""
 
 
 _SECRETS: Final = _entries("""
@@ -78,15 +78,15 @@ SENSITIVE_SETS: Final[Mapping[str, SensitiveSet]] = MappingProxyType({
 })  # fmt: skip
 
 PREDICATES: Final = frozenset({"has", "is", "needs", "requires"})
-"""A key that begins with one of these is a question, and its value the answer: `has_password`."""
+"""A key that starts with one of these is a question, such as `has_password`; its value is harmless."""
 
 ABOUT: Final = frozenset(_entries("""
     accepted, attempts, banner, changed, confirmed, consent, count, disabled, enabled, expired, expires, expiry
     format, last, length, method, model, policy, provider, required, status, strength, template, type, verified
     version
 """))  # fmt: skip
-"""A word directly after a sensitive run, or at the end of the key, that makes the key one about it:
-`password_strength`, `card_number_last4`, `phones_supported_count`."""
+"""Words directly after a sensitive run, or at the end of the key, after which the value only describes the
+secret: `password_strength`, `card_number_last4`, `phones_supported_count`."""
 
 HARMLESS_RUNS: Final = ("i phone", "i phones")
 """Runs that contain a sensitive word and are not sensitive themselves."""
@@ -98,4 +98,4 @@ def _spellings(text: str) -> frozenset[str]:
 
 NAME_KEYS: Final = _spellings("name, key, header, field, k")
 VALUE_KEYS: Final = _spellings("value, values, val, v")
-"""`{"name": "authorization", "value": ...}`: an object that has both holds what is named in it."""
+"""`{"name": "authorization", "value": ...}`: in an object with both, the first names what the second holds."""

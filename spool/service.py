@@ -1,4 +1,4 @@
-"""The awaitable face: what a request handler calls. Each call emits at once and returns an awaitable."""
+"""The awaitable interface for request handlers. Each call emits immediately and returns an awaitable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spool.timer import Timer
 
 
 class AnalyticsService:
-    """The calls of `Emitter`, awaitable: each emits when it is called, whether it is awaited or not.
+    """The calls of `Emitter` as awaitables. Each emits when it is called, whether or not it is awaited.
 
     Awaiting returns the id as text, or None if the line was dropped.
     """

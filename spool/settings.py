@@ -1,8 +1,7 @@
-"""Where and how an emitter writes: arguments and `SPOOL_*` variables as one frozen value.
+"""The settings of an emitter: arguments and `SPOOL_*` variables as one frozen value.
 
-An empty variable counts as unset. A value that cannot be read, or with which no line could be kept, raises
-ValueError here, before anything is written; `get_emitter` then logs it
-once and drops.
+An empty variable counts as unset. An unreadable value, or one with which no line could be written, raises
+ValueError here, before anything is written; `get_emitter` then logs it once and drops all lines.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ _FALSE: Final = frozenset({"0", "false", "no", "off"})
 
 _MIN_BYTES: Final = 4096
 _MAX_SEGMENT_BYTES: Final = 1 << 30
-"""A process keeps two segments mapped; address space and `posix_fallocate` bear this on every platform."""
+"""A process keeps two segments mapped; the address space and `posix_fallocate` of every platform allow this."""
 _MAX_TEXT: Final = 200
 _MAX_AGE: Final = 7 * 86_400.0
-"""A week. Some multiples of it are waited for, and a wait is limited (`threading.TIMEOUT_MAX`)."""
+"""A week. Multiples of it are used as timeouts, which have a maximum (`threading.TIMEOUT_MAX`)."""
 
 
 Event = dict[str, Any]
 BeforeEmit = Callable[[Event], Event | None]
-"""What may change or drop an event: see spool/hook.py."""
+"""A function that may change or drop an event; see spool/hook.py."""
 
 
 class Options(TypedDict, total=False):
-    """The arguments of `Emitter` beside the directory: see `Settings`. None is as if it was not given."""
+    """The arguments of `Emitter` other than the directory; see `Settings`. None means not given."""
 
     max_age: float | None
     segment_bytes: int | None
@@ -55,7 +54,7 @@ class Options(TypedDict, total=False):
 
 
 class SettingError(ValueError):
-    """A setting that cannot be: `name` is the field of `Settings`."""
+    """An invalid setting; `name` is the field of `Settings`."""
 
     def __init__(self, name: str, problem: str) -> None:
         super().__init__(f"{name} {problem}")
@@ -65,49 +64,49 @@ class SettingError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of an emitter, in bytes and seconds. Raises ValueError if one is impossible."""
+    """The settings of an emitter, in bytes and seconds. Raises ValueError for an invalid setting."""
 
     directory: Path = DEFAULT_DIRECTORY
     max_age: float = 1.0
-    """A segment with lines is sealed so long after its first line: the bound on freshness. At most a week."""
+    """A segment is sealed this long after its first line: the bound on freshness. At most a week."""
     segment_bytes: int = 4 << 20
-    """Capacity that is reserved for a segment, at most 1 GiB; sealing cuts it to what was written. Below
-    4 MiB a busy process rotates before the next segment is ready, which makes the median emit 10 % slower."""
+    """Capacity that is reserved for a segment, at most 1 GiB; sealing cuts it to the written bytes. Below 4
+    MiB a busy process rotates before the next segment is ready, which makes the median emit 10 % slower."""
     max_line_bytes: int = 1 << 20
     """A longer line is dropped and counted. At most 4 MiB, the longest line that the loader reads."""
     max_spool_bytes: int = 10 << 30
-    """No segment is made that would bring the spool's segments above this: newer lines are dropped and
-    counted. At least two segments, because one is prepared while another is written; 0 is no limit."""
+    """No segment is created that would bring the spool's segments above this size: newer lines are dropped and
+    counted. At least two segments, because one is prepared while another is written; 0 means no limit."""
     fsync: bool = False
     """Sync each segment before it is sealed: power loss then costs at most the last `max_age` seconds."""
     mapped: bool = True
-    """Map segments where that is safe. Without, each line is one write: slower, beside busy threads by tens
-    of milliseconds, but nobody who truncates an open segment ends the process."""
+    """Map segments if that is safe. If false, each line is one write: slower, by tens of milliseconds if
+    other threads are busy, but truncating an open segment does not kill the process."""
     redact: frozenset[str] = frozenset()
-    """Words that are added to the sets `secrets` and `personal_data` of spool/sensitive.py: a value under a
-    key that contains one is not written. `-secrets` and `-personal_data` switch a set off. In the
-    environment with commas between them: `nickname,school,-personal_data`."""
+    """Words that are added to the sets `secrets` and `personal_data` of spool/sensitive.py: a value under a key that
+    contains one is not written. `-secrets` and `-personal_data` disable a set. In the environment, separated by
+    commas: `nickname,school,-personal_data`."""
     identity: str = "required"
-    """`optional` writes events without a user or a family, which the tables accept after
-    `loader init --optional-identity`; `required` drops and counts them, as new tables refuse them."""
+    """`optional` writes events without a user or a family, which the tables accept after `loader init
+    --optional-identity`. `required` drops and counts them, because the tables refuse them by default."""
     service: str = ""
-    """With `release` and `environment`: what all events have in their metadata and all metrics in their
-    labels, as `service`, `release` and `environment`. Empty is left out. At most 200 characters."""
+    """`service`, `release` and `environment` are added to the metadata of all events and the labels of all
+    metrics, unless empty. At most 200 characters."""
     release: str = ""
     environment: str = ""
     request_timer_rate: float = 1.0
-    """Part of the requests that the middlewares time, above 0 and at most 1; all are counted. Below 1 the timer's
-    lines have it as the label `sample_rate`."""
+    """The part of the requests that the middlewares time, above 0 and at most 1; all are counted. Below 1 the
+    timers have it as the label `sample_rate`."""
     strict: bool = False
-    """Raise ValueError for what cannot be written, for development and tests."""
+    """Raise ValueError for an event or metric that cannot be written, for development and tests."""
     disabled: bool = False
-    """Keep, count, log and create nothing; see spool/disabled.py."""
+    """Write, count, log and create nothing; see spool/disabled.py."""
     console: bool = False
     """Also print each line to standard error, for development; see spool/console.py."""
 
     def __post_init__(self) -> None:
         _check_type("max_age", self.max_age, int, float)
-        if not 0 < self.max_age <= _MAX_AGE:  # nan is neither
+        if not 0 < self.max_age <= _MAX_AGE:  # also refuses nan
             raise SettingError(
                 "max_age", f"must be above 0 and at most {_MAX_AGE:.0f} seconds: {self.max_age}"
             )
@@ -120,7 +119,7 @@ class Settings:
         for name in DEFAULTS:
             _check_text(name, getattr(self, name))
         _check_type("request_timer_rate", self.request_timer_rate, int, float)
-        if not 0 < self.request_timer_rate <= 1:  # nan is neither
+        if not 0 < self.request_timer_rate <= 1:  # also refuses nan
             raise SettingError(
                 "request_timer_rate", f"must be above 0 and at most 1: {self.request_timer_rate}"
             )
@@ -131,10 +130,10 @@ class Settings:
 
     @classmethod
     def of(cls, environment: Mapping[str, str] = os.environ, /, **given: Any) -> Settings:
-        """Return what was given, else what the environment says (`SPOOL_DIR`, `SPOOL_MAX_AGE`, ...).
+        """Return the given settings; those not given come from the environment (`SPOOL_DIR`, `SPOOL_MAX_AGE`, ...).
 
-        Raises ValueError that names the variable or the argument that cannot be read or cannot work, and
-        TypeError for an argument that is not a setting.
+        Raises ValueError that names the unreadable or invalid variable or argument, and TypeError for an
+        argument that is not a setting.
         """
         values = {name: value for name, value in given.items() if value is not None}
         variables: dict[str, str] = {}
@@ -175,7 +174,7 @@ def _check_text(name: str, value: object) -> None:
 def _is_unicode(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, or a byte of the environment that is not UTF-8
+    except UnicodeEncodeError:  # a lone surrogate, or a byte of the environment that is not UTF-8
         return False
     return True
 
@@ -189,7 +188,7 @@ def _check_bytes(name: str, value: int, least: int, most: int | None) -> None:
 
 
 def _check_line_fits(settings: Settings) -> None:
-    """A line that was asked for must fit into the spool beside the segment that is being written."""
+    """Check that the longest configured line fits into the spool in addition to the segment being written."""
     room = settings.max_spool_bytes - settings.segment_bytes
     if settings.max_spool_bytes and settings.max_line_bytes > room:
         raise SettingError("max_line_bytes", f"must be at most max_spool_bytes less one segment: {room}")
@@ -215,7 +214,7 @@ def _check_word(word: object) -> None:
         raise SettingError("redact", f"must be a list of words, and {word!r} is not one")
     if word.startswith("-") and word[1:] not in SENSITIVE_SETS:
         known = " or ".join(f'"-{name}"' for name in SENSITIVE_SETS)
-        raise SettingError("redact", f'must switch off a set by its name, {known}, not "{word}"')
+        raise SettingError("redact", f'must disable a set by its name, {known}, not "{word}"')
 
 
 def _parse(variable: str, text: str, kind: type) -> Any:
@@ -238,5 +237,5 @@ def _parse(variable: str, text: str, kind: type) -> Any:
 def _parse_words(variable: str, text: str) -> frozenset[str]:
     words = frozenset(filter(None, (word.strip().removeprefix("+") for word in text.split(","))))
     if not words:
-        raise ValueError(f"{variable} must be words with commas between them, not {text!r}")
+        raise ValueError(f"{variable} must be words separated by commas, not {text!r}")
     return words

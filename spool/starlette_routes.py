@@ -1,9 +1,9 @@
-"""The templates of Starlette's and FastAPI's routes, with those of the routers and mounts around them.
+"""The path templates of Starlette's and FastAPI's routes, including the routers and mounts around them.
 
-A router leaves the endpoint that it chose in the scope, in every release; the route itself, and what the path
-was before a mount took its part of it, only in some. So the routes are listed once, by endpoint. An endpoint
-of several routes is distinguished by their patterns. A mount has its own path for whatever a foreign application
-or a directory in it serves.
+Every release stores the chosen endpoint in the scope; only some store the route itself, and the path before a
+mount removed its prefix. So the routes are listed once, by endpoint. If several routes have the same
+endpoint, their patterns decide. Everything that a foreign application or a directory in a mount serves is
+labelled with the path of the mount.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from spool.routes import Routed, watch
 _CONVERTER: Final = re.compile(r"\{(\w+):[^{}]*\}")
 _LONGEST_ROUTE: Final = 1024
 _REST: Final = "/{_:path}"
-"""What follows the path of a mount."""
+"""The part of a template after the path of a mount."""
 _LIST_AGAIN_SECONDS: Final = 1.0
-"""Routes may be added while the application runs; an endpoint of no listed route must not list them each time."""
+"""Routes may be added while the application runs, but an endpoint without a route must not cause a listing
+per request."""
 
 
 def without_converters(route: str) -> str:
     """Return a route's path without the converters of its parameters (`{id:int}`)."""
-    # A longer one is not kept: a router that takes the client's path for its route would fill the memory.
+    # Longer paths are not cached: a router that reports the client's path as its route would fill the memory.
     return _remembered(route) if len(route) <= _LONGEST_ROUTE else _CONVERTER.sub(r"{\1}", route)
 
 
@@ -71,13 +72,13 @@ class StarletteRoutes:
 
 
 def _endpoints(routes: Iterable[Any], prefix: str) -> Iterator[tuple[object, str]]:
-    """Yield each endpoint with the path that leads to it; a mounted application is one if it is foreign."""
+    """Yield each endpoint with its path; a foreign mounted application counts as an endpoint."""
     for route in routes:
-        if hasattr(route, "effective_route_contexts"):  # routers that newer releases of FastAPI include
+        if hasattr(route, "effective_route_contexts"):  # included routers in newer releases of FastAPI
             contexts = route.effective_route_contexts()
             yield from _endpoints((each.starlette_route or each for each in contexts), prefix)
             continue
-        path = prefix + getattr(route, "path", "")  # a Host has none
+        path = prefix + getattr(route, "path", "")  # a Host route has none
         if (endpoint := getattr(route, "endpoint", None)) is not None:
             yield endpoint, path
         elif (app := getattr(route, "app", None)) is not None:

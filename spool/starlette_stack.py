@@ -1,8 +1,8 @@
-"""Puts the middleware around the whole of a Starlette or FastAPI application that it was added to.
+"""Moves the middleware outside all others of the Starlette or FastAPI application that it was added to.
 
-`add_middleware` puts it inside of `ServerErrorMiddleware`, which answers what nobody handled: that response
-would have no request id, its handler no user, and its status would be a guess. So the first call, which
-is the lifespan under a server, replaces the application's stack by one with the middleware outside.
+`add_middleware` puts it inside `ServerErrorMiddleware`, which responds to unhandled exceptions: that response
+would have no request id, its handler no user, and its status would be a guess. So the first call, which under
+a server is the lifespan, replaces the application's stack by one with the middleware outside.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from spool.request import inner_of
 
 
 def put_outermost(middleware: Any, scope: Mapping[str, Any]) -> Any:
-    """Put it around the stack of the scope's application if it is in it.
+    """Move the middleware outside the stack of the scope's application, if the stack contains it.
 
-    Return what has to serve the call in progress in place of the middleware, None if nothing has to. That call,
-    if it is a request, is inside of the stack already: it gets a `ServerErrorMiddleware` of its own within the
-    middleware, and the outer one no handler, so that the application's runs once. Not if a middleware of the
-    application lies between, which may handle errors itself.
+    Return the application that must serve the current call in place of the middleware, or None. If the
+    current call is a request, it is already inside the stack: it gets a `ServerErrorMiddleware` of its own
+    inside the middleware, and the outer one loses its handler, so that the application's handler runs once.
+    This is not done if one of the application's middlewares lies in between, because it may handle errors
+    itself.
     """
     try:
         return _put_outermost(middleware, scope)
-    except Exception as error:  # a release of Starlette that keeps its stack in another way
+    except Exception as error:  # a Starlette release that stores its stack differently
         if is_foreign(error):
             raise
         return None
@@ -37,7 +38,7 @@ def _put_outermost(middleware: Any, scope: Mapping[str, Any]) -> Any:
     stack: Any = getattr(scope["app"], "middleware_stack", None)
     if errors is None or type(stack) is not errors.ServerErrorMiddleware:
         return None
-    if "router" in scope and not _is_in(stack, middleware):  # but in an application that is mounted
+    if "router" in scope and not _is_in(stack, middleware):  # it is in a mounted application
         return None
     outermost = _around(middleware, copy(stack))
     scope["app"].middleware_stack = outermost

@@ -1,4 +1,4 @@
-"""The end of a message about a name that does not exist."""
+"""Suggestions for misspelled names in messages."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:
-    """Return `; did you mean "name"?` if a known name is similar to the given one, else an empty string.
+    """Return `; did you mean "name"?` if a known name is similar to the given one, otherwise an empty string.
 
     >>> did_you_mean("memory_postd", ["memory_posted", "feed_viewed"])
     '; did you mean "memory_posted"?'
     """
-    from difflib import get_close_matches  # used for an error alone
+    from difflib import get_close_matches  # needed only for errors
 
     similar = get_close_matches(str(given), list(known), n=1)
     return f'; did you mean "{similar[0]}"?' if similar else ""

@@ -1,15 +1,16 @@
-"""For the tests of an application: what it emitted, without files.
+"""Records what an application emits in its tests, without files.
 
     def test_posting_a_memory(client, recorder):
         client.post("/memories", ...)
         (event,) = recorder.of("memory_posted")
         assert event["metadata"]["media_count"] == 3
 
-While it records, mistakes of the caller raise ValueError, as with `SPOOL_STRICT=1`.
+While recording, invalid calls raise ValueError, as with `SPOOL_STRICT=1`.
 
-pytest loads this module as a plugin. It has the fixture `recorder`, and keeps what tests emit without recording
-it out of the real spool: SPOOL_DIR, whatever it was, is a temporary directory until the process ends. It is set
-before the first conftest.py is read, which may set another one. `pytest -p no:spool.testing` leaves it alone.
+pytest loads this module as a plugin. It provides the fixture `recorder`, and keeps unrecorded emits of tests
+out of the real spool: SPOOL_DIR is replaced by a temporary directory until the process exits. This happens
+before the first conftest.py is read, which may set another directory. `pytest -p no:spool.testing` disables
+the plugin.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from spool.emitter import Emitter, close_all, get_emitter
 
 
 class Recorder:
-    """What was emitted, in order, as it would have been written to the spool."""
+    """The emitted lines, in order, as they would have been written to the spool."""
 
     def __init__(self) -> None:
         self._lines: list[bytes] = []
 
     def write(self, line: bytes) -> int:
-        """What the emitter calls instead of writing to a segment."""
+        """Record a line. The emitter calls this instead of writing to a segment."""
         self._lines.append(line)
         return len(line)
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Every event and metric."""
+        """All events and metrics."""
         return [orjson.loads(line) for line in self._lines]
 
     @property
@@ -52,7 +53,7 @@ class Recorder:
         return [record for record in self.records if "metric_name" in record]
 
     def of(self, name: str) -> list[dict[str, Any]]:
-        """The events or metrics of one name."""
+        """Return the events or metrics of one name."""
         return [each for each in self.records if name in (each.get("event_type"), each.get("metric_name"))]
 
     def clear(self) -> None:
@@ -61,7 +62,7 @@ class Recorder:
 
 @contextmanager
 def record(emitter: Emitter | None = None, *, strict: bool = True) -> Iterator[Recorder]:
-    """Record what an emitter, the process-wide one unless given, is asked to emit until the block ends."""
+    """Record what an emitter, by default the process-wide one, emits until the block ends."""
     recorder = Recorder()
     with (emitter or get_emitter()).diverted(recorder.write, strict=strict):
         yield recorder
@@ -71,7 +72,7 @@ _temporary_spools: list[str] = []
 
 
 def _use_temporary_spool() -> None:
-    """Set SPOOL_DIR to a directory that is removed when this process ends."""
+    """Set SPOOL_DIR to a directory that is removed when this process exits."""
     if _temporary_spools:
         return
     directory = tempfile.mkdtemp(prefix="analytics-spool-")
@@ -81,7 +82,7 @@ def _use_temporary_spool() -> None:
 
 
 def _remove(directory: str, owner: int) -> None:
-    if os.getpid() != owner:  # a child that a test forked
+    if os.getpid() != owner:  # a child forked by a test
         return
     close_all()
     shutil.rmtree(directory, ignore_errors=True)
@@ -89,7 +90,7 @@ def _remove(directory: str, owner: int) -> None:
 
 try:
     import pytest
-except ImportError:  # an application may use `record` with another test runner
+except ImportError:  # an application may use `record` with a different test runner
     pass
 else:
 
@@ -105,5 +106,5 @@ else:
         _use_temporary_spool()
 
     def pytest_configure() -> None:
-        """Do so for who loads this with `pytest_plugins` in a conftest.py."""
+        """Do the same if this module is loaded by `pytest_plugins` in a conftest.py."""
         _use_temporary_spool()

@@ -18,17 +18,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Timer:
-    """Records the milliseconds of each run, also of one that raises.
+    """Records the duration of each run in milliseconds, also of runs that raise.
 
         with emitter.timer("feed_query_ms", labels={"kind": "home"}): ...
 
         @emitter.timer("thumbnail_ms")
         async def make_thumbnail(photo): ...
 
-    As a decorator it may run in many threads and tasks at once; as a block, one timer is for one block.
+    A decorator may run in many threads and tasks at once; as a block, a timer can be used only once.
 
-    A coroutine is timed to its end. A generator, sync or async, is timed from its first item to its end, with what
-    its consumer does in between. Raises TypeError for a class and for what cannot be called.
+    A coroutine is timed to its end. A generator, sync or async, is timed from its first item to its end,
+    including the time spent in its consumer. Raises TypeError for a class and for an object that is not
+    callable.
     """
 
     def __init__(self, emitter: Emitter, metric_name: str, labels: Metadata | None) -> None:
@@ -63,7 +64,7 @@ class Timer:
             self._emitter._drops.too_deep += 1
 
     def __call__(self, function: Function) -> Function:
-        """Return the function, timed; its signature and its kind stay."""
+        """Return the timed function, with the same signature and kind."""
         if isinstance(function, (staticmethod, classmethod)):
             return cast(Function, type(function)(self(function.__func__)))
         if isinstance(function, type) or not callable(function):
@@ -85,7 +86,7 @@ class Timer:
 
 
 class _Run:
-    """One run of a function. Its end is a frame no deeper than the function was, so near the recursion limit too."""
+    """One run of a function. It ends at the function's own frame depth, so it also works near the recursion limit."""
 
     __slots__ = ("_begin", "_timer")
 
@@ -119,7 +120,7 @@ def _timed_call(timer: Timer, function: Callable[..., Any]) -> Callable[..., Any
                     timer._end(begin, raised=raised)
                 except RecursionError:
                     timer._emitter._drops.too_deep += 1
-        if kind is not None:  # another decorator hid what the function is
+        if kind is not None:  # another decorator hid the kind of the function
             return _TIMED[kind](timer, lambda: result)()
         return result
 
@@ -149,7 +150,7 @@ def _timed_async_generator(
         with _Run(timer):
             generator = function(*args, **kwargs)
             step = anext(generator)
-            while True:  # `yield from`, which there is not for them
+            while True:  # `yield from`, which async generators do not support
                 try:
                     item = await step
                 except StopAsyncIteration:

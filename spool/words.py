@@ -1,14 +1,14 @@
-"""The words of a key: split at separators, between letters and digits, and in camelCase.
+"""Splits a key into words: at separators, between letters and digits, and in camelCase.
 
     X-Api-Key          x api key
     passwordHash2      password hash 2
     APIKey             api key
-    pass<U+200B>word   password      (a zero-width space, which nobody sees)
+    pass<U+200B>word   password      (a zero-width space, which is invisible)
 
-Compatibility forms (full-width letters, ligatures) become the usual ones first (NFKC, Unicode Standard Annex
-#15). What has no visible form is removed: control characters, and Default_Ignorable_Code_Point of
-https://www.unicode.org/Public/UCD/latest/ucd/DerivedCoreProperties.txt; so is U+FFFD, which is written in the
-place of a NUL character. Pure functions.
+Compatibility forms (full-width letters, ligatures) are normalized first (NFKC, Unicode Standard Annex #15).
+Invisible characters are removed: control characters, and Default_Ignorable_Code_Point of
+https://www.unicode.org/Public/UCD/latest/ucd/DerivedCoreProperties.txt. U+FFFD, which replaces NUL
+characters, is removed as well. Pure functions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WORD: Final = re.compile(rf"[{_UPPER}]+(?![{_LOWER}])|[{_UPPER}]?[{_LOWER}]+|\d
 
 
 def words(key: str) -> tuple[str, ...]:
-    """Return the words of a key without case.
+    """Return the words of a key, case-folded.
 
     >>> words("userAPIKey_v2")
     ('user', 'api', 'key', 'v', '2')

@@ -3,9 +3,9 @@
     app.wsgi_app = AnalyticsMiddleware(app.wsgi_app)                  # Flask, or spool.flask
     application = AnalyticsMiddleware(get_wsgi_application())         # Django, or spool.django
 
-The same metrics and labels as spool/asgi.py. A server sees of the response what it would see without the
-middleware: the server's own file wrapper, which it sends by sendfile(2), and the number of pieces, of which it
-makes the Content-Length of a single one.
+The metrics and labels are those of spool/asgi.py. The server sees the same response as without the
+middleware: its own file wrapper, which it sends by sendfile(2), and the number of pieces, because it computes
+the Content-Length of a single piece.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ _PREFLIGHT: Final = ("HTTP_ORIGIN", "HTTP_ACCESS_CONTROL_REQUEST_METHOD")
 class AnalyticsMiddleware(Middleware[Application]):
     """Wraps a WSGI application (PEP 3333).
 
-    `emitter` is the process-wide one unless given. Requests to a path of `exclude`, a list, or below have no
-    metrics; "/" is the root alone. `endpoint`, a function of the environment, returns a request's label, or None
-    for the template of its route. Raises `ExcludeError`, a TypeError and ValueError, for what is not a list of paths.
+    `emitter` defaults to the process-wide one. Requests to the paths in the list `exclude`, or below them,
+    have no metrics; "/" excludes only the root. `endpoint`, a function of the environment, returns a
+    request's label, or None to use the template of its route. Raises `ExcludeError`, a TypeError and
+    ValueError, if `exclude` is not a list of paths.
     """
 
     _routes: Routes | None = None
@@ -59,7 +60,7 @@ class AnalyticsMiddleware(Middleware[Application]):
         if not self._routes_known:
             self._routes, self._routes_known = routes_of_wsgi(self._app), True
         environ[MARK] = routed = Routed(environ)
-        # The response is made piece by piece after this returned, in the same context.
+        # The response is produced piece by piece after this returns, in the same context.
         context = contextvars.copy_context()
         exchange = _Exchange(
             self._emitter, environ, start_response, context, lambda: self._label(environ, routed)
@@ -75,14 +76,14 @@ class AnalyticsMiddleware(Middleware[Application]):
             return PREFLIGHT
         try:
             return template_of(self._routes, routed)
-        except Exception as error:  # a release of a framework that keeps its routes in another way
+        except Exception as error:  # a framework release that stores its routes differently
             if is_foreign(error):
                 raise
             return UNMATCHED
 
 
 def _request(environ: Environment, path: str) -> tuple[str, str]:
-    """Return method and path as ASGI has them: WSGI has the path's bytes as characters."""
+    """Return method and path as in ASGI; WSGI represents the bytes of the path as characters."""
     return environ.get("REQUEST_METHOD", ""), path.encode("latin-1", "replace").decode(errors="replace")
 
 
@@ -109,15 +110,15 @@ class _Exchange:
         if self._input is not None:
             environ["wsgi.input"] = self._input
         self.begun = False
-        """Whether bytes of the body were sent, and the status with them."""
+        """Whether bytes of the body, and with them the status, were sent."""
         self.length: int | None = None
-        """Of the body, if the header Content-Length announces it."""
+        """The length of the body, if the header Content-Length announces it."""
 
     def omit_metrics(self) -> None:
         self._timer.ended = True
 
     def begin(self, app: Application) -> Iterable[bytes]:
-        """Call the application and return the response as the server has to see it."""
+        """Call the application and return the response in the form that the server must see."""
         trace = trace_id(self._environ.get("HTTP_TRACEPARENT"))
         self._context.run(begin_empty, request_id=self._request_id, trace_id=trace)
         try:
@@ -132,7 +133,7 @@ class _Exchange:
             raise
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call it in the context of the request."""
+        """Call a function in the context of the request."""
         return self._context.run(function, *arguments)
 
     def end(self, *, disconnected: bool = False, failed: bool = False) -> None:
@@ -143,7 +144,7 @@ class _Exchange:
             elif disconnected and not self._has_no_body(status):
                 status = DISCONNECTED
             elif failed and not self.begun:
-                status = FAILED  # instead of what the application wanted
+                status = FAILED  # instead of the application's status
             self._timer.end(self._endpoint or self.run(self._label), status, failed=failed)
         self._environ.pop(MARK, None)
 
@@ -157,7 +158,9 @@ class _Exchange:
                 kept.append(header)
         write = self._start_response(status, kept, *exc_info)
         self._status = status[:3]
-        if not self._timer.ended:  # what the framework knows of the request is there now, if not in the end
+        if (
+            not self._timer.ended
+        ):  # the framework's data about the request exists now, but maybe not at the end
             self._endpoint = self._label()
 
         def writing(data: bytes) -> None:
@@ -167,11 +170,11 @@ class _Exchange:
         return writing if callable(write) else write
 
     def _has_no_body(self, status: str) -> bool:
-        """Whether a server may close the response without asking for its pieces."""
+        """Whether a server may close the response without reading its pieces."""
         return self._environ.get("REQUEST_METHOD") == "HEAD" or status in _WITHOUT_BODY
 
     def _is_servers_own(self, pieces: object) -> bool:
-        """Whether it was made by the server's file wrapper, which uWSGI has as a function that returns the file."""
+        """Whether the server's file wrapper made the response. uWSGI's is a function that returns the file."""
         wrapper = self._environ.get("wsgi.file_wrapper")
         if isinstance(wrapper, type):
             return isinstance(pieces, wrapper)
@@ -189,7 +192,7 @@ class _Exchange:
 
         try:
             pieces.close = closed
-        except AttributeError:  # a type that takes no attributes: the server sends it after this
+        except AttributeError:  # a type without settable attributes: the server sends it after this call
             self.end()
 
 
@@ -222,7 +225,7 @@ class _Response:
         return piece
 
     def close(self) -> None:
-        """What the server calls in the end, also if the client went away before it."""
+        """End the exchange. The server calls this at the end, even if the client has disconnected."""
         try:
             close = getattr(self._pieces, "close", None)
             if close is not None:
@@ -231,13 +234,13 @@ class _Response:
             self._exchange.end(disconnected=not self._is_complete())
 
     def _is_complete(self) -> bool:
-        """Whether the server has all of the body, although it did not ask for one more piece."""
+        """Whether the server has read the whole body, although it did not ask for a further piece."""
         length = self._exchange.length
         return length is not None and self._bytes >= length
 
 
 class _SizedResponse(_Response):
-    """One whose number of pieces is known before, as a list's is."""
+    """A response with a known number of pieces, such as a list."""
 
     def __len__(self) -> int:
         return len(self._pieces)  # type: ignore[arg-type]  # by isinstance

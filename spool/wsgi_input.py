@@ -1,6 +1,7 @@
-"""The body of a WSGI request, watched for a client that goes away in the middle of an upload.
+"""Watches the body of a WSGI request for a client that disconnects during an upload.
 
-WSGI has no message for that: the application reads fewer bytes than Content-Length announced, or OSError.
+WSGI does not signal this: the application reads fewer bytes than Content-Length announced, or gets an
+OSError.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 
 class WatchedInput:
-    """The server's input; what is not about reading is the server's own."""
+    """A wrapper of the server's input. Attributes not related to reading are those of the server's object."""
 
     def __init__(self, stream: Any, length: int) -> None:
         self._stream = stream
@@ -18,7 +19,7 @@ class WatchedInput:
         self._ended = False
 
     def is_cut_off(self) -> bool:
-        """Whether the application met the end of the input before the announced one."""
+        """Whether the input ended before the announced length."""
         return self._ended and self._left > 0
 
     def read(self, size: int | None = -1, *more: Any) -> bytes:
@@ -53,7 +54,7 @@ class WatchedInput:
 
 
 def watched(stream: Any, environ: Mapping[str, Any]) -> WatchedInput | None:
-    """Return the input of a request, watched, or None for one without a body of a known length."""
+    """Return the watched input of a request, or None if the request has no body of a known length."""
     length = environ.get("CONTENT_LENGTH")
     if stream is None or not length or length == "0" or not length.isdigit():
         return None

@@ -1,9 +1,9 @@
-"""Runs `loader` commands as processes of their own without importing their libraries once for each.
+"""Runs `loader` commands as separate processes without importing their libraries for each.
 
 A server process imports the libraries; it forks for each command, which then imports `loader` itself and runs
-it as `python -m loader` does, one command at a time. A command takes 0.23 s of CPU instead of 0.66 s
-(`python -m tests.command_server`). Whatever depends on how a process starts (daemons, terminals, strace) is
-started by its own command line instead.
+it as `python -m loader` does, one command at a time. A command takes 0.23 s of CPU instead of 0.66 s (`python
+-m tests.command_server`). Processes whose start matters (daemons, terminals, strace) are started by their own
+command line instead.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def _server() -> socket.socket:
     with theirs:
         process = subprocess.Popen(command, stdin=theirs.fileno())
     atexit.register(process.wait)
-    atexit.register(ours.close)  # called first; the server ends when its socket does
+    atexit.register(ours.close)  # called first; the server exits when its socket is closed
     return ours
 
 
 def serve() -> None:
-    """Run the commands that come on the socket, which is standard input, until its other end is closed."""
+    """Run the commands received on the socket (standard input) until its other end is closed."""
     for library in _LIBRARIES:
         import_module(library)
     with socket.socket(fileno=os.dup(0)) as requests:
@@ -92,7 +92,7 @@ def _become_the_command(request: bytes, streams: list[int]) -> None:
 
 
 def _measure(tries: int = 20) -> None:
-    """Print the seconds that a command takes, forked and started."""
+    """Print the run time of a command, forked and started."""
     arguments = ["status", "--spool-dir", "/tmp", "--dsn", "host=/nowhere"]
     alone = [sys.executable, "-m", "loader", *arguments]
     run(arguments, os.environ, b"")  # starts the server

@@ -1,4 +1,4 @@
-"""A real Postgres of each version that is installed, and a database with the schema for each test."""
+"""Fixtures: a real Postgres of each installed version, and a database with the schema for each test."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tests.servers import ROLE, VERSIONS, Servers
 from tests.servers import database as fresh_database
 from tests.servers import servers as shared_servers
 
-hypothesis.settings.register_profile("tests", deadline=None)  # one example may take long on a busy machine
+hypothesis.settings.register_profile("tests", deadline=None)  # an example may take long on a busy machine
 hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
 def of_all_workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory that the workers of pytest-xdist have in common."""
+    """Return the directory shared by the workers of pytest-xdist."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if hasattr(request.config, "workerinput") else own
 
 
 @pytest.fixture(autouse=True)
 def no_coverage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep coverage out of the processes of a test that is marked so."""
+    """Disable coverage in the processes of a test with this mark."""
     if request.node.get_closest_marker("no_coverage"):
         for name in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
             monkeypatch.delenv(name, raising=False)
@@ -44,25 +44,25 @@ def servers(of_all_workers: Path) -> Iterator[Servers]:
 
 @pytest.fixture(scope="session")
 def wheel(of_all_workers: Path) -> Path:
-    """The wheel that is tested."""
+    """Return the wheel under test."""
     return release.wheel_under_test(of_all_workers / "wheel")
 
 
 @pytest.fixture(scope="session", params=VERSIONS)
 def server(request: pytest.FixtureRequest, servers: Servers) -> str:
-    """The DSN of a server, of each version."""
+    """Return the DSN of a server, for each version."""
     return servers.dsn(request.param)
 
 
 @pytest.fixture(scope="session")
 def one_server(servers: Servers) -> str:
-    """The DSN of a server of one version: for what does not depend on it."""
+    """Return the DSN of a server of one version, for tests that do not depend on the version."""
     return servers.dsn(VERSIONS[-1])
 
 
 @pytest.fixture
 def connection(server: str) -> Iterator[database.Connection]:
-    """Acts as a role that may load and nothing else; see `as_owner`."""
+    """Yield a connection of a least-privilege loader role; see `as_owner`."""
     with fresh_database(server) as dsn, psycopg.connect(dsn) as connection:
         connection.execute(f"SET ROLE {ROLE}".encode())
         connection.commit()
@@ -72,7 +72,7 @@ def connection(server: str) -> Iterator[database.Connection]:
 
 @pytest.fixture
 def one_connection(one_server: str) -> Iterator[database.Connection]:
-    """The owner's, on one version."""
+    """Yield a connection of the owner, on one version."""
     with fresh_database(one_server) as dsn, psycopg.connect(dsn) as connection:
         yield connection
         _end(connection)
@@ -87,11 +87,11 @@ def spool(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cli(one_connection: database.Connection, spool: Path) -> Cli:
-    """The command line, with an empty spool and the database of `one_connection`."""
+    """Return the command line, with an empty spool and the database of `one_connection`."""
     return Cli(spool, make_conninfo(one_connection.info.dsn, user=ROLE))
 
 
 def _end(connection: database.Connection) -> None:
-    """End what a test left open, so that leaving the connection's block does not commit it."""
+    """Roll back what a test left open, so that the end of the connection's block does not commit it."""
     if not connection.closed:
         connection.rollback()

@@ -1,4 +1,4 @@
-"""Small disks: file systems of a test's own, which it can fill."""
+"""Small file systems that a test can fill."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def small_disk(where: Path, options: str) -> Iterator[Path]:
-    """Mount a tmpfs, with options such as `size=1m`, at a directory that is made; skip the test if that is not allowed."""
+    """Mount a tmpfs, with options such as `size=1m`, at a new directory; skip the test if that is not allowed."""
     where.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)]
     if subprocess.run(mount, capture_output=True).returncode:
@@ -24,7 +24,7 @@ def small_disk(where: Path, options: str) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Write until not one byte is left; return the file that takes the room."""
+    """Write until no byte is free; return the file that takes the space."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file:
         for size in (1 << 20, 1 << 12, 1):

@@ -1,4 +1,4 @@
-"""Real processes: run the command line, start the daemon, wait for a condition with a deadline."""
+"""Helpers for real processes: run the command line, start the daemon, wait for a condition with a deadline."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def shown(value: object) -> str:
-    """The id of a parameter, equal in every process: pytest-xdist compares them."""
+    """Return the id of a parameter, equal in every process, because pytest-xdist compares them."""
     return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
@@ -37,7 +37,7 @@ HANGS_AFTER = 180.0
 
 
 def slowness() -> float:
-    """How much longer something takes than on free processors: for what has to happen within a time."""
+    """Return how much slower the machine is than with idle processors, to scale time limits."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
@@ -46,19 +46,19 @@ def eventually(condition: Callable[[], T], seconds: float = HANGS_AFTER) -> T:
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.005)  # between two looks at the condition
+        time.sleep(0.005)  # between two checks of the condition
     return value
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The environment without any setting of ours but these."""
+    """Return the environment with only these of our settings."""
     ours = ("SPOOL_", "LOADER_", "DATABASE_URL", "PG")
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | variables
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Be the only process of the test run in a block. Children that a test forks do not hold the lock."""
+    """Allow only one process of the test run in the block. Forked children do not inherit the lock."""
     with path.open("a+b") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         yield
@@ -74,13 +74,13 @@ needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace
 
 
 def failing(call: str, error: str, *options: str | Path) -> list[str | Path]:
-    """A command that runs another one in which a system call fails (strace(1)), as a child of its own."""
+    """Return a command that runs another one under strace(1) with a failing system call."""
     inject = ["-e", f"trace={call}", "-e", f"inject={call}:error={error}"]
     return ["strace", "-D", "-f", "-qq", "-o", "/dev/null", *options, *inject]
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
-    """Return whether a process has a handler for a signal (proc_pid_status(5)); until then it dies of it."""
+    """Return whether a process has a handler for a signal (proc_pid_status(5)); without one the signal kills it."""
     (caught,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return bool(int(caught, 16) >> (number - 1) & 1)
 
@@ -94,14 +94,14 @@ needs_systemd = pytest.mark.skipif(
 
 
 def reachable_by_others(directory: Path) -> None:
-    """Let other users into a temporary directory, through those above it that pytest has closed to them."""
+    """Open a temporary directory, and its parents made private by pytest, to other users."""
     for above in (directory, *directory.parents):
         if above.stat().st_mode & 0o055 != 0o055 and above.stat().st_uid == os.geteuid():
             above.chmod(0o755)
 
 
 def as_another_user(work: Callable[[], object], user: int = NOBODY, *groups: int) -> int:
-    """Do it in a child that has become somebody else; return the exit code, 0 where it did not raise."""
+    """Run it in a child process of another user; return the exit code, 0 if it did not raise."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -118,7 +118,7 @@ def as_another_user(work: Callable[[], object], user: int = NOBODY, *groups: int
 
 
 class Cli:
-    """`loader` with a spool and a database, as a role that may load and nothing else or as the owner."""
+    """The `loader` command with a spool and a database, as a least-privilege role or as the owner."""
 
     def __init__(self, spool: Path, dsn: str) -> None:
         self.spool = spool
@@ -132,7 +132,7 @@ class Cli:
         stdin: bytes = b"",
         variables: Mapping[str, str] = MappingProxyType({}),
     ) -> str:
-        """Run a command that must end with `code` (None: with any); return what it printed, errors last."""
+        """Run a command that must exit with `code` (None: any); return its output, errors last."""
         ended = self.run(*map(str, arguments), stdin=stdin, variables=variables)
         printed = ended.stdout.decode() + ended.stderr.decode()
         assert code in (None, ended.returncode), printed
@@ -141,20 +141,20 @@ class Cli:
     def run(
         self, *arguments: str, stdin: bytes = b"", variables: Mapping[str, str] = MappingProxyType({})
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run a command whatever it ends with."""
+        """Run a command, whatever its exit code."""
         environment = {**self.environment, **variables}
         if any(name.startswith(("LD_", "PYTHON", "LC_", "LANG")) for name in variables):
-            # What the dynamic linker and the interpreter read when a process starts.
+            # Variables read by the dynamic linker and the interpreter when a process starts.
             return subprocess.run([*LOADER, *arguments], input=stdin, env=environment, capture_output=True)
         return command_server.run(arguments, environment, stdin)
 
     def owner(self) -> Cli:
-        """The same as the one who owns the tables."""
+        """Return the same command line as the owner of the tables."""
         return Cli(self.spool, make_conninfo(self.dsn, user="postgres"))
 
     @contextmanager
     def daemon(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-        """`loader run`, ended by SIGTERM with exit code 0 if it was not killed before."""
+        """Run `loader run`; stop it by SIGTERM with exit code 0, unless it was killed before."""
         process = subprocess.Popen([*LOADER, "run", *arguments], env=self.environment, stderr=subprocess.PIPE)
         try:
             eventually(lambda: process.poll() is not None or catches(process.pid, signal.SIGTERM))

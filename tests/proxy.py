@@ -1,11 +1,11 @@
-"""A wire to Postgres that a test can cut at any byte: a Unix socket that forwards to the server's own.
+"""A connection to Postgres that a test can cut at any byte: a Unix socket that forwards to the server's.
 
     with Proxy.to(dsn) as proxy:
-        proxy.cut_at_commit(7)       # the next COMMIT ends after 7 bytes of it and its answer
+        proxy.cut_at_commit(7)       # the next COMMIT is cut after 7 bytes of it and its response
         database.connect(proxy.dsn)
 
-Bytes are counted from the first one of the client's message: 0 cuts before it, its length after it was sent,
-and what is above that within the server's answer. A cut closes both sides, as a crash of either would.
+Bytes are counted from the first one of the client's message: 0 cuts before it, its length after it, and a
+larger number within the server's response. A cut closes both sides, as a crash of either would.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SOCKET = ".s.PGSQL.5432"
 
 
 class _Cut:
-    """Where to cut: `left` bytes after the message that contains `mark` begins."""
+    """The position of a cut: `left` bytes after the beginning of the message that contains `mark`."""
 
     def __init__(self, mark: bytes, left: int) -> None:
         self.mark = mark
@@ -34,7 +34,7 @@ class _Cut:
 
 
 class Proxy:
-    """Forwards each connection to a server, and cuts the one that reaches the place it was asked for."""
+    """Forwards each connection to a server, and cuts the one that reaches the requested position."""
 
     def __init__(self, server: str, directory: Path) -> None:
         self.dsn = make_conninfo(server, host=str(directory))
@@ -60,11 +60,11 @@ class Proxy:
                 proxy._listening.close()
 
     def cut_at_commit(self, position: int) -> None:
-        """Cut the next COMMIT after so many bytes of it and its answer."""
+        """Cut the next COMMIT after the given number of bytes of it and its response."""
         self.cut_at(COMMIT, position)
 
     def cut_at(self, mark: bytes, position: int) -> None:
-        """As `cut_at_commit`, for the message of the client that contains `mark`."""
+        """Do as `cut_at_commit`, for the client's message that contains `mark`."""
         with self._lock:
             self._cut = _Cut(mark, position)
 
@@ -89,7 +89,7 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
     def _allowed(self, data: bytes, from_client: bool) -> tuple[int, bool]:
-        """Return how many of these bytes may pass, and whether the connection goes on."""
+        """Return how many of these bytes may pass, and whether the connection continues."""
         with self._lock:
             cut = self._cut
             if cut is None or not (cut.begun or (from_client and cut.mark in data)):
@@ -106,6 +106,6 @@ class Proxy:
 
 
 def _message_of(data: bytes, mark: bytes) -> int:
-    """Return where the message begins that contains the mark: one byte and its length are before the text."""
+    """Return the beginning of the message that contains the mark: a type byte and the length precede the text."""
     place = data.index(mark)
     return place if mark[:1] == b"c" else place - 5

@@ -1,4 +1,4 @@
-"""Wheels: the one that is tested, and earlier releases, run by this environment's Python and libraries."""
+"""Wheels: the one under test, and earlier releases, run with this environment's Python and libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
 @dataclass(frozen=True)
 class Release:
-    """The directory that a release is installed in; its processes import `spool` and `loader` from there."""
+    """A release installed in a directory, from which its processes import `spool` and `loader`."""
 
     directory: Path
 
@@ -32,7 +32,7 @@ class Release:
         return ["env", f"--chdir={at}", f"PYTHONPATH={at}", sys.executable, *arguments]
 
     def loader(self, cli: Cli, *arguments: str | Path, code: int = 0) -> str:
-        """Run a command with the spool and the database of `cli`; return what it printed, errors last."""
+        """Run a command with the spool and the database of `cli`; return its output, errors last."""
         command = self.python("-m", "loader", *arguments)
         ended = subprocess.run(command, env=cli.environment, capture_output=True, text=True)
         assert ended.returncode == code, ended.stdout + ended.stderr
@@ -40,7 +40,7 @@ class Release:
 
     @contextmanager
     def daemon(self, cli: Cli) -> Iterator[subprocess.Popen[bytes]]:
-        """`loader run`, ended by SIGTERM with exit code 0."""
+        """Run `loader run`; stop it by SIGTERM with exit code 0."""
         command = self.python("-m", "loader", "run")
         process = subprocess.Popen(command, env=cli.environment, stderr=subprocess.PIPE)
         try:
@@ -53,13 +53,13 @@ class Release:
 
 
 def exists(commit: str) -> bool:
-    """Return whether the repository has the commit; a shallow clone or a copy without .git has not."""
+    """Return whether the repository has the commit, unlike a shallow clone or a copy without .git."""
     found = subprocess.run([*GIT, "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True)
     return found.returncode == 0
 
 
 def install(commit: str, cache: Path) -> Release:
-    """Build the wheel of a commit and install it below `cache`, unless it was before."""
+    """Build the wheel of a commit and install it below `cache`, unless already done."""
     directory = cache / f"release-{commit}"
     with locked(cache / "lock"):
         if not directory.exists():

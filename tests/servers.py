@@ -1,8 +1,9 @@
 """The Postgres servers of a test run: one for each version, shared by all workers of pytest-xdist.
 
-The worker that asks first starts the server and is its parent: the kernel ends the server with it (see
-loader/demo/embedded.py), so that worker waits at its end until no other one uses the server. Two workers
-never wait for each other, as servers are released in the reverse order of their first use.
+The first worker that needs a server starts it and is its parent. The kernel stops the server with its parent
+(see loader/demo/embedded.py), so that worker waits before it exits until no other worker uses the server.
+Workers never wait for each other in a cycle, because servers are released in the reverse order of their first
+use.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ ONE_LAYOUT: Final = cast("schema.Layout | Literal['']", os.environ.get("TEST_LAY
 """The layout of the tables in every database of the tests; without it, partitioned on one version, else plain."""
 _MIXED: Final[dict[int, schema.Layout]] = {16: "partitioned"}
 _OTHERS_SECONDS: Final = 900.0
-"""How long the worker that started a server waits for the others, before it is stopped under them."""
+"""Seconds for which the worker that started a server waits for the others before it stops the server."""
 
 
 class Servers:
-    """The servers that this process uses, each started or joined at its first use."""
+    """The servers used by this process, each started or joined at its first use."""
 
     def __init__(self, shared: Path, until: ExitStack) -> None:
         self._shared = shared
@@ -53,7 +54,7 @@ class Servers:
 
 @contextmanager
 def servers(shared: Path) -> Iterator[Servers]:
-    """Yield the servers of the run whose workers have the directory `shared` in common."""
+    """Yield the servers of the test run whose workers share the directory `shared`."""
     with ExitStack() as until:
         yield Servers(shared, until)
 
@@ -77,7 +78,7 @@ def database(server: str, template: str | None = None) -> Iterator[str]:
 
 @contextmanager
 def _shared_server(version: int, shared: Path) -> Iterator[str]:
-    # POSIX locks: a child that a test forked does not hold them.
+    # POSIX locks are not inherited by forked children.
     known = shared / f"postgres-{version}.dsn"
     starting, using = (shared / f"postgres-{version}.{name}" for name in ("starting", "using"))
     with ExitStack() as own, using.open("a+b") as users:
@@ -101,11 +102,11 @@ def _wait_for_the_others(users: int, starting: Path, known: Path) -> None:
             try:
                 fcntl.lockf(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                pass  # somebody still uses it
+                pass  # another worker still uses it
             else:
                 known.unlink()
                 return
-        time.sleep(0.05)  # between two tries
+        time.sleep(0.05)  # between two attempts
 
 
 def _layout(server_version: int) -> schema.Layout:

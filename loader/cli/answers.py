@@ -1,4 +1,4 @@
-"""What `ask`, `report` and `export` have in common: options of a range, and answers on standard output."""
+"""Code shared by `ask`, `report` and `export`: range options, and answers on standard output."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ Function = TypeVar("Function", bound=Callable[..., None])
 
 tz = click.option(
     "--tz", default="UTC", envvar="LOADER_TZ", show_default=True, metavar="ZONE",
-    help="The time zone of days and dates, such as Europe/Berlin; else LOADER_TZ.",
+    help="The time zone of days and dates, such as Europe/Berlin; default: LOADER_TZ.",
 )  # fmt: skip
 until = click.option(
-    "--until", default="now", show_default=True, metavar="WHEN", help="Up to this moment, exclusively."
+    "--until", default="now", show_default=True, metavar="WHEN", help="End of the range (excluded)."
 )
 
 
 def since(default: str) -> Callable[[Function], Function]:
-    """The option of the beginning of a range."""
+    """Return the option for the beginning of a range."""
     return click.option(
         "--since", default=default, show_default=True, metavar="WHEN",
-        help="From a date, a time, or an age such as 28d or 24h.",
+        help="Beginning of the range: a date, a time, or an age such as 28d or 24h.",
     )  # fmt: skip
 
 
 def question(default: str) -> Callable[[Function], Function]:
-    """The options of every question; `default` is the beginning of its range."""
-    as_csv = click.option("--csv", "as_csv", is_flag=True, help="For machines: CSV with a header.")
+    """Return a decorator that adds the options common to all questions; `default` is the beginning of the range."""
+    as_csv = click.option("--csv", "as_csv", is_flag=True, help="Print CSV with a header.")
 
     def decorate(function: Function) -> Function:
         added = (since(default), until, tz, options.dsn, options.as_json, as_csv)
@@ -51,7 +51,7 @@ def question(default: str) -> Callable[[Function], Function]:
 
 
 def print_json(answer: Answer) -> None:
-    """Print one object: the question, its range, and the rows by the names of their columns."""
+    """Print one object: the question, its range, and the rows with column names."""
     from loader.see import figures, tables
 
     where = answer.period.zone
@@ -63,7 +63,7 @@ def print_json(answer: Answer) -> None:
 
 
 def print_csv(answer: Answer) -> None:
-    """Print a header and the rows."""
+    """Print a header and the rows as CSV."""
     from loader.see import tables
 
     text = io.StringIO()
@@ -79,12 +79,12 @@ def _cell(value: Any) -> Any:
         return str(value).lower()
     if isinstance(value, dict | list):
         return json.dumps(value)
-    # A terminal gets nothing that it would obey; a file gets the text as it is.
+    # Control characters are escaped for a terminal; a file gets the unchanged text.
     return one_line(value) if isinstance(value, str) and sys.stdout.isatty() else value
 
 
 def print_table(table: Table) -> None:
-    """Print a table as wide as the terminal; into a file or a pipe without colours and trailing blanks."""
+    """Print a table as wide as the terminal; in a file or a pipe without colours and trailing blanks."""
     from rich.console import Console
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else terminal.console().width)
@@ -95,7 +95,7 @@ def print_table(table: Table) -> None:
 
 
 def print_note(text: str) -> None:
-    """Print a remark below a table, wrapped between words on a terminal."""
+    """Print a note below a table, word-wrapped on a terminal."""
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.text import Text
@@ -106,5 +106,5 @@ def print_note(text: str) -> None:
 
 
 def width() -> int:
-    """Columns of the terminal."""
+    """Return the width of the terminal in columns."""
     return terminal.console().width

@@ -28,9 +28,9 @@ _LENGTHS: Final = {
 
 @click.group("ask")
 def command() -> None:
-    """Answer a question about what was loaded.
+    """Answer a question about the loaded data.
 
-    A date, and an age in days or weeks, means local midnight in the time zone; an age in hours is exact.
+    Dates, and ages in days or weeks, start at local midnight in the time zone; ages in hours are exact.
 
     \b
     Examples:
@@ -42,7 +42,7 @@ def command() -> None:
 
 def _bucket(*buckets: str, default: str) -> Callable[[Function], Function]:
     return click.option(
-        "--bucket", type=click.Choice(buckets), default=default, show_default=True, help="What to group by."
+        "--bucket", type=click.Choice(buckets), default=default, show_default=True, help="Length of a bucket."
     )
 
 
@@ -50,7 +50,11 @@ _who = click.option(
     "--who", type=click.Choice(("user", "family")), default="user", show_default=True, help="Whom to count."
 )
 _limit = click.option(
-    "--limit", type=click.IntRange(1, 1_000_000), default=20, show_default=True, help="Rows at most."
+    "--limit",
+    type=click.IntRange(1, 1_000_000),
+    default=20,
+    show_default=True,
+    help="Maximum number of rows.",
 )
 _types = click.argument("types", nargs=-1, metavar="[EVENT_TYPE]...")
 
@@ -59,14 +63,15 @@ def _answer(
     name: str, given: dict[str, Any], show: Callable[..., Table], *, also: Sequence[str] = (),
     named: Sequence[str] = (), note: str = "", **parameters: Any,
 ) -> None:  # fmt: skip
-    """Check the range, ask, and print the answer in the form that was chosen.
+    """Check the range, query, and print the answer in the chosen format.
 
-    `also` are questions that only the table needs; `named` are event types to check the spelling of.
+    `also` are additional questions needed only for the table; `named` are event types whose spelling is
+    checked.
     """
     from loader.see import questions, tables
 
     if given["as_json"] and given["as_csv"]:
-        raise UsageError("--json and --csv exclude each other: give one of them")
+        raise UsageError("--json and --csv are mutually exclusive: give only one of them")
     when = period(given["since"], given["until"], given["tz"])
     bucket = parameters.get("bucket")
     if bucket and (when.until - when.since) / _LENGTHS[bucket] > _MOST_BUCKETS:
@@ -91,7 +96,9 @@ def _answer(
 @_types
 @_bucket("hour", "day", "week", "month", default="day")
 @click.option(
-    "--top", type=click.IntRange(1, 1000), help="The most frequent types; the others are summed up."
+    "--top",
+    type=click.IntRange(1, 1000),
+    help="Number of most frequent types to list; the others are added up.",
 )
 @answers.question("28d")
 def trend(types: tuple[str, ...], bucket: str, top: int | None, **given: Any) -> None:
@@ -114,7 +121,7 @@ def trend(types: tuple[str, ...], bucket: str, top: int | None, **given: Any) ->
 def active(types: tuple[str, ...], who: str, **given: Any) -> None:
     """Count active users of 1, 7 and 28 days, each user once.
 
-    1/28 is the share of the active users of 28 days who were active on the day.
+    1/28 is the share of users active within 28 days who were active on that day.
 
     \b
     Examples:
@@ -134,8 +141,8 @@ def active(types: tuple[str, ...], who: str, **given: Any) -> None:
 def lifecycle(types: tuple[str, ...], bucket: str, who: str, **given: Any) -> None:
     """Count new, retained, resurrected and dormant users.
 
-    New: the first event ever. Retained: active in the bucket before, too. Resurrected: active before, but
-    not in the bucket before. Dormant: active in the bucket before, not in this one.
+    New: first event ever. Retained: also active in the previous bucket. Resurrected: active earlier, but not
+    in the previous bucket. Dormant: active in the previous bucket, but not in this one.
 
     \b
     Examples:
@@ -151,23 +158,27 @@ def lifecycle(types: tuple[str, ...], bucket: str, who: str, **given: Any) -> No
 
 @command.command("retention")
 @click.option(
-    "--starting", multiple=True, metavar="EVENT_TYPE", help="What makes a user new; else any event."
+    "--starting", multiple=True, metavar="EVENT_TYPE", help="Event that makes a user new; default: any."
 )
 @click.option(
-    "--coming", multiple=True, metavar="EVENT_TYPE", help="What counts as coming back; else any event."
+    "--coming", multiple=True, metavar="EVENT_TYPE", help="Event that counts as returning; default: any."
 )
 @_bucket("day", "week", "month", default="week")
 @click.option(
-    "--periods", type=click.IntRange(1, 100), default=8, show_default=True, help="Buckets after the first."
+    "--periods",
+    type=click.IntRange(1, 100),
+    default=8,
+    show_default=True,
+    help="Number of buckets after the first.",
 )
-@click.option("--unbounded", is_flag=True, help="In the n-th bucket or later, not only in it.")
+@click.option("--unbounded", is_flag=True, help="Count returns in the n-th bucket or later.")
 @_who
 @answers.question("8w")
 def retention(
     starting: tuple[str, ...], coming: tuple[str, ...], bucket: str, periods: int, unbounded: bool, who: str,
     **given: Any,
 ) -> None:  # fmt: skip
-    """Show how many of the users who were new in a bucket came back.
+    """Show how many of a bucket's new users returned.
 
     \b
     Examples:
@@ -187,9 +198,13 @@ def retention(
 @command.command("funnel")
 @click.argument("steps", nargs=-1, required=True, metavar="STEP...")
 @click.option(
-    "--within", default="7d", show_default=True, metavar="LENGTH", help="From the first step to the last."
+    "--within",
+    default="7d",
+    show_default=True,
+    metavar="LENGTH",
+    help="Maximum time from the first to the last step.",
 )
-@click.option("--strict", is_flag=True, help="No other event between two steps.")
+@click.option("--strict", is_flag=True, help="Allow no other event between two steps.")
 @click.option(
     "--who",
     type=click.Choice(("user", "family", "session")),
@@ -197,14 +212,14 @@ def retention(
     show_default=True,
     help="Whom to count.",
 )
-@click.option("--breakdown", metavar="KEY", help="A key of the metadata of the first step.")
+@click.option("--breakdown", metavar="KEY", help="Group by this metadata key of the first step.")
 @answers.question("28d")
 def funnel(
     steps: tuple[str, ...], within: str, strict: bool, who: str, breakdown: str | None, **given: Any
 ) -> None:
     """Show how many users took each step, in order.
 
-    The first step is in the range; later ones may follow after it, within the time given.
+    The first step must be in the range; later steps may be after it, up to --within.
 
     \b
     Examples:
@@ -223,12 +238,12 @@ def funnel(
 
 @command.command("sessions")
 @click.option(
-    "--gap", metavar="LENGTH", help="A session ends after so long without an event; else by session_id."
+    "--gap", metavar="LENGTH", help="End a session after this time without events; default: by session_id."
 )
 @_bucket("day", "week", "month", default="day")
 @answers.question("28d")
 def sessions(gap: str | None, bucket: str, **given: Any) -> None:
-    """Count sessions by when they began, and how long they last.
+    """Count sessions by start, with their durations.
 
     \b
     Examples:
@@ -245,13 +260,15 @@ def sessions(gap: str | None, bucket: str, **given: Any) -> None:
 
 @command.command("requests")
 @click.option(
-    "--bucket", type=click.Choice(("hour", "day", "week", "month")), help="A row per bucket, in JSON and CSV."
+    "--bucket",
+    type=click.Choice(("hour", "day", "week", "month")),
+    help="With --json or --csv: a row per bucket.",
 )
 @answers.question("24h")
 def requests(bucket: str | None, **given: Any) -> None:
     """Show requests, failures and durations by endpoint.
 
-    Failed are statuses of 500 and above; durations are in milliseconds.
+    Statuses of 500 and above count as failures; durations are in milliseconds.
 
     \b
     Examples:
@@ -288,12 +305,12 @@ def anomalies(**given: Any) -> None:
     default="30d",
     show_default=True,
     metavar="LENGTH",
-    help="After this long, an interaction counts half.",
+    help="Age at which an interaction counts half.",
 )
 @_limit
 @answers.question("30d")
 def interactions(half_life: str, limit: int, **given: Any) -> None:
-    """List users and memories by how much they have to do with each other.
+    """List pairs of user and memory by their weighted interactions.
 
     A view weighs 1, a reaction 3, a comment 5.
 
@@ -313,7 +330,7 @@ def interactions(half_life: str, limit: int, **given: Any) -> None:
 @_limit
 @answers.question("52w")
 def user(user: UUID, limit: int, **given: Any) -> None:
-    """Show what one user did, the latest events last.
+    """Show the latest events of one user, oldest first.
 
     \b
     Examples:

@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 @options.dsn
 @options.spool_dir
 @options.workers
-@click.option("--dry-run", is_flag=True, help="Read and check every line, without a database.")
-@click.option(
-    "--again", is_flag=True, help="Load what the ledger knows, too: rows that were deleted come back."
-)
+@click.option("--dry-run", is_flag=True, help="Check every line without a database; load nothing.")
+@click.option("--again", is_flag=True, help="Also load chunks that are in the ledger: restores deleted rows.")
 @options.as_json
 def command(
     paths: tuple[str, ...], dsn: str | None, spool_dir: Path | None, workers: int, dry_run: bool,
@@ -31,8 +29,8 @@ def command(
 ) -> None:  # fmt: skip
     """Load files, directories, or - for standard input.
 
-    They may be compressed with gzip, zstd, bzip2 or xz. The files are never changed. Rejected lines go to the
-    spool's rejected/. What was loaded before is known and not loaded again, unless --again is given.
+    Files may be compressed with gzip, zstd, bzip2 or xz, and are never modified. Rejected lines are written
+    to the spool's rejected/. Files that are already loaded are skipped unless --again is given.
 
     \b
     Examples:

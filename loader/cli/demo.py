@@ -13,21 +13,22 @@ from loader.service.signals import interrupted_by_hangup
 
 
 @click.command("demo")
-@click.option("--dsn", metavar="DSN", help="A database to use; else a temporary embedded one.")
+@click.option("--dsn", metavar="DSN", help="The database to use; default: a temporary embedded one.")
 @click.option(
     "--html",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Where the page goes; else a temporary file.",
+    help="The file for the page; default: a temporary file.",
 )
 @click.option(
-    "--keep", is_flag=True, help="Keep the server, the application, the loader and the page until Ctrl-C."
+    "--keep", is_flag=True, help="Keep the server, application, loader and page running until Ctrl-C."
 )
 def command(dsn: str | None, html: Path | None, keep: bool) -> None:
     """Run the whole pipeline against a temporary Postgres.
 
-    An application serves traffic, one of its workers is killed, and the loader loads what it left. Then two
-    months of synthetic history are loaded, unless the database was given, and a page shows the last of them.
+    An application serves traffic, one of its workers is killed, and the loader loads all events, also those
+    of the killed worker. Then two months of synthetic history are loaded (unless --dsn is given), and a
+    report page shows the last month.
 
     \b
     Examples:
@@ -35,10 +36,10 @@ def command(dsn: str | None, html: Path | None, keep: bool) -> None:
       loader demo --keep
     """
     extras.require(("fastapi", "httpx", "uvicorn", "jinja2", "vl_convert"), "demo")
-    from loader.demo import tour  # imports them
+    from loader.demo import tour  # imports the modules of the extra
 
     with interrupted_by_hangup():
         given = settings.database_dsn(dsn) if dsn else None
         holds = tour.run(given, terminal.console(), html, keep=keep)
     if not holds:
-        raise LoaderError("the demo's sums do not hold: see above")
+        raise LoaderError("the demo's counts do not add up: see above")

@@ -19,9 +19,9 @@ from loader.errors import LoaderError
 def command(
     dsn: str | None, spool_dir: Path | None, archive: Path | None, workers: int, as_json: bool
 ) -> None:
-    """Check all that the loader needs and print what to do. Changes nothing.
+    """Check everything that the loader needs, and print remedies. Changes nothing.
 
-    Run it as the user that loads: `sudo -u analytics loader doctor`.
+    Run it as the loader's user: `sudo -u analytics loader doctor`.
 
     \b
     Examples:

@@ -26,21 +26,31 @@ _NEEDED: Final = ("pyarrow", "adbc_driver_postgresql")
 @click.command("export")
 @click.argument("target", type=click.Path(allow_dash=True, path_type=Path), metavar="OUT")
 @click.option(
-    "--table", type=click.Choice(TABLES), default="events", show_default=True, help="What to export."
+    "--table", type=click.Choice(TABLES), default="events", show_default=True, help="The table to export."
 )
 @click.option(
-    "--format", "form", type=click.Choice(FORMATS), help="Else by the suffix of OUT; Parquet for --by day."
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    help="Default: from the suffix of OUT; Parquet with --by day.",
 )
-@click.option("--by", type=click.Choice(("day",)), help="A file per day: OUT/day=2026-11-24/part.parquet.")
+@click.option(
+    "--by", type=click.Choice(("day",)), help="Write a file per day: OUT/day=2026-11-24/part.parquet."
+)
 @click.option(
     "--column",
     "columns",
     multiple=True,
     metavar="NAME:TYPE",
-    help="A value as a column, such as metadata.duration_ms:float. Types: text, int, float, bool.",
+    help="Export a JSON value as a column, such as metadata.duration_ms:float. Types: text, int, float, "
+    "bool.",
 )
-@click.option("--since", metavar="WHEN", help="From a date, a time, or an age such as 28d; else all.")
-@click.option("--until", metavar="WHEN", help="Up to this moment, exclusively; else all.")
+@click.option(
+    "--since",
+    metavar="WHEN",
+    help="Beginning of the range: a date, a time, or an age such as 28d; default: all.",
+)
+@click.option("--until", metavar="WHEN", help="End of the range (excluded); default: all.")
 @answers.tz
 @options.dsn
 @options.as_json
@@ -89,7 +99,7 @@ def _format(target: Path, by: str | None) -> Format:
         if target.suffix == f".{form}":
             return form
     raise UsageError(
-        f'the format of "{target}" is not known: name it .parquet, .csv or .ndjson, or give --format'
+        f'unknown format of "{target}": use the suffix .parquet, .csv or .ndjson, or give --format'
     )
 
 
@@ -107,16 +117,14 @@ def _range(since: str | None, until: str | None, tz: str) -> Range:
 
 
 def _check(target: Path, by: str | None, form: Format, *, as_json: bool) -> None:
-    """Raise for what cannot be written, before anything is read."""
+    """Raise UsageError for an output that cannot be written, before anything is read."""
     if target == STDOUT and (by or form == "parquet" or as_json):
-        raise UsageError("standard output takes CSV or NDJSON alone, without --by and --json: name a file")
+        raise UsageError("standard output supports only CSV and NDJSON, without --by and --json: name a file")
     if by and target.exists() and not target.is_dir():
-        raise UsageError(f'"{target}" is not a directory: --by day writes a file per day below one')
+        raise UsageError(f'"{target}" is not a directory: --by day writes a file per day into a directory')
     if not by and target.is_dir():
         raise UsageError(f'"{target}" is a directory: name a file, or give --by day')
     if target != STDOUT and not by and not os.access(target.absolute().parent, os.W_OK):
-        raise UsageError(
-            f'"{target.absolute().parent}" is not a directory that can be written to: choose another'
-        )
+        raise UsageError(f'"{target.absolute().parent}" is not a writable directory: choose another')
     if form == "parquet":
         extras.require(_NEEDED, "export")

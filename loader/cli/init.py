@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 @options.dsn
 @click.option(
     "--foreign-keys/--no-foreign-keys", default=None,
-    help="Whether events refer to auth.users and family_units; remembered, at first they do. Keys slow the "
-    "load, turn an event of a deleted user into a reject, and keep a user with events from being deleted. "
-    "--no-foreign-keys drops them.",
+    help="Add or drop the foreign keys to auth.users and family_units; remembered; new tables have "
+    "them. The keys slow loading, reject events of deleted users, and prevent the deletion of "
+    "users with events.",
 )  # fmt: skip
 @click.option(
     "--optional-identity/--required-identity", default=None,
-    help="Whether events may lack a user or a family; remembered, at first they may not. Emitters write such "
-    "events with SPOOL_IDENTITY=optional.",
+    help="Accept or reject events without a user or a family; remembered; new tables reject them. "
+    "Emitters write such events with SPOOL_IDENTITY=optional.",
 )  # fmt: skip
 @click.option(
     "--layout", type=click.Choice(["plain", "partitioned"]), default=None,
-    help="Of new tables; remembered, at first plain. partitioned: one partition a day, so that loading stays as "
+    help="Layout of new tables; remembered; default: plain. partitioned: one partition a day, so that loading stays as "
     "fast as at first and old data is dropped at once. `loader migrate` converts plain tables.",
 )  # fmt: skip
 @click.option(
     "--width", type=click.Choice(["day", "week", "month"]), default=None,
-    help="Of partitions that are made from now on; remembered, at first a day.",
+    help="Width of partitions created from now on; remembered; default: a day.",
 )  # fmt: skip
 @click.option(
     "--role", metavar="NAME",
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--reader", metavar="NAME",
-    help="A role for dashboards and analysts (SELECT, the questions, statements of at most 30 s), created "
-    "if it does not exist.",
+    help="A role for dashboards and analysts (SELECT, the question functions, a statement "
+    "timeout of 30 s), created if it does not exist.",
 )  # fmt: skip
 @options.as_json
 def command(
@@ -73,7 +73,7 @@ def command(
             reader=reader,
         )  # fmt: skip
         if made := partitions.make(connection):
-            applied.notes.append(f"made {made} partitions")
+            applied.notes.append(f"created {made} partitions")
         applied.notes += [f'built the index "{name}"' for name in indexes.build(connection)]
     if as_json:
         terminal.print_json(
@@ -95,13 +95,14 @@ def command(
 
 _FOREIGN_KEYS = {
     "on": "Foreign keys: on, if auth.users and family_units exist (--no-foreign-keys drops them).",
-    "off": "Foreign keys: off, as was chosen (--foreign-keys adds them).",
+    "off": "Foreign keys: off, as configured (--foreign-keys adds them).",
 }
 _IDENTITY = {
     "required": "Identity: required (--optional-identity accepts events without a user or a family).",
-    "optional": "Identity: optional, as was chosen (--required-identity rejects events without one).",
+    "optional": "Identity: optional, as configured (--required-identity rejects events without a user "
+    "or a family).",
 }
 _LAYOUT = {
     "plain": "Layout: plain (`loader migrate --to partitioned` converts it).",
-    "partitioned": "Layout: partitioned; the loader makes partitions for the coming days.",
+    "partitioned": "Layout: partitioned; the loader creates partitions for the next days.",
 }

@@ -1,4 +1,4 @@
-"""What the commands that load have in common: their workers, and how they end."""
+"""Code shared by the commands that load: their workers and their exit codes."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from loader.service.signals import Signals
 from loader.service.workers import Workers
 
 PATIENCE: Final = 60.0
-"""Seconds that a command which ends by itself waits for a database that became unavailable."""
-INTERRUPTED: Final = "interrupted: what is counted above is done; run it again to go on"
+"""Seconds for which a one-off command waits for an unavailable database."""
+INTERRUPTED: Final = "interrupted: the lines counted above are loaded; run the command again to continue"
 
 ALL_KNOWN: Final = (
-    "all of it was loaded before, so nothing was done; "
-    "if its rows were deleted since, `loader backfill --again` loads it again"
+    "all lines are already loaded, so nothing was done; if rows were deleted since, `loader backfill "
+    "--again` restores them"
 )
 
 
 def dsn_source(given: str | None) -> Callable[[], str]:
-    """Return what yields the DSN now, and later, when it may have changed. Raises UsageError without one."""
+    """Return a function that returns the current DSN, which may change later. Raises UsageError without a DSN."""
     settings.database_dsn(given)
     return partial(settings.database_dsn, given)
 
@@ -40,14 +40,14 @@ def patient_workers(
     dsn: Callable[[], str], spool: Path, count: int, signals: Signals, health: Health | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Workers:  # fmt: skip
-    """Return workers for a command that ends by itself. Raises psycopg.Error at once without a database."""
+    """Return workers for a one-off command. Raises psycopg.Error immediately if the database is unreachable."""
     database.connect(dsn()).close()
     return Workers(dsn, spool, count, signals, PATIENCE, health, tick)
 
 
 @contextlib.contextmanager
 def only_for(actor: str) -> Iterator[None]:
-    """Report that a role may not do this, and who may. Raises LoaderError."""
+    """Replace a permission error by a LoaderError that names who may run the command."""
     try:
         yield
     except psycopg.errors.InsufficientPrivilege as error:
@@ -55,7 +55,7 @@ def only_for(actor: str) -> Iterator[None]:
 
 
 def finish(report: Report, signals: Signals | None, *, as_json: bool, **more: object) -> None:
-    """Print what was done and end with the exit code for it."""
+    """Print the counts and exit with the matching exit code."""
     counts = {"files": report.files, **report.loaded.facts()}
     if as_json:
         terminal.print_json({**counts, **more, "failures": report.failures})

@@ -1,4 +1,4 @@
-"""The command line: imports a command when it is called, turns errors into one line and an exit code.
+"""The command line: imports each command when it is called, and turns errors into one line and an exit code.
 
 A command's module imports what it needs, so that `--version`, `--help` and completion load no driver.
 """
@@ -23,25 +23,25 @@ from loader.service import journal
 
 COMMANDS: Final = {
     "init": "Create or upgrade the tables; idempotent.",
-    "run": "Watch a spool and load what is sealed, until SIGTERM.",
+    "run": "Watch a spool and load sealed segments, until SIGTERM.",
     "backfill": "Load files, directories, or - for standard input.",
-    "status": "Show what waits, what was loaded and what was rejected.",
-    "tail": "Print the last lines of the spool, also of open segments.",
-    "doctor": "Check all that the loader needs and print what to do.",
-    "rejects": "List, show, retry, export and drop the lines that were not loaded.",
-    "ask": "Answer a question about what was loaded.",
-    "report": "Summarize what was loaded, in the terminal or as a page.",
+    "status": "Show the backlog, the loaded rows and the rejects.",
+    "tail": "Print the last lines of the spool, including open segments.",
+    "doctor": "Check everything that the loader needs, and print remedies.",
+    "rejects": "List, show, retry, export and drop rejected lines.",
+    "ask": "Answer a question about the loaded data.",
+    "report": "Summarize the loaded data, in the terminal or as a page.",
     "export": "Write events or metrics to Parquet, CSV or NDJSON.",
-    "rollup": "Compute the rollups of the hours that loads touched.",
-    "prune": "Remove old rows, ledger rows, and rejected and archived files.",
+    "rollup": "Refresh the rollups of hours with new rows.",
+    "prune": "Delete old rows, ledger rows, and rejected and archived files.",
     "schema": "Print the format of a line, for writers in other languages.",
     "demo": "Run the whole pipeline against a temporary Postgres.",
 }
-"""Commands with their short help; each is `command` in the module of its name."""
+"""The commands and their short help; each is `command` in the module of its name."""
 
 
 class Commands(click.Group):
-    """The commands, imported when they are called."""
+    """The group of commands, each imported when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -65,17 +65,17 @@ class Commands(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # a terminal may have no character for what a line holds
+            if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may lack characters of a line
                 stream.reconfigure(errors="backslashreplace")
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
             sys.stdout.flush()
             sys.exit(code)
-        except BrokenPipeError:  # `loader ask ... | head`: who reads has enough
+        except BrokenPipeError:  # `loader ask ... | head`: the reader has closed the pipe
             _discard_output()
             sys.exit(LoaderError.exit_code)
         except (click.Abort, KeyboardInterrupt):
-            _fail("interrupted: run it again to go on", LoaderError.exit_code)
+            _fail("interrupted: run the command again to continue", LoaderError.exit_code)
         except click.UsageError as error:
             _name_the_variable(error)
             command = error.ctx.command_path if error.ctx else "loader"
@@ -91,15 +91,15 @@ class Commands(click.Group):
 
 
 def _discard_output() -> None:
-    """Keep Python from reporting at its end that the rest of the output has no reader."""
+    """Keep Python from reporting at exit that the rest of the output has no reader."""
     devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # it has no descriptor
+        with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
             os.dup2(devnull, stream.fileno())
 
 
 def _name_the_variable(error: click.UsageError) -> None:
-    """Have a wrong value that comes from the environment reported with the variable, not with the option."""
+    """Name the variable instead of the option if an invalid value comes from the environment."""
     if not (isinstance(error, click.BadParameter) and error.ctx and error.param and error.param.name):
         return
     if error.ctx.get_parameter_source(error.param.name) is ParameterSource.ENVIRONMENT:
@@ -107,7 +107,7 @@ def _name_the_variable(error: click.UsageError) -> None:
 
 
 def _fail_for_database(error: Exception) -> None:
-    """End the command if it is an error of the database, whose driver is loaded only then."""
+    """Exit if this is a database error; the driver is imported only to check this."""
     psycopg = sys.modules.get("psycopg")
     if psycopg is not None and isinstance(error, psycopg.Error) and not _is_misuse(error, psycopg):
         from loader.load.sqlstate import explain  # imports psycopg
@@ -117,7 +117,7 @@ def _fail_for_database(error: Exception) -> None:
 
 
 def _is_misuse(error: Any, psycopg: Any) -> bool:
-    """Whether the driver itself raised it because it was called in a wrong way."""
+    """Whether the driver itself raised the error because of an invalid call."""
     wrong = (psycopg.ProgrammingError, psycopg.InterfaceError, psycopg.NotSupportedError, psycopg.DataError)
     return error.sqlstate is None and isinstance(error, wrong)
 

@@ -1,4 +1,4 @@
-"""Options that several commands have, and the type of an age."""
+"""Options shared by several commands, and the parameter type for ages."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from spool.segment import DEFAULT_DIRECTORY
 
 dsn = click.option(
     "--dsn", metavar="DSN",
-    help="The database; else LOADER_DSN, the file LOADER_DSN_FILE, DATABASE_URL, or libpq's PG*. Other users "
-    "of the machine see it: pass a password another way.",
+    help="The database; default: LOADER_DSN, the file LOADER_DSN_FILE, DATABASE_URL, or libpq's PG*. "
+    "Other users of the machine can see this argument: do not put a password in it.",
 )  # fmt: skip
 spool_dir = click.option(
     "--spool-dir", metavar="DIR", type=click.Path(path_type=Path),
-    help=f"The spool; else SPOOL_DIR, else {DEFAULT_DIRECTORY}.",
+    help=f"The spool; default: SPOOL_DIR, or {DEFAULT_DIRECTORY}.",
 )  # fmt: skip
 workers = click.option(
     "--workers", type=click.IntRange(1, 64), default=2, envvar="LOADER_WORKERS", show_default=True,
-    help="Connections that load; else LOADER_WORKERS.",
+    help="Number of loading connections; default: LOADER_WORKERS.",
 )  # fmt: skip
 archive = click.option(
     "--archive", metavar="DIR", envvar="LOADER_ARCHIVE", type=click.Path(path_type=Path, file_okay=False),
-    help="Where loaded files are kept, compressed, in a directory for each day; else LOADER_ARCHIVE.",
+    help="Directory for loaded files, compressed, with a subdirectory per day; default: LOADER_ARCHIVE.",
 )  # fmt: skip
-as_json = click.option("--json", "as_json", is_flag=True, help="For machines: JSON.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 class Age(click.ParamType[timedelta]):
@@ -38,7 +38,7 @@ class Age(click.ParamType[timedelta]):
     _UNITS: Final = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes"}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
-        """Return the age; which moment that is depends on the server's clock."""
+        """Return the age; the server's clock decides which moment it denotes."""
         parts = re.fullmatch(r"(\d{1,6})([wdhm])", str(value))
         if parts is None:
             self.fail(f"{value!r} is not an age: write a number and w, d, h or m, such as 90d.", param, ctx)

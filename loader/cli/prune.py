@@ -15,21 +15,21 @@ from loader.errors import LoaderError
 @click.command("prune")
 @click.option(
     "--older-than", "age", type=options.Age(), required=True, metavar="AGE",
-    help="Such as 90d: a number and w, d, h or m.",
+    help="Minimum age, such as 90d: a number and w, d, h or m.",
 )  # fmt: skip
 @options.dsn
 @options.spool_dir
 @options.archive
-@click.option("--dry-run", is_flag=True, help="Count what is old, and remove nothing.")
+@click.option("--dry-run", is_flag=True, help="Count old data, and delete nothing.")
 @options.as_json
 def command(
     age: timedelta, dsn: str | None, spool_dir: Path | None, archive: Path | None, dry_run: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Remove old rows, ledger rows, and rejected and archived files.
+    """Delete old rows, ledger rows, and rejected and archived files.
 
-    Rows are deleted by their timestamp and the server's clock, in small batches that do not block loading.
-    Run it as the owner of the tables, or as a role that may delete.
+    The age of a row is that of its timestamp by the server's clock. Rows are deleted in small batches that do
+    not block loading. Run it as the owner of the tables, or as a role with the DELETE privilege.
 
     \b
     Examples:
@@ -58,7 +58,8 @@ def command(
 
                 pruned = rows.delete(deleted)
     if not signals.stop.is_set():
-        # The local clock wrote the times of the files; if the two disagree, less is removed.
+        # File times are from the local clock; if the two clocks differ, the earlier time counts, so less is
+        # deleted.
         files = prune.files(spool, archive, min(rows.before, datetime.now(UTC) - age), dry_run=dry_run)
         files.events, files.metrics, files.loads = pruned.events, pruned.metrics, pruned.loads
         pruned = files

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from loader.files.rejects import Rejected
 
 _CLAIM_SECONDS: Final = 10.0
-"""Seconds that a file is awaited which the daemon retries."""
+"""Seconds to wait for a file that the daemon is retrying."""
 
 
 @click.group("rejects")
 def command() -> None:
-    """List, show, retry, export and drop the lines that were not loaded.
+    """List, show, retry, export and drop rejected lines.
 
     \b
     Examples:
@@ -78,11 +78,13 @@ def list_rejects(spool_dir: Path | None, as_json: bool) -> None:
 
 @command.command("show")
 @_names
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Show the first N lines; else all.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Show the first N lines; default: all."
+)
 @options.spool_dir
 @options.as_json
 def show_rejects(names: tuple[str, ...], limit: int | None, spool_dir: Path | None, as_json: bool) -> None:
-    """Show each rejected line with its place and reason.
+    """Show each rejected line with its file, line number and reason.
 
     \b
     Examples:
@@ -105,11 +107,11 @@ def show_rejects(names: tuple[str, ...], limit: int | None, spool_dir: Path | No
 
 
 def _lines(files: Sequence[Path]) -> Iterator[Rejected]:
-    """Yield the rejects of the files in their order. Raises OSError, ValueError."""
+    """Yield the rejects of the files in order. Raises OSError, ValueError."""
     from loader.files import rejects
 
     for path in files:
-        with contextlib.suppress(FileNotFoundError):  # loaded since it was listed
+        with contextlib.suppress(FileNotFoundError):  # loaded after it was listed
             yield from rejects.read(path)
 
 
@@ -119,7 +121,7 @@ def _lines(files: Sequence[Path]) -> Iterator[Rejected]:
 @options.spool_dir
 @options.as_json
 def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | None, as_json: bool) -> None:
-    """Load the rejected lines that have become loadable; the others stay.
+    """Load rejected lines that can be loaded now; the others remain rejects.
 
     \b
     Examples:
@@ -149,7 +151,7 @@ def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | Non
                     if is_ours:
                         report.loaded += retry(connection, path)
                         report.files += 1
-            except (LoaderError, OSError) as error:  # the other files can be retried all the same
+            except (LoaderError, OSError) as error:  # the other files can still be retried
                 report.failures[path.name] = f"could not be retried: {error}"
             shown(report.files)
     finish(report, signals, as_json=as_json)
@@ -157,14 +159,14 @@ def retry_rejects(names: tuple[str, ...], dsn: str | None, spool_dir: Path | Non
 
 @contextlib.contextmanager
 def _claimed(path: Path, stop: threading.Event) -> Iterator[bool]:
-    """Yield whether the file is ours for the block; not if it is gone, or `stop` was set.
+    """Claim the file for the block; yield False if it no longer exists or `stop` was set.
 
-    Raises LoaderError if another process has it for long.
+    Raises LoaderError if another process keeps it too long.
     """
     from loader.files.claim import claimed
 
     deadline = time.monotonic() + _CLAIM_SECONDS
-    while not stop.is_set() and path.exists():  # else the daemon has loaded all of it
+    while not stop.is_set() and path.exists():  # otherwise the daemon has loaded all of it
         with claimed(path) as is_ours:
             if is_ours:
                 yield True
@@ -176,7 +178,7 @@ def _claimed(path: Path, stop: threading.Event) -> Iterator[bool]:
 
 
 _codes = click.option(
-    "--code", "codes", multiple=True, metavar="CODE", help="Only rejects of this code; repeatable."
+    "--code", "codes", multiple=True, metavar="CODE", help="Only rejects with this code; repeatable."
 )
 
 
@@ -184,15 +186,18 @@ _codes = click.option(
 @_names
 @_codes
 @click.option(
-    "--output", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Else standard output."
+    "--output",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Output file; default: standard output.",
 )
 @options.spool_dir
 def export_rejects(
     names: tuple[str, ...], codes: tuple[str, ...], output: Path | None, spool_dir: Path | None
 ) -> None:
-    """Write the rejected lines as they were, to be repaired and loaded with `loader backfill`.
+    """Write the original lines, to be repaired and loaded with `loader backfill`.
 
-    They stay rejects until they are dropped.
+    They remain rejects until they are dropped.
 
     \b
     Examples:
@@ -205,7 +210,7 @@ def export_rejects(
     found = _lines(_reject_files(settings.spool_directory(spool_dir), names))
     wanted = (each.raw for each in found if not codes or each.code in codes)
     if output is None:
-        if sys.stdout.isatty():  # which would obey what a line holds
+        if sys.stdout.isatty():  # which would interpret control characters in a line
             raise UsageError("standard output is a terminal: give --output FILE, or a pipe")
         for raw in wanted:
             sys.stdout.buffer.write(raw + b"\n")
@@ -221,14 +226,14 @@ def export_rejects(
 @command.command("drop")
 @_names
 @_codes
-@click.option("--all", "everything", is_flag=True, help="Of every file.")
-@click.option("--yes", is_flag=True, help="Really remove them, for good.")
+@click.option("--all", "everything", is_flag=True, help="Drop rejects of all files.")
+@click.option("--yes", is_flag=True, help="Confirm that the lines are deleted permanently.")
 @options.spool_dir
 @options.as_json
 def drop_rejects(
     names: tuple[str, ...], codes: tuple[str, ...], everything: bool, yes: bool, spool_dir: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Remove rejected lines for good. The ledger keeps their number.
+    """Delete rejected lines permanently. The ledger keeps their count.
 
     \b
     Examples:
@@ -238,7 +243,7 @@ def drop_rejects(
     from loader.cli import terminal
 
     if everything == bool(names):
-        raise UsageError("name the files to drop rejects of, see `loader rejects list`, or give --all")
+        raise UsageError("name the files whose rejects to drop (see `loader rejects list`), or give --all")
     dropped: Counter[str] = Counter()
     for path in _reject_files(settings.spool_directory(spool_dir), names):
         with _claimed(path, threading.Event()) as is_ours:
@@ -246,7 +251,9 @@ def drop_rejects(
                 dropped += _dropped(path, codes, remove=yes)
     counted = ", ".join(f"{code} {n}" for code, n in dropped.most_common()) or "none"
     if not yes:
-        raise UsageError(f"{dropped.total()} lines would be removed for good ({counted}): add --yes to do it")
+        raise UsageError(
+            f"{dropped.total()} lines would be deleted permanently ({counted}): add --yes to confirm"
+        )
     if as_json:
         terminal.print_json({"dropped": dropped})
     else:
@@ -254,7 +261,7 @@ def drop_rejects(
 
 
 def _dropped(path: Path, codes: tuple[str, ...], *, remove: bool) -> Counter[str]:
-    """Count the rejects of a file, or of codes, and remove them. Raises OSError, ValueError."""
+    """Delete the rejects of a file, or those with given codes, and count them. Raises OSError, ValueError."""
     from loader.files import rejects
 
     dropped: Counter[str] = Counter()

@@ -25,7 +25,7 @@ _NEEDED: Final = ("jinja2", "vl_convert")
     "--html",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write one self-contained page.",
+    help="Write a self-contained HTML page to this file.",
 )
 @click.option(
     "--funnel",
@@ -33,7 +33,7 @@ _NEEDED: Final = ("jinja2", "vl_convert")
     default=",".join(FUNNEL),
     show_default=True,
     metavar="A,B,C",
-    help="The steps of the funnel.",
+    help="The steps of the funnel, separated by commas.",
 )
 @answers.since("28d")
 @answers.until
@@ -43,9 +43,9 @@ _NEEDED: Final = ("jinja2", "vl_convert")
 def command(
     html: Path | None, steps: str, since: str, until: str, tz: str, dsn: str | None, as_json: bool
 ) -> None:  # fmt: skip
-    """Summarize what was loaded, in the terminal or as a page.
+    """Summarize the loaded data, in the terminal or as a page.
 
-    The page has no script and makes no request: it can be mailed, printed and kept.
+    The page has no scripts and makes no requests, so it can be mailed, printed and archived.
 
     \b
     Examples:
@@ -62,7 +62,7 @@ def command(
         made = report.gather(connection, when, named)
         unknown = list(questions.unknown_types(connection, named if named != FUNNEL else ()))
     if html is not None:
-        from loader.see import page  # imports the extra
+        from loader.see import page  # imports the modules of the extra
 
         with whole_file(html) as file:
             file.write(page.render(made).encode())

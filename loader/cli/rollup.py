@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 _PATIENCE_SECONDS: Final = 60.0
 _SHOWN: Final = 20
-"""Hours that are listed; --json has all of them."""
+"""Maximum number of listed hours; --json lists all."""
 
 
 @click.command("rollup")
-@click.option("--rebuild", is_flag=True, help="Compute all hours again; those that were pruned stay.")
-@click.option("--verify", is_flag=True, help="Compare the rollups with the rows, and change nothing.")
+@click.option("--rebuild", is_flag=True, help="Recompute all hours; pruned hours are kept.")
+@click.option("--verify", is_flag=True, help="Compare the rollups with the rows; change nothing.")
 @options.dsn
 @options.as_json
 def command(dsn: str | None, rebuild: bool, verify: bool, as_json: bool) -> None:
-    """Compute the rollups of the hours that loads touched.
+    """Refresh the rollups of hours with new rows.
 
-    The daemon does the same from time to time. Answers are exact before and after; they are faster after.
-    Rows that were changed by others are found with --verify, and counted with --rebuild.
+    The daemon also does this periodically. Answers are always exact; fresh rollups make them faster. --verify
+    finds rows that were modified outside the loader, and --rebuild counts them.
 
     \b
     Examples:
@@ -38,7 +38,7 @@ def command(dsn: str | None, rebuild: bool, verify: bool, as_json: bool) -> None
     from loader.load import database
 
     if rebuild and verify:
-        raise UsageError("--rebuild and --verify exclude each other: give one of them")
+        raise UsageError("--rebuild and --verify are mutually exclusive: give only one of them")
     with database.connect(settings.database_dsn(dsn)) as connection:
         if verify:
             _verify(connection, as_json=as_json)
@@ -59,7 +59,7 @@ def _refresh(connection: Connection, *, rebuild: bool, as_json: bool) -> None:
     if as_json:
         terminal.print_json({"computed": done, **touched.facts()})
     else:
-        terminal.say(f"computed {done} hours and days, {touched.hours} hours are left that have not ended")
+        terminal.say(f"computed {done} hours and days; {touched.hours} hours have not ended yet")
     if signals.stop.is_set():
         raise LoaderError(INTERRUPTED)
 
@@ -75,9 +75,9 @@ def _verify(connection: Connection, *, as_json: bool) -> None:
         for source, hour, in_rows, in_rollup in found[:_SHOWN]:
             terminal.say(f"{hour} {source}: {in_rows} in rows, {in_rollup} in the rollup")
         if not found:
-            terminal.say("the rollups agree with the rows")
+            terminal.say("the rollups match the rows")
     if found:
         raise LoaderError(
-            f"{len(found)} hours of the rollups do not agree with the rows, which others changed: "
-            "run `loader rollup --rebuild`"
+            f"{len(found)} hours of the rollups do not match the rows, which were modified outside the "
+            f"loader: run `loader rollup --rebuild`"
         )

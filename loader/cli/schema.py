@@ -16,7 +16,7 @@ from loader.cli import options, terminal
 def command(as_json: bool) -> None:
     """Print the format of a line, for writers in other languages.
 
-    With --json it is a JSON Schema (draft 2020-12).
+    With --json, print a JSON Schema (draft 2020-12).
 
     \b
     Examples:

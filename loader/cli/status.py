@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 @options.spool_dir
 @options.as_json
 def command(dsn: str | None, spool_dir: Path | None, as_json: bool) -> None:
-    """Show what waits, what was loaded and what was rejected.
+    """Show the backlog, the loaded rows and the rejects.
 
-    Answers take the hours that were touched since the last refresh of the rollups from rows.
+    Touched hours have rows that are not in the rollups yet; answers read these hours from the rows.
 
     \b
     Examples:

@@ -20,18 +20,22 @@ POLL_SECONDS: Final = 0.2
 
 @click.command("tail")
 @options.spool_dir
-@click.option("-n", "--lines", type=click.IntRange(min=0), default=10, show_default=True, help="How many.")
-@click.option("-f", "--follow", is_flag=True, help="Go on with what is emitted, until SIGTERM or Ctrl-C.")
 @click.option(
-    "--type", "names", metavar="NAME", multiple=True, help="Events of this type and metrics of this name; repeatable."
+    "-n", "--lines", type=click.IntRange(min=0), default=10, show_default=True, help="Number of lines."
+)
+@click.option(
+    "-f", "--follow", is_flag=True, help="Print new lines as they are emitted, until SIGTERM or Ctrl-C."
+)
+@click.option(
+    "--type", "names", metavar="NAME", multiple=True, help="Only events or metrics of this name; repeatable."
 )  # fmt: skip
-@click.option("--user", metavar="UUID", help="Events of this user.")
+@click.option("--user", metavar="UUID", help="Only events of this user.")
 def command(
     spool_dir: Path | None, lines: int, follow: bool, names: tuple[str, ...], user: str | None
 ) -> None:
-    """Print the last lines of the spool, also of open segments.
+    """Print the last lines of the spool, including open segments.
 
-    Each is one JSON object, as it was emitted. Nothing is changed, and no database is needed.
+    Each line is a JSON object, as it was emitted. Nothing is changed, and no database is needed.
 
     \b
     Examples:
@@ -44,7 +48,7 @@ def command(
     from spool.record import canonical_uuid
 
     if user is not None and canonical_uuid(user) is None:
-        raise UsageError(f'--user must be a UUID, not "{user}"; spool.analytics_uuid makes one of a key')
+        raise UsageError(f'--user must be a UUID, not "{user}"; spool.analytics_uuid makes one from a key')
     tail = Tail(settings.spool_directory(spool_dir), wanted(names, user))
     with contextlib.closing(tail):
         try:
@@ -53,13 +57,15 @@ def command(
                 with until_signal() as signals:
                     while not signals.stop.wait(POLL_SECONDS):
                         _print(tail.new_lines())
-        except BrokenPipeError:  # as of `loader tail -f | head`
+        except BrokenPipeError:  # such as `loader tail -f | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print(lines: Iterable[bytes]) -> None:
     for line in lines:
-        if sys.stdout.isatty():  # which would obey a control character that JSON may hold, such as U+009B
+        if (
+            sys.stdout.isatty()
+        ):  # which would interpret control characters that JSON may contain, such as U+009B
             terminal.say(line.decode(errors="backslashreplace").removesuffix("\n"))
         else:
             sys.stdout.buffer.write(line)

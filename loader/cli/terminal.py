@@ -1,6 +1,6 @@
-"""What a person sees: tables, facts and progress bars, with nothing in them that a terminal would obey.
+"""Output for people: tables, facts and progress bars, with all control characters escaped.
 
-rich is imported only for what needs it: it takes longer to import than most commands take to run.
+rich is imported only when needed: its import takes longer than most commands take to run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loader.operate.backfill import GivenFile
 
 _NO_EDGE: Final = 1000
-"""Columns of what is not a terminal: a name that is cut cannot be given to the next command."""
+"""Columns of output that is not a terminal: a truncated name would be useless for the next command."""
 _STYLES: Final[Mapping[str, Mapping[str, Any]]] = {
     "": {}, "bold": {"bold": True}, "dim": {"dim": True},
     "green": {"fg": "green"}, "yellow": {"fg": "yellow"}, "red": {"fg": "red"},
@@ -43,13 +43,13 @@ def warn(text: str) -> None:
 
 
 def _encodable(text: str, stream: TextIO) -> str:
-    """Escape what the stream's encoding does not have; click would write UTF-8 to a stream in ASCII."""
+    """Escape characters that the stream's encoding lacks; click would write UTF-8 to an ASCII stream."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def print_json(facts: Any) -> None:
-    """Print one JSON object, in ASCII, so that no control character is raw."""
+    """Print one JSON object in ASCII, so that all control characters are escaped."""
     click.echo(json.dumps(facts, default=str))
 
 
@@ -82,7 +82,7 @@ def counts(values: Mapping[str, object]) -> str:
 
 @contextlib.contextmanager
 def bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on a terminal; call what is yielded with the amount that is done."""
+    """Show a progress bar on a terminal. Yields a function to be called with the amount that is done."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -105,7 +105,7 @@ def bar_over(files: Sequence[GivenFile]) -> Iterator[None]:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return rich's view of standard output, or of standard error."""
+    """Return rich's console for standard output or standard error."""
     from rich.console import Console
 
     width = None if stderr or sys.stdout.isatty() else _NO_EDGE

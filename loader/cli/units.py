@@ -1,4 +1,4 @@
-"""Facts with the units that a person reads: 4.7 rows/s, 345 kB, 2 min ago."""
+"""Formats facts with units: 4.7 rows/s, 345 kB, 2 min ago."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMES: Final = {"sealed_bytes": "sealed", "rows_per_second": "rate", "last_load
 
 
 def readable(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return facts whose names end in a unit with it behind their values instead."""
+    """Return the facts with the units moved from the end of the names to the values."""
     return {
         _NAMES.get(name, name.removesuffix("_seconds")): _readable(name, value)
         for name, value in facts.items()
@@ -51,6 +51,6 @@ def duration(seconds: float) -> str:
 
 
 def _short(number: float) -> str:
-    """Return one digit after the point below 10, unless it is 0, and none from 10 on."""
+    """Format with one decimal below 10, unless it is 0, and with none from 10 on."""
     text = f"{number:.1f}".removesuffix(".0")
     return text if len(text) <= len("9.9") else f"{number:.0f}"

@@ -1,9 +1,9 @@
-"""A family photo application as small as it can be and still use everything of the public face.
+"""A minimal family photo application that uses the whole public interface.
 
     SPOOL_DIR=/tmp/spool uvicorn loader.demo.application:app --workers 4
 
-Who calls is in the headers `X-User`, `X-Family`, `X-Session` and `X-Role`, as a gateway that checked a token
-would set them.
+The headers `X-User`, `X-Family`, `X-Session` and `X-Role` identify the caller, as set by a gateway that has
+checked a token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def caller(
     x_session: Annotated[UUID | None, Header()] = None,
     x_role: Annotated[str | None, Header()] = None,
 ) -> None:
-    """Bind who calls; FastAPI runs this in a thread."""
+    """Bind the caller's identity. FastAPI runs this in a thread."""
     update(user_id=x_user, family_unit_id=x_family, session_id=x_session, role=x_role)
 
 
@@ -94,7 +94,7 @@ async def invite(role: str = "grandparent") -> dict[str, UUID]:
 
 @app.get("/broken", dependencies=[Caller])
 async def broken() -> None:
-    raise LookupError("a mistake of the application")
+    raise LookupError("a bug in the application")
 
 
 @app.get("/missing", dependencies=[Caller])

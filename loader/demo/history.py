@@ -1,4 +1,4 @@
-"""Two months of synthetic use, loaded as any history is, and the page over the last month of it."""
+"""Loads two months of synthetic history like any backfill, and renders the page over the last month."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SINCE: Final = "28d"
 
 
 def load(environment: Mapping[str, str], console: Console) -> None:
-    """Write the history as lines and load them with `loader backfill`. Raises LoaderError."""
+    """Write the history to a file and load it with `loader backfill`. Raises LoaderError."""
     console.print(f"Loading {month.DAYS} days of synthetic history ...")
     with tempfile.TemporaryDirectory(prefix="analytics-history-") as name:
         file = Path(name) / "history.ndjson"
@@ -45,13 +45,13 @@ def _loader(environment: Mapping[str, str], *arguments: str) -> str:
 
 
 def rendered(dsn: str) -> str:
-    """Return the page as it is now. Raises psycopg.Error, LoaderError."""
+    """Return the current page. Raises psycopg.Error, LoaderError."""
     with questions.reading(dsn) as connection:
         return page.render(report.gather(connection, period(SINCE, "now", ZONE)))
 
 
 def write(dsn: str, file: Path | None) -> Path:
-    """Write the page to a file, else to one that stays in the temporary directory. Returns it."""
+    """Write the page to the given file, or to one that is kept in the temporary directory. Returns the path."""
     if file is None:
         handle, name = tempfile.mkstemp(prefix="analytics-demo-", suffix=".html")
         os.close(handle)
@@ -62,7 +62,7 @@ def write(dsn: str, file: Path | None) -> Path:
 
 @contextlib.contextmanager
 def served(dsn: str) -> Iterator[str]:
-    """Serve the page, rendered for each request, on a free port of this machine; yield its address."""
+    """Serve the page, rendered for each request, on a free local port; yield its address."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -77,7 +77,7 @@ def served(dsn: str) -> Iterator[str]:
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Stay silent: the terminal shows how to connect."""
+            """Log nothing: the terminal shows how to connect."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)

@@ -1,8 +1,8 @@
 """Synthetic history of a family photo application, as lines that `loader backfill` loads.
 
-Families in six time zones come one after the other, use the application in the morning, at noon and above
-all in the evening of their zone, more at weekends, and leave after a while. For three hours it is down: no
-event, and requests that fail. The same seed and moment yield the same lines.
+Families in six time zones register over time, use the application in the morning, at noon and mostly in the
+evening of their zone, more at weekends, and leave after a while. During an outage of three hours there are no
+events, and requests fail. The same seed and time yield the same lines.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from zoneinfo import ZoneInfo
 import orjson
 
 DAYS: Final = 60
-"""Days of history: unusual hours are found by comparison with the 7 weeks before them."""
+"""Days of history: unusual hours are found by comparison with the preceding 7 weeks."""
 REQUEST_DAYS: Final = 5
-"""Days for which there are metrics of requests, which are twice as many lines as events."""
+"""Days with request metrics, which take twice as many lines as events."""
 FAMILIES: Final = 500
 OUTAGE: Final = timedelta(hours=3)
 _OUTAGE_BEGAN: Final = timedelta(days=3)
@@ -32,12 +32,12 @@ _ZONES: Final = {
     "Australia/Sydney": 6, "America/Sao_Paulo": 6,
 }  # fmt: skip
 _WEEK: Final = (1.0, 0.95, 0.95, 1.0, 1.1, 1.35, 1.4)
-"""Use by day of the week, from Monday."""
+"""Usage by day of the week, from Monday."""
 _HOURS: Final = ((7.8, 1.0, 20), (12.6, 1.1, 20), (20.2, 1.7, 60))
-"""When a session begins: mean and deviation in hours of local time, and weight."""
+"""Start times of sessions: mean and deviation in hours of local time, and weight."""
 _ROLES: Final = ("parent", "parent", "grandparent", "child", "child")
 _BEFORE: Final = 0.3
-"""Share of the families that were there before the history begins."""
+"""Share of the families that registered before the history begins."""
 
 _ENDPOINTS: Final = {
     "feed_viewed": ("GET", "/feed", 3.6), "memory_viewed": ("GET", "/memories/{memory_id}", 2.9),
@@ -66,13 +66,13 @@ class _User:
     first: date
     last: date
     rate: float
-    """Sessions a day."""
+    """Sessions per day."""
     new: bool
-    """Registers on the first day."""
+    """Whether the user registers on the first day."""
 
 
 def lines(until: datetime, days: int = DAYS, families: int = FAMILIES, seed: int = 1) -> Iterator[bytes]:
-    """Yield the lines of the days before `until`, those of one day after those of the day before."""
+    """Yield the lines of the days before `until`, in order of days."""
     chance = random.Random(seed)
     start = (until - timedelta(days=days)).astimezone(UTC).date()
     down = outage(until)
@@ -82,7 +82,7 @@ def lines(until: datetime, days: int = DAYS, families: int = FAMILIES, seed: int
         day = start + timedelta(days=number)
         for count, record in enumerate(_day(chance, users, day, until, down)):
             heapq.heappush(late, (record["timestamp"], (number << 32) + count, record))
-        ended = datetime.combine(day, time(), UTC)  # sessions of the day before run into this one
+        ended = datetime.combine(day, time(), UTC)  # sessions of the previous day extend into this one
         while late and late[0][0] < ended:
             yield orjson.dumps(heapq.heappop(late)[2]) + b"\n"
     while late:
@@ -90,7 +90,7 @@ def lines(until: datetime, days: int = DAYS, families: int = FAMILIES, seed: int
 
 
 def outage(until: datetime) -> tuple[datetime, datetime]:
-    """Return when the application is down: from 19:00 in New York, where most of its users are."""
+    """Return the time of the outage: from 19:00 in New York, where most users are."""
     day = (until - _OUTAGE_BEGAN).astimezone(ZoneInfo("America/New_York")).date()
     began = datetime.combine(day, time(19), ZoneInfo("America/New_York")).astimezone(UTC)
     return began, began + OUTAGE
@@ -185,7 +185,7 @@ def _request(
 
 
 def _poisson(chance: random.Random, mean: float) -> int:
-    """Knuth's method, for small means."""
+    """Return a Poisson-distributed number, by Knuth's method for small means."""
     limit, product, count = math.exp(-mean), chance.random(), 0
     while product > limit:
         product *= chance.random()
@@ -198,7 +198,7 @@ def _uuid(chance: random.Random) -> UUID:
 
 
 def _uuid7(chance: random.Random, moment: datetime) -> UUID:
-    """RFC 9562: 48 bits of milliseconds, the version, the variant, random bits."""
+    """Return a UUIDv7 (RFC 9562): 48 bits of milliseconds, version, variant, random bits."""
     milliseconds = int(moment.timestamp() * 1000)
     tail = 0x7 << 76 | chance.getrandbits(12) << 64 | 0x2 << 62 | chance.getrandbits(62)
     return UUID(int=milliseconds << 80 | tail)

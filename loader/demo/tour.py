@@ -1,8 +1,8 @@
-"""The tour: a family photo application is used over HTTP, one of its workers is killed, all is loaded.
+"""The tour: uses a family photo application over HTTP, kills one of its workers, and loads all events.
 
-An answer acknowledges the events that were emitted before it. Each of those must be in Postgres exactly
-once, found by the request's id, also those of the worker that was killed. What that one was about to emit
-for a request that it did not answer, or in a task after the answer, nobody was promised.
+A response acknowledges the events that were emitted before it. Each of them must be in Postgres exactly once,
+found by the request id, including those of the killed worker. There is no guarantee for events of a request
+without a response, or of a background task after the response.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _LOADER: Final = (sys.executable, "-m", "loader", "run")
 
 @dataclass(frozen=True)
 class Person:
-    """Who calls."""
+    """A user of the application."""
 
     role: str
     user: uuid.UUID = field(default_factory=uuid.uuid4)
@@ -63,7 +63,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Call:
-    """A request, the endpoint it counts for, and the events that are emitted before it is answered."""
+    """A request, its endpoint label, and the events that are emitted before its response."""
 
     method: str
     path: str
@@ -74,7 +74,7 @@ class Call:
 _MEMORY: Final = f"/memories/{uuid.uuid4()}"
 CALLS: Final = (
     Call("POST", "/login", "/login", ("user_logged_in",)),
-    Call("POST", "/memories?media_count=3", "/memories"),  # its event is emitted after the answer
+    Call("POST", "/memories?media_count=3", "/memories"),  # its event is emitted after the response
     Call("GET", _MEMORY, "/memories/{memory_id}", ("memory_viewed",)),
     Call("POST", f"{_MEMORY}/reactions", "/memories/{memory_id}/reactions", ("reaction_created",)),
     Call("POST", f"{_MEMORY}/comments?text=lovely", "/memories/{memory_id}/comments", ("comment_created",)),
@@ -84,21 +84,21 @@ CALLS: Final = (
 
 
 class Traffic:
-    """What some people ask of the application, at random, and what it answered."""
+    """Random requests of some people to the application, and its responses."""
 
     def __init__(self, people: Sequence[Person], calls: Sequence[Call] = CALLS) -> None:
         self.people = people
         self.asked: dict[str, Person] = {}
-        """Who made each request."""
+        """The user of each request."""
         self.answers: Counter[tuple[str, str, str]] = Counter()
-        """Answers by endpoint, method and status."""
+        """Responses by endpoint, method and status."""
         self.acknowledged: list[tuple[str, str]] = []
-        """Request and type of each event that an answer acknowledges."""
+        """Request id and type of each event that a response acknowledges."""
         self.unanswered = 0
         self._calls = calls
 
     async def run(self, address: str, requests: int) -> None:
-        """Make that many requests, some at once."""
+        """Make the given number of requests, some concurrently."""
         left = iter(range(requests))
         async with httpx.AsyncClient(base_url=address, timeout=60) as client:
             await asyncio.gather(*(self._work(client, left) for _ in range(_AT_ONCE)))
@@ -120,7 +120,7 @@ class Traffic:
 
 @contextlib.contextmanager
 def served(spool: Path, application: str = "loader.demo.application:app") -> Iterator[str]:
-    """Run an application on uvicorn with WORKERS processes; give its address. Raises LoaderError."""
+    """Run an application on uvicorn with WORKERS processes; yield its address. Raises LoaderError."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -149,12 +149,12 @@ def served(spool: Path, application: str = "loader.demo.application:app") -> Ite
 
 
 def _end_group(group: int) -> None:
-    """End the workers of a server that was ended before it could end them: they would make their spool again."""
+    """Kill the workers of a server that was killed before it could stop them: they would recreate their spool."""
     deadline = time.monotonic() + _END_SECONDS
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < deadline:
             os.killpg(group, signal.SIGKILL)
-            time.sleep(0.01)  # until they are gone
+            time.sleep(0.01)  # until they have exited
 
 
 def _answers(address: str) -> bool:
@@ -165,15 +165,15 @@ def _answers(address: str) -> bool:
 
 
 def run(dsn: str | None, console: Console, page: Path | None = None, *, keep: bool = False) -> bool:
-    """Show it all on `dsn`, or on a throw-away server; return whether every sum holds. Raises LoaderError.
+    """Run the tour on `dsn`, or on a temporary server; return whether all counts add up. Raises LoaderError.
 
-    At the end the report is written to `page`, else to a temporary file. With `keep` the server, the
-    application and the loader go on until SIGINT or SIGTERM.
+    At the end the report is written to `page`, or to a temporary file. With `keep` the server, the
+    application and the loader keep running until SIGINT or SIGTERM.
     """
     with contextlib.ExitStack() as stack:
         is_given = dsn is not None
         if dsn is None:
-            console.print("Starting a throw-away Postgres ...")
+            console.print("Starting a temporary Postgres ...")
             dsn = stack.enter_context(embedded.server())
         spool = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="analytics-spool-")))
         connection = stack.enter_context(database.connect(dsn))
@@ -187,21 +187,21 @@ def run(dsn: str | None, console: Console, page: Path | None = None, *, keep: bo
             with served(spool) as address:
                 asyncio.run(_follow(traffic, address, spool, connection, console))
             _wait_until_loaded(spool)
-        console.print("Loading what is left ...")
+        console.print("Loading the rest ...")
         drained = subprocess.run([*_LOADER, "--once"], env=environment, capture_output=True, text=True)
         console.print(f"  {drained.stdout.strip()}{drained.stderr.strip()}")
         console.print(_arrived(connection))
         holds = drained.returncode == 0 and _check(connection, traffic, before, console)
-        if not is_given:  # a database of somebody gets no two months of invented users
+        if not is_given:  # an existing database must not get two months of invented users
             history.load(environment, console)
-        console.print(f"The report, a page without script: {history.write(dsn, page)}")
+        console.print(f"The report, a page without scripts: {history.write(dsn, page)}")
         if keep:
             _keep(dsn, spool, environment, console)
         return holds
 
 
 def _keep(dsn: str, spool: Path, environment: dict[str, str], console: Console) -> None:
-    """Run the application, the loader and the page until a signal comes."""
+    """Keep the application, the loader and the page running until a signal arrives."""
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
@@ -211,7 +211,7 @@ def _keep(dsn: str, spool: Path, environment: dict[str, str], console: Console) 
             f"  export LOADER_DSN={shlex.quote(dsn)} SPOOL_DIR={shlex.quote(str(spool))}",
             f"  loader ask active --tz {history.ZONE}",
             f"  psql {shlex.quote(dsn)}",
-            f"Application: {address}/docs", f"Page, made anew each time: {page}",
+            f"Application: {address}/docs", f"Page, rendered for each request: {page}",
         ):  # fmt: skip
             console.print(line, soft_wrap=True)
         ended.wait()
@@ -219,8 +219,8 @@ def _keep(dsn: str, spool: Path, environment: dict[str, str], console: Console) 
 
 @contextlib.contextmanager
 def _loader(environment: dict[str, str]) -> Iterator[None]:
-    """The daemon, stopped as systemd would."""
-    # In a group of its own: Ctrl-C is for this process, which stops the others.
+    """Run the daemon, and stop it as systemd would."""
+    # In a group of its own: Ctrl-C is handled by this process, which stops the others.
     with subprocess.Popen(
         _LOADER, env=environment, stderr=subprocess.PIPE, text=True, process_group=0
     ) as process:
@@ -230,17 +230,17 @@ def _loader(environment: dict[str, str]) -> Iterator[None]:
             process.terminate()
             _, log = process.communicate()
     if process.returncode:
-        raise LoaderError(f"the loader ended with {process.returncode}: {log}")
+        raise LoaderError(f"the loader exited with {process.returncode}: {log}")
 
 
 async def _follow(
     traffic: Traffic, address: str, spool: Path, connection: database.Connection, console: Console
 ) -> None:
-    """Show the counts while the application is used; kill one of its workers after a third."""
+    """Show the counts while the application is used; kill one of its workers after a third of the requests."""
     columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn())
     before, killed = _sums(connection)[0], False
     with Progress(*columns, console=console) as progress:
-        answered = progress.add_task("requests answered", total=REQUESTS)
+        answered = progress.add_task("responses", total=REQUESTS)
         loaded = progress.add_task("rows in Postgres", total=None)
         using = asyncio.create_task(traffic.run(address, REQUESTS))
         while not using.done():
@@ -248,7 +248,7 @@ async def _follow(
             if not killed and done > REQUESTS // 3 and (victim := _writer(spool)):
                 os.kill(victim, signal.SIGKILL)
                 killed = True
-                progress.print(f"SIGKILL to worker {victim} after {done} answers.")
+                progress.print(f"SIGKILL to worker {victim} after {done} responses.")
             progress.update(answered, completed=done)
             progress.update(loaded, completed=_sums(connection)[0] - before)
             await asyncio.sleep(0.05)  # between two looks
@@ -257,7 +257,7 @@ async def _follow(
 
 
 def _writer(spool: Path) -> int | None:
-    """A process that has a segment open: its pid is in the segment's name."""
+    """Return a process with an open segment: its pid is in the segment's name."""
     return next((int(path.stem.rsplit("-", 3)[1]) for path in spool.glob(f"*{OPEN}")), None)
 
 
@@ -270,7 +270,7 @@ def _wait_until_loaded(spool: Path) -> None:
 def _check(
     connection: database.Connection, traffic: Traffic, before: tuple[int, int], console: Console
 ) -> bool:
-    """Whether each acknowledged event is there once, and the ledger adds up and counts the rows there are."""
+    """Whether each acknowledged event exists exactly once, the ledger adds up, and it matches the rows."""
     found = Counter[tuple[str, str]]()
     for request_id, event_type, count in connection.execute(
         "SELECT metadata->>'request_id', event_type, count(*) FROM analytics_events "
@@ -284,9 +284,9 @@ def _check(
         "SELECT count(*) FROM analytics_loads WHERE lines <> events + metrics + duplicates + rejected",
     )
     counted, rows = (now - then for now, then in zip(_sums(connection), before, strict=True))
-    console.print(f"Requests answered: {traffic.answers.total()}, cut off by the kill: {traffic.unanswered}")
+    console.print(f"Responses: {traffic.answers.total()}; requests cut off by the kill: {traffic.unanswered}")
     console.print(
-        f"Events acknowledged by an answer: {len(traffic.acknowledged)}, in Postgres: {times[1]} once,"
+        f"Events acknowledged by a response: {len(traffic.acknowledged)}, in Postgres: {times[1]} once,"
     )
     console.print(f"  {times[0]} not at all, {times.total() - times[0] - times[1]} more than once")
     console.print(f"Rows in the tables: {rows}, events and metrics in the ledger: {counted}")
@@ -295,7 +295,7 @@ def _check(
 
 
 def _sums(connection: database.Connection) -> tuple[int, int]:
-    """How many rows the ledger has counted, and how many there are."""
+    """Return the number of rows according to the ledger, and in the tables."""
     counted = _number(connection, "SELECT coalesce(sum(events + metrics), 0) FROM analytics_loads")
     rows = "SELECT (SELECT count(*) FROM analytics_events) + (SELECT count(*) FROM analytics_metrics)"
     return counted, _number(connection, rows)
@@ -308,7 +308,7 @@ def _number(connection: database.Connection, statement: LiteralString) -> int:
 
 
 def _arrived(connection: database.Connection) -> Table:
-    table = Table("table", "kind", "rows", title="What arrived", title_justify="left")
+    table = Table("table", "kind", "rows", title="Rows by event and metric", title_justify="left")
     for row in connection.execute(
         "SELECT 'analytics_events', event_type, count(*)::text FROM analytics_events GROUP BY 2 "
         "UNION ALL SELECT 'analytics_metrics', metric_name, count(*)::text FROM analytics_metrics GROUP BY 2 "

@@ -1,10 +1,10 @@
-"""Which bytes: a stream cut into chunks of whole lines, each with its place and the digest of its bytes.
+"""Splits a stream into chunks of whole lines, each with its offset and the digest of its bytes.
 
-The same bytes always give the same chunks, so the ledger knows a file again that was copied or renamed. A
-line longer than a chunk becomes a chunk of its own that holds only its head: memory stays bounded whatever
-the file, and the line is rejected with its length.
+The same bytes always yield the same chunks, so the ledger recognizes a file that was copied or renamed. A
+line longer than a chunk becomes a chunk of its own that holds only its head. So memory is bounded for any
+file, and the line is rejected with its length.
 
-What reading raises is raised after the complete lines before it: those of a truncated file load.
+A read error is raised after the complete lines before it, so those lines of a truncated file are loaded.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from loader.files.content import BOM, UNREADABLE, Reader, is_object
 from loader.files.limits import CHUNK_BYTES, CHUNK_LINES
 
 _FIRST_BYTES: Final = 64 << 10
-"""What the first read of a file makes room for: most segments are small."""
+"""Buffer size of the first read of a file: most segments are small."""
 HEAD_BYTES: Final = 1024
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole lines of a file. `data` is all of them, or the head of one line that is `oversize`."""
+    """Whole lines of a file. `data` has all of them, or only the head of one `oversize` line."""
 
     file: str
     offset: int
@@ -36,42 +36,42 @@ class Chunk:
     data: bytes | bytearray
     oversize: bool = False
     given_digest: bytes = b""
-    """Of an oversize line, whose bytes are not kept."""
+    """The digest of an oversize line, whose bytes are not kept."""
     again: bool = False
-    """Load it although the ledger knows it."""
+    """Load the chunk even if the ledger has its digest."""
 
     @cached_property
     def digest(self) -> bytes:
-        """What the ledger knows these bytes by. Made when it is asked for, so by several workers at once."""
+        """The key of these bytes in the ledger. Computed on first use, so that workers compute in parallel."""
         return self.given_digest or hashlib.sha256(self.data).digest()
 
     def lines(self) -> Iterator[bytes]:
-        """Yield the lines without their newlines, and without the byte-order mark of their file."""
+        """Yield the lines without their newlines and without a byte-order mark."""
         lines = (line.removesuffix(b"\n") for line in io.BytesIO(self.data))
-        # Its first byte, which few lines have, is found ten times as fast as all three.
+        # Its first byte, which few lines contain, is found ten times as fast as all three.
         has_mark = BOM[:1] in self.data and BOM in self.data
         return (line.removeprefix(BOM) for line in lines) if has_mark else lines
 
 
 class Stream(Protocol):
-    """Bytes to cut into chunks."""
+    """A stream of bytes to be split into chunks."""
 
     def readinto(self, view: memoryview, /) -> int | None: ...
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a file is read."""
+    """Options for reading a file."""
 
     cuts: Sequence[int] = ()
-    """Offsets at which a chunk ends: where the file ended when it was loaded before. So what was loaded then
-    has the same chunks now, and the ledger knows them."""
+    """Offsets at which a chunk must end: the sizes of the file when it was loaded before. So the lines loaded
+    then form the same chunks again, which the ledger recognizes."""
     growing: bool = False
-    """Whether the file may still be written: a last line without its newline is left for the next time."""
+    """Whether the file may still be written: a last line without a newline is then left for the next load."""
     again: bool = False
-    """Whether its chunks are loaded although the ledger knows them."""
+    """Whether to load chunks that the ledger already has."""
     progressed: Callable[[], None] = lambda: None
-    """Called at each piece of a long line."""
+    """Called for each piece of a long line."""
 
 
 WHOLE_FILE: Final = Reading()
@@ -81,7 +81,7 @@ def chunks(
     stream: Stream | BinaryIO, file: str, limit: int = CHUNK_BYTES, most: int = CHUNK_LINES,
     reading: Reading = WHOLE_FILE,
 ) -> Iterator[Chunk]:  # fmt: skip
-    """Yield the chunks of a stream from its current place. Raises UNREADABLE, after the complete lines."""
+    """Yield the chunks of a stream from its current position. Raises UNREADABLE, after the complete lines."""
     source = _Source(stream)
     offset, line, rest, expected = 0, 1, b"", _FIRST_BYTES
     while data := _read(source, rest, expected, limit, _until_cut(reading, offset, rest)):
@@ -95,7 +95,7 @@ def chunks(
                 del data[whole:]
                 if not data:
                     break
-            whole = _after_lines(data, most) or whole or len(data)  # the last line may lack its newline
+            whole = _after_lines(data, most) or whole or len(data)  # the last line may lack a newline
             rest = bytes(data[whole:])
             del data[whole:]
             count = data.count(b"\n") + (not data.endswith(b"\n"))
@@ -109,22 +109,22 @@ def chunks(
 
 
 class _Source:
-    """A stream whose end is remembered, and what reading it raised."""
+    """A stream that remembers its end and the error of reading it."""
 
     def __init__(self, stream: Stream | BinaryIO) -> None:
         self.ended = False
         self.at_newline = False
-        """Whether the last long line has its end."""
+        """Whether the last long line ended with a newline."""
         self.error: Exception | None = None
-        self._stream = cast(Stream, stream)  # as every binary stream of the standard library is
+        self._stream = cast(Stream, stream)  # like every binary stream of the standard library
 
     def fill(self, view: memoryview) -> int:
-        """Fill the view and return its size, or less at the end."""
+        """Fill the view and return the number of bytes, fewer than its size at the end."""
         end = 0
         while end < len(view) and not self.ended:
-            with view[
-                end:
-            ] as part:  # released: what is raised keeps its frames, and a view its buffer's size
+            with (
+                view[end:] as part
+            ):  # released, because an exception keeps its frames, and a view blocks resizing its buffer
                 try:
                     got = self._stream.readinto(part) or 0
                 except UNREADABLE as error:
@@ -138,19 +138,19 @@ class _Source:
 
 
 def _until_cut(reading: Reading, offset: int, rest: bytes) -> int | None:
-    """Return the bytes up to the next cut, if there is one."""
+    """Return the number of bytes up to the next cut, if there is one."""
     return next((cut - offset for cut in reading.cuts if cut > offset + len(rest)), None)
 
 
 def _is_cut_off(source: _Source, last: bytes | bytearray, reading: Reading) -> bool:
-    """Whether a last line without its newline is left out: it is incomplete, or may be."""
+    """Whether to omit a last line without a newline, because it may be incomplete."""
     if not source.ended:
         return False
     return source.error is not None or (reading.growing and not is_object(bytes(last)))
 
 
 def _after_lines(data: bytearray, most: int) -> int:
-    """Return the offset after the `most`-th line, 0 where there are no more."""
+    """Return the offset after line number `most`, or 0 if there are no more lines than that."""
     if data.count(b"\n") <= most:
         return 0
     end = 0
@@ -160,9 +160,9 @@ def _after_lines(data: bytearray, most: int) -> int:
 
 
 def _read(source: _Source, begin: bytes, expected: int, limit: int, cut: int | None) -> bytearray:
-    """Return `begin` and what follows, up to `limit` bytes, or to the cut if a line ends there.
+    """Return `begin` and the bytes that follow, up to `limit` bytes, or to the cut if a line ends there.
 
-    In place: a copy costs more than the read.
+    Reads in place: a copy would take longer than the read.
     """
     upto = limit if cut is None else min(cut, limit)
     data = bytearray(min(upto, max(expected, len(begin))))
@@ -176,7 +176,7 @@ def _read(source: _Source, begin: bytes, expected: int, limit: int, cut: int | N
         if end == upto:
             if upto == limit or data.endswith(b"\n"):
                 break
-            upto = limit  # other lines than before
+            upto = limit  # the lines differ from those loaded before
         data.extend(bytes(min(upto - end, 3 * end)))
     del data[end:]
     return data
@@ -185,10 +185,10 @@ def _read(source: _Source, begin: bytes, expected: int, limit: int, cut: int | N
 def _oversize(
     source: _Source, file: str, offset: int, line: int, data: bytearray, limit: int, reading: Reading
 ) -> tuple[Chunk, bytes]:
-    """Read to the end of a line that began with `data`; return its chunk and what was read beyond it.
+    """Read to the end of a line that starts with `data`; return its chunk and the bytes read beyond it.
 
-    Blocks of nothing but zeros are counted, not hashed, and those of a hole are not even read: a sparse file
-    of 30 GiB takes no time.
+    Blocks of zeros are counted, not hashed, and holes are not even read, so a sparse file of 30 GiB takes no
+    time.
     """
     digest, size, zeros, head, rest = hashlib.sha256(), 0, 0, bytes(data[:HEAD_BYTES]), b""
     source.at_newline = False

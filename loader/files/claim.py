@@ -1,7 +1,7 @@
-"""A reject file is retried by one process at a time: an flock on the file itself (flock(2)).
+"""Lets one process at a time retry a reject file, by an flock on the file itself (flock(2)).
 
-The kernel frees it with the process. Whoever retries a file replaces or removes it, so a lock counts only if
-the path still names the locked file.
+The kernel frees the lock when the process exits. A retry replaces or removes the file, so a lock counts only
+if the path still names the locked file.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from loader.files import nofollow
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Yield whether the file is ours for the block.
+    """Lock the file for the block, and yield whether that succeeded.
 
-    False for one that another process retries, or that is gone. Raises OSError.
+    Yields False if another process retries the file or if it no longer exists. Raises OSError.
     """
     try:
         stream = nofollow.open_file(path)

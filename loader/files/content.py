@@ -1,11 +1,11 @@
-"""The text of a file by its content, whatever its name: decompressed, then UTF-16 as UTF-8.
+"""Reads a file by its content, whatever its name: decompresses it and converts UTF-16 to UTF-8.
 
     bytes --[gzip, zstd, bzip2, xz: any number of members, up to 4 layers]--> bytes --[UTF-16]--> lines
 
-The end of a stream is not the end of the file: a member may follow it, or padding of zeros (gzip(1)), or
-bytes that are something else. Whatever is wrong is raised only after all bytes before it were returned, so
-that the complete lines of a truncated or damaged file load. Memory is bounded, also for a file that grows a
-millionfold: a decompressor returns at most some 32 MiB for one piece of its input.
+The end of a compressed stream may be followed by another member, by padding of zeros (gzip(1)), or by other
+bytes. An error is raised only after all bytes before it were returned, so that the complete lines of a
+truncated or damaged file are loaded. Memory is bounded even if a file expands a millionfold: a decompressor
+returns at most about 32 MiB for one piece of its input.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import zstandard
 
 BOM: Final = codecs.BOM_UTF8
 UNREADABLE: Final = (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError, lzma.LZMAError)
-"""What reading a file may raise, also from a decompressor."""
+"""Errors of reading a file, including those of decompressors."""
 _PIECE: Final = 64 << 10
 _ZSTD_PIECE: Final = 1 << 10
-"""A zstd block of 4 bytes can be 128 KiB (RFC 8878, 3.1.1.2), and python-zstandard cannot stop in between."""
+"""A zstd block of 4 bytes can expand to 128 KiB (RFC 8878, 3.1.1.2), and python-zstandard cannot stop within it."""
 _LAYERS: Final = 4
 _HEAD: Final = 64 << 10
-"""Bytes in which the first line of a file of lines has to begin."""
+"""The first line of a file must start within this number of bytes."""
 
 
 class DamagedError(ValueError):
-    """A stream that ends too early, is damaged, or is followed by something else."""
+    """A stream that is truncated, damaged, or followed by other data."""
 
 
 class NotLinesError(ValueError):
@@ -41,7 +41,7 @@ class NotLinesError(ValueError):
 
 
 class Reader:
-    """Bytes that can be looked at before they are read. `readinto` raises what the source raised, last."""
+    """A stream that can be peeked. `readinto` raises an error of the source after all bytes before it."""
 
     def __init__(self, fill: Callable[[memoryview], int], skip: Callable[[int], int] | None = None) -> None:
         self._fill = fill
@@ -49,7 +49,7 @@ class Reader:
         self._ahead = memoryview(b"")
         self._error: Exception | None = None
         self.position = 0
-        """Bytes read so far."""
+        """Number of bytes read so far."""
 
     def readinto(self, view: memoryview) -> int:
         if self._ahead:
@@ -90,7 +90,7 @@ class Reader:
         self._ahead = memoryview(data + bytes(self._ahead))
 
     def skip_hole(self, multiple: int) -> int:
-        """Skip a hole of the file, a multiple of some bytes; return how many zero bytes that were."""
+        """Skip a hole of the file, in multiples of some bytes; return the number of zero bytes skipped."""
         if self._skip is None or self._ahead:
             return 0
         skipped = self._skip(multiple)
@@ -110,7 +110,7 @@ class _Decompressor(Protocol):
 
 @dataclass(frozen=True)
 class _Packing:
-    """A way to compress: how its members begin, and what reads one of them."""
+    """A compression format: the magic bytes of its members, and their decompressor."""
 
     name: str
     begins: tuple[bytes, ...]
@@ -122,7 +122,7 @@ class _Packing:
 
 
 class _Zlib:
-    """A gzip member. What was decompressed before damage within one piece is not lost with it."""
+    """A gzip member. Data decompressed before damage within the same piece is not lost."""
 
     def __init__(self) -> None:
         self._inflate = zlib.decompressobj(31)
@@ -139,7 +139,7 @@ class _Zlib:
     def decompress(self, data: bytes, /) -> bytes:
         if self._error is not None:
             raise self._error
-        before = self._inflate.copy()  # some 10 us beside 400 us for the piece
+        before = self._inflate.copy()  # about 10 us, compared to 400 us for the piece
         data = self._inflate.unconsumed_tail + data
         try:
             return self._inflate.decompress(data, 16 * _PIECE)
@@ -149,7 +149,7 @@ class _Zlib:
 
 
 def _salvage(inflate: zlib._Decompress, data: bytes) -> bytes:
-    """Return what can be decompressed before the damage, byte by byte."""
+    """Return the data that can be decompressed before the damage, byte by byte."""
     out = bytearray()
     try:
         while byte := inflate.decompress(data, 1):
@@ -161,7 +161,7 @@ def _salvage(inflate: zlib._Decompress, data: bytes) -> bytes:
 
 
 class _Limited:
-    """A bzip2 or xz stream. What a call would return is lost if there is damage in it: that is little."""
+    """A bzip2 or xz stream. The output of a call is lost if its input is damaged; it is small."""
 
     def __init__(self, decompressor: bz2.BZ2Decompressor | lzma.LZMADecompressor) -> None:
         self._decompressor = decompressor
@@ -216,7 +216,7 @@ class _Unpacked:
         return size
 
     def _next_member(self) -> bool:
-        """Begin the next member; return whether there is one. Raises DamagedError for anything else."""
+        """Start the next member; return whether there is one. Raises DamagedError if other data follows."""
         while (head := self._source.peek(8)) and not head.strip(b"\0"):
             self._source.read(len(head))
         head = head.lstrip(b"\0") if not self._packing.begins_with(head) else head
@@ -236,8 +236,8 @@ class _Unpacked:
         return rest
 
     def _decompress(self) -> bytes:
-        """Return some more bytes, perhaps none. Raises DamagedError."""
-        assert self._member is not None  # a member was begun
+        """Return more bytes, possibly none. Raises DamagedError."""
+        assert self._member is not None  # a member was started
         data = self._source.read(self._packing.piece)
         try:
             out = self._member.decompress(data)
@@ -247,12 +247,12 @@ class _Unpacked:
             self._source.put_back(self._member.unused_data)
             self._member = None
         elif not data and not out:
-            raise DamagedError(f"it is truncated ({self._packing.name} data without an end)")
+            raise DamagedError(f"it is truncated (the {self._packing.name} data has no end)")
         return out
 
 
 class _Transcoded:
-    """UTF-16 as UTF-8. A lone surrogate stays one, so that its line is rejected as not UTF-8."""
+    """Converts UTF-16 to UTF-8. Lone surrogates are kept, so that their lines are rejected as not UTF-8."""
 
     def __init__(self, source: Reader, encoding: str) -> None:
         self._source = source
@@ -276,7 +276,7 @@ class _Transcoded:
 
 
 def unpacked(stream: BinaryIO, skip_hole: Callable[[int], int] | None = None) -> Reader:
-    """Return the bytes of a stream without its compression. Raises OSError."""
+    """Return the decompressed bytes of a stream. Raises OSError."""
     reader = Reader(_filling(stream), skip_hole)
     for _ in range(_LAYERS):
         head = reader.peek(8)
@@ -288,16 +288,16 @@ def unpacked(stream: BinaryIO, skip_hole: Callable[[int], int] | None = None) ->
 
 
 def lines_of(stream: BinaryIO, name: str) -> Reader:
-    """Return the lines of a file that somebody named.
+    """Return the lines of a file named by the user.
 
-    Raises NotLinesError for a file that holds none, DamagedError for an empty one that should be compressed,
-    OSError.
+    Raises NotLinesError if the file does not contain lines, DamagedError if it is empty but should be
+    compressed, and OSError.
     """
     reader = unpacked(stream)
     head = reader.peek(4)
     if not head and name.endswith(_PACKED_SUFFIXES) and reader.peek(1) == b"":
-        reader.readinto(memoryview(bytearray(1)))  # raises what was wrong
-        raise DamagedError("it is empty, which no compressed file is")
+        reader.readinto(memoryview(bytearray(1)))  # raises the error of the source
+        raise DamagedError("it is empty, but its name is that of a compressed file")
     if head in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE) or (len(head) == 4 and head.count(0) == 3):
         raise NotLinesError("it is UTF-32: convert it with `iconv -f utf-32 -t utf-8`")
     if head.startswith((codecs.BOM_UTF16_LE, b"{\0")):
@@ -326,7 +326,7 @@ _MAGIC: Final = {
 
 
 def _why_no_lines(head: bytes) -> str | None:
-    """Return why a file that begins with `head` is not lines of objects, None if it is, or may be."""
+    """Return why a file that starts with `head` does not consist of lines of JSON objects, or None if it may."""
     for magic, what in _MAGIC.items():
         if head.startswith(magic):
             return f"it is {what}"
@@ -345,7 +345,7 @@ def _why_no_lines(head: bytes) -> str | None:
 
 
 def is_object(line: bytes) -> bool:
-    """Whether a line without its newline is a whole JSON object; the beginning of one never is."""
+    """Whether a line without its newline is a whole JSON object; a truncated object never is."""
     return line.rstrip().endswith(b"}") and _is_json(line.removeprefix(BOM))
 
 
@@ -366,7 +366,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def _filling(stream: BinaryIO) -> Callable[[memoryview], int]:
-    """Return the `readinto` of a stream, or what does the same with its `read`."""
+    """Return the `readinto` of a stream, or a substitute that uses its `read`."""
     readinto: Callable[[memoryview], int] | None = getattr(stream, "readinto", None)
     if readinto is not None:
         return lambda view: readinto(view) or 0

@@ -1,7 +1,7 @@
-"""Whether a spool lies on a file system whose locks may not reach other hosts: a network or FUSE one.
+"""Detects file systems whose locks may not reach other hosts: network and FUSE file systems.
 
-There flock(2) can be local to each host (NFS with local_lock=flock, CIFS with nobrl, FUSE without locks), and
-a lock that can be had proves nothing about a writer on another host.
+There flock(2) can be local to each host (NFS with local_lock=flock, CIFS with nobrl, FUSE without locks), so
+a free lock proves nothing about a writer on another host.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _NETWORK: Final = {
     0x19830326: "beegfs", 0x20030528: "orangefs", 0xAAD7AAEA: "panfs",
     0x786F4256: "vboxsf", 0xBACBACBC: "vmhgfs",
 }  # fmt: skip
-"""Types of statfs(2) and linux/magic.h."""
+"""File system types of statfs(2), from linux/magic.h."""
 _STATFS_BYTES: Final = 256
-"""More than struct statfs has on any platform; its first member is the type."""
+"""Larger than struct statfs on any platform; its first member is the type."""
 
 
 def network_type(path: Path) -> str | None:
-    """Return the kind of network or FUSE file system that `path` lies on, None if it is local."""
+    """Return the name of the network or FUSE file system that contains `path`, or None if it is local."""
     buffer = ctypes.create_string_buffer(_STATFS_BYTES)
     statfs = ctypes.CDLL(None, use_errno=True).statfs
     if statfs(os.fsencode(path), buffer):

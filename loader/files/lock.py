@@ -1,7 +1,7 @@
-"""One loader per directory: an flock on `.loader.lock`, which the kernel frees with the process (flock(2)).
+"""Allows one loader per directory, by an flock on `.loader.lock` that the kernel frees with the process (flock(2)).
 
-So a lock file that a kill or a reboot left behind is no lock. Other hosts and backfills may load into the
-same tables beside it.
+So a lock file left behind by a kill or a reboot is not a lock. Other hosts and backfills may load into the
+same tables at the same time.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ LOCK: Final = ".loader.lock"
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FOREIGN: Final = "which holds the lock of"
 _PATIENCE: Final = 0.5
-"""Seconds: `holder` takes the lock for an instant, too."""
+"""Seconds to wait for the lock, because `holder` also takes it for an instant."""
 
 
 @contextlib.contextmanager
 def exclusive(spool: Path) -> Iterator[None]:
     """Hold the spool's lock. Raises LoaderError, OSError.
 
-    On a disk that is full a lock file cannot be made, or not written: then the directory is locked instead,
-    by everyone beside the file, because only a loader that runs frees space.
+    On a full disk the lock file cannot be created or written. So every loader also locks the directory, which
+    then suffices, because only a running loader frees space.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -55,7 +55,7 @@ def exclusive(spool: Path) -> Iterator[None]:
 def _opened_or_replaced(spool: Path) -> BinaryIO:
     try:
         return _lock_file(spool, os.O_RDWR | os.O_CREAT)
-    except PermissionError:  # somebody else of the group has loaded here before
+    except PermissionError:  # another user of the group has loaded here before
         with _lock_file(spool, os.O_RDONLY) as left:
             _lock(left, spool)
             os.unlink(spool / LOCK)
@@ -63,7 +63,7 @@ def _opened_or_replaced(spool: Path) -> BinaryIO:
 
 
 def _write(file: BinaryIO) -> None:
-    """Write who has the lock, for people; on a full disk the lock holds without it."""
+    """Write the holder's name into the lock file, for people; on a full disk the lock is valid without it."""
     with contextlib.suppress(OSError):
         os.ftruncate(file.fileno(), 0)
         os.pwrite(file.fileno(), f"{_me()}\n".encode(), 0)
@@ -74,12 +74,12 @@ def _me() -> str:
 
 
 def installed_version() -> str:
-    """Return the version of the package as it is installed now."""
+    """Return the currently installed version of the package."""
     return metadata.version("analytics-spool")
 
 
 def version_of(who: str) -> str:
-    """Return the version of a holder of a lock, as `holder` returns it; empty for one that wrote none."""
+    """Return the version in a result of `holder`, or an empty string if it has none."""
     return who.partition(", version ")[2]
 
 
@@ -90,17 +90,17 @@ def _lock(file: BinaryIO | int, spool: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise LoaderError(f"{spool} has a loader already: {holder(spool) or 'unknown'}") from None
+                raise LoaderError(f"{spool} already has a loader: {holder(spool) or 'unknown'}") from None
             time.sleep(0.05)
         else:
             return
 
 
 def holder(spool: Path) -> str | None:
-    """Return who loads this spool, or None. Raises LoaderError, OSError.
+    """Return the holder of the spool's lock, or None. Raises LoaderError, OSError.
 
-    What the file says is what the last loader wrote. Whoever may open the file may lock it: if the kernel
-    names another process of this host, that is returned, too.
+    The file contains the name written by the last loader. Any process that may open the file may lock it: if
+    the kernel reports a different process of this host as the holder, the result names both.
     """
     try:
         with _lock_file(spool, os.O_RDONLY) as file:
@@ -114,7 +114,7 @@ def holder(spool: Path) -> str | None:
 
 
 def is_foreign(who: str) -> bool:
-    """Whether the holder of a lock is not the loader that wrote its name into it."""
+    """Whether the lock is held by a process other than the loader that wrote its name into it."""
     return _FOREIGN in who
 
 
@@ -144,7 +144,7 @@ def _command(pid: int) -> str:
 
 
 def _lock_file(spool: Path, flags: int) -> BinaryIO:
-    """Open the lock, unless what is written to it would go elsewhere."""
+    """Open the lock file, unless it is a link, so that nothing is written elsewhere."""
     try:
         fd = os.open(spool / LOCK, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, FILE_MODE)
     except OSError as error:
@@ -157,7 +157,7 @@ def _lock_file(spool: Path, flags: int) -> BinaryIO:
                 nofollow.hand_over(fd, spool.stat())
             return open(fd, "rb" if flags == os.O_RDONLY else "r+b", buffering=0)
         os.close(fd)
-    raise LoaderError(f"{spool / LOCK} is a link, or no file: remove it")
+    raise LoaderError(f"{spool / LOCK} is a link or not a regular file: remove it")
 
 
 def _written(file: BinaryIO) -> str:

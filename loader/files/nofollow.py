@@ -1,8 +1,8 @@
-"""A directory whose files are touched because of their names: never a link, so never one outside.
+"""Opens directories and files without following links, so that no file outside a directory is touched.
 
-Whoever may write to the spool could put a link in the place of a directory or a file in it. So a directory is
-opened without following one (O_NOFOLLOW, open(2)), and what is done to a name in it is done relative to the
-descriptor, which stays that directory's whatever happens to its path.
+Any user with write access to the spool could replace a directory or a file in it by a link. So a directory is
+opened with O_NOFOLLOW (open(2)), and all operations on names in it are relative to its descriptor, which
+keeps referring to that directory whatever happens to its path.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import BinaryIO, Final
 from spool.segment import FILE_MODE
 
 MODE: Final = 0o770
-"""Whatever the umask: another user of the group may be the next to load. The set-group-id bit is inherited;
-asking for it does nothing (mkdir(2)) and is forbidden by systemd's RestrictSUIDSGID (systemd.exec(5))."""
+"""Set regardless of the umask, because the next loader may be another user of the group. The set-group-id bit
+is inherited; requesting it has no effect (mkdir(2)), and systemd's RestrictSUIDSGID forbids it
+(systemd.exec(5))."""
 
 
 @contextlib.contextmanager
 def opened(path: Path | str, directory: int | None = None, *, create: bool = False) -> Iterator[int]:
-    """Give a descriptor of the directory. Raises OSError, also for a link to one."""
+    """Yield a descriptor of the directory. Raises OSError, also for a link to a directory."""
     made = False
     if create:
         with contextlib.suppress(FileExistsError):
@@ -41,7 +42,7 @@ def opened(path: Path | str, directory: int | None = None, *, create: bool = Fal
         raise
     try:
         if made:
-            with contextlib.suppress(OSError):  # some file systems have no modes
+            with contextlib.suppress(OSError):  # some file systems do not support modes
                 os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) | MODE)
             hand_over(descriptor, os.stat("..", dir_fd=descriptor))
         yield descriptor
@@ -50,7 +51,7 @@ def opened(path: Path | str, directory: int | None = None, *, create: bool = Fal
 
 
 def create_file(name: str, directory: int) -> BinaryIO:
-    """Make a file to be written, in the place of one that an interrupted try has left. Raises OSError."""
+    """Create a file for writing, replacing one left by an interrupted attempt. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=directory)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -60,13 +61,13 @@ def create_file(name: str, directory: int) -> BinaryIO:
 
 
 def hand_over(descriptor: int, parent: os.stat_result) -> None:
-    """Give what root made to whom the directory around it belongs, who has to work with it afterwards."""
+    """Give a file created by root to the owner of its directory, who has to work with it afterwards."""
     if os.geteuid() == 0 and parent.st_uid != 0:
         os.fchown(descriptor, parent.st_uid, parent.st_gid)
 
 
 def open_file(path: Path | str, directory: int | None = None) -> BinaryIO:
-    """Open a regular file to be read; a link, a pipe or a device is refused. Raises OSError."""
+    """Open a regular file for reading. Raises OSError, also for a link, a pipe or a device."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     descriptor = os.open(path, flags, dir_fd=directory)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -76,7 +77,7 @@ def open_file(path: Path | str, directory: int | None = None) -> BinaryIO:
 
 
 def names(directory: int, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the names of the regular files that end in one of `suffixes`, sorted. Raises OSError."""
+    """Return the sorted names of the regular files with one of `suffixes`. Raises OSError."""
     with os.scandir(directory) as entries:
         return sorted(
             entry.name

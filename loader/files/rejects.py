@@ -1,13 +1,14 @@
-"""Lines that were not loaded, each with its reason, in files under the spool's `rejected/`.
+"""Reject files: rejected lines, each with its reason, under the spool's `rejected/`.
 
     rejected/<stem>-<offset>-<digest>.ndjson   the rejects of the chunk with these bytes at <offset> of <stem>
     rejected/<stem>.whole                      a file with a line longer than a chunk, kept whole
 
 A file is written under a temporary name of its own, synced and renamed before the COMMIT of its chunk, so
-that a crash in between leaves it to be written again. It is never appended to and never replaces the rejects
-of other lines: two files of one base name have other chunks, or the ledger knows the second.
+after a crash in between it is simply written again. It is never appended to and never replaces the rejects of
+other lines: two files with the same base name have different chunks, or the ledger already has the second
+one's.
 
-A reject is bounded by its line: its reason has at most REASON_CHARACTERS, whatever it quotes.
+A reject is bounded by its line: its reason has at most REASON_CHARACTERS, including quotations.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ DIRECTORY: Final = "rejected"
 WHOLE: Final = ".whole"
 REASON_CHARACTERS: Final = 500
 _LONGEST_LINE: Final = 16 * CHUNK_BYTES
-"""A line of a chunk, each byte of it escaped (six bytes for a control character), and room for its reason."""
+"""A line of chunk size with each byte escaped (six bytes for a control character), and room for its reason."""
 _DIGEST_CHARACTERS: Final = 12
 _LEFT_SECONDS: Final = 3600.0
-"""Seconds after which a temporary file is one that a crash has left."""
+"""Age in seconds from which a temporary file counts as left by a crash."""
 _SUFFIXES: Final = (".gz", ".zst", ".ndjson", ".jsonl")
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A line that was not loaded: where it stood (1 is a file's first line), why not, and its bytes."""
+    """A rejected line: its file and line number (from 1), code, reason and bytes."""
 
     file: str
     line: int
@@ -57,7 +58,7 @@ class Rejected:
     raw: bytes
 
     def encode(self) -> bytes:
-        """Return the line of a reject file; what is not UTF-8 goes as `raw_base64`."""
+        """Return the line of a reject file. A line that is not UTF-8 is stored as `raw_base64`."""
         reason = self.reason
         if len(reason) > REASON_CHARACTERS:
             reason = reason[: REASON_CHARACTERS - 3] + "..."
@@ -76,8 +77,8 @@ _RAW: Final = ("raw", "raw_base64")
 
 
 def decode(line: bytes) -> Rejected:
-    """Return what `Rejected.encode` wrote. Raises ValueError for anything else."""
-    wrapped = orjson.loads(line)  # msgspec would take as long to import as `loader status` to count
+    """Decode a line written by `Rejected.encode`. Raises ValueError for other input."""
+    wrapped = orjson.loads(line)  # importing msgspec would take as long as `loader status` takes to count
     if not _is_wrapped(wrapped):
         raise ValueError("it lacks a value, or has one of another type")
     encoded = wrapped.get("raw_base64")
@@ -95,7 +96,7 @@ def _is_wrapped(wrapped: object) -> bool:
 
 
 class CannotWriteError(OSError):
-    """Rejects that could not be written, as on a full disk."""
+    """Rejects could not be written, for example because the disk is full."""
 
 
 def read(path: Path) -> Iterator[Rejected]:
@@ -125,7 +126,7 @@ def count(paths: Iterable[Path]) -> Counter[str]:
 
 
 def write(spool: Path, chunk: Chunk, rejects: Sequence[Rejected]) -> None:
-    """Write the rejects of a chunk, also where an interrupted load had written them.
+    """Write the rejects of a chunk, replacing those of an interrupted load.
 
     Raises CannotWriteError.
     """
@@ -137,7 +138,7 @@ def write(spool: Path, chunk: Chunk, rejects: Sequence[Rejected]) -> None:
 
 
 def replace(path: Path, rejects: Sequence[Rejected]) -> None:
-    """Make `path` hold these rejects, and not be where there is none; durable on return. Raises OSError."""
+    """Replace `path` by a file of these rejects, or remove it if there are none, durably. Raises OSError."""
     if not rejects and not os.path.lexists(path):
         return
     with replacing(path) as stream:
@@ -146,10 +147,10 @@ def replace(path: Path, rejects: Sequence[Rejected]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a stream for the lines that `path` has after the block, durably; without any, it is removed.
+    """Yield a stream whose lines durably replace `path` after the block; without lines, `path` is removed.
 
-    Under a temporary name of its own: two loaders may write the rejects of the same lines at the same time.
-    If the block raises, `path` stays as it is. Raises OSError.
+    Each call writes to a temporary name of its own, because two loaders may write the rejects of the same
+    lines at the same time. If the block raises, `path` is unchanged. Raises OSError.
     """
     temporary = f"{path.name.removesuffix('.ndjson')}.{secrets.token_hex(4)}.part"
     with nofollow.opened(path.parent, create=True) as fd:
@@ -170,7 +171,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def pieces(path: Path) -> Iterator[list[Rejected]]:
-    """Yield the rejects of a file in lists, each of a chunk's size at most or of one reject. Raises as `read`."""
+    """Yield lists of a file's rejects, each at most the size of a chunk or a single reject. Raises as `read`."""
     piece: list[Rejected] = []
     size = 0
     for rejected in read(path):
@@ -184,7 +185,7 @@ def pieces(path: Path) -> Iterator[list[Rejected]]:
 
 
 def remove_leftovers(spool: Path) -> None:
-    """Remove the temporary files that a crash has left. Raises OSError."""
+    """Remove temporary files left by a crash. Raises OSError."""
     with contextlib.suppress(FileNotFoundError), nofollow.opened(spool / DIRECTORY) as fd:
         for name in nofollow.names(fd, (".part",)):
             with contextlib.suppress(FileNotFoundError):
@@ -193,7 +194,7 @@ def remove_leftovers(spool: Path) -> None:
 
 
 def stem_of(file: str) -> str:
-    """Return the name of a loaded file without its suffixes, with nothing that a file name can't have."""
+    """Return the name of a loaded file without suffixes and without characters that a file name cannot have."""
     name = os.path.basename(file)
     while name.endswith(_SUFFIXES):
         name = os.path.splitext(name)[0]

@@ -1,18 +1,18 @@
-"""The only deletion of sealed data: a file goes once all of it is committed, if it is still that file.
+"""Retires loaded files: the only code that deletes sealed data, once all of an unchanged file is committed.
 
-removed        what was loaded
-archived       the same, where an archive is wanted: <archive>/<day>/<name>.zst, for a backfill to read
+removed        a loaded file
+archived       a loaded file, if an archive is configured: <archive>/<day>/<name>.zst, readable by a backfill
 kept whole     a file with a line that is too long for a reject: rejected/<stem>.whole
 
-A segment that somebody copies into the spool has its name before it has all its bytes. Loading is never
-delayed, removal is: until nobody has the file open for writing, or it has not changed for a while (see
-writing.py). If it has grown since, the new lines are loaded: it is read again with chunks that end where it
-ended before, so that the ledger knows the old ones.
+A segment that is being copied into the spool has its name before it has all its bytes. Loading is not
+delayed, but removal is: until no process has the file open for writing, or it has not changed for a while
+(see writing.py). If it has grown since, the new lines are loaded: it is read again, with a chunk boundary at
+its previous end, so that the ledger recognizes the old chunks.
 
-A segment whose writer held its lock while it was `.open`, and that has its sealed name now, is complete: only
-the writer, or a loader after its death, gives a file that name, and both cut it first. So the segments of
-other users, whose lease the kernel refuses, are removed at once if one scan or hint saw them open. Inodes are
-used again, so the stem has to be the same, too.
+A sealed segment is complete if its writer held its lock while it was `.open`: only the writer, or a loader
+after the writer's death, renames it, and both cut it first. So segments of other users, for which the kernel
+refuses a lease, are removed immediately if a scan or hint saw them open before. Inode numbers are reused, so
+the stem must match as well.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from loader.files.writing import is_complete, leased
 
 SUFFIX: Final = ".zst"
 _DAY: Final = len("20261123")
-"""Characters of a segment's name that are the day it was begun."""
+"""Length of the day at the beginning of a segment's name."""
 _FIRST_RETRY: Final = 1.0
 _LONGEST_RETRY: Final = 30.0
-"""Seconds until a file that could not be loaded is tried again."""
+"""Seconds until a file that could not be loaded is retried."""
 
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Which file a path named, and its state when it was read."""
+    """The identity of a file and its state when it was read."""
 
     device: int
     inode: int
@@ -56,9 +56,9 @@ class FileIdentity:
 
 
 class SpoolFile:
-    """A sealed segment of the spool, retired when it is loaded; its ledger name is its file name.
+    """A sealed segment of the spool. It is retired when it is loaded; the ledger records its file name.
 
-    It lasts from one scan to the next while it waits to be removed, or to be loaded again.
+    The object is kept between scans while the file waits to be removed or to be loaded again.
     """
 
     def __init__(self, path: Path, archive: Path | None = None, open_inode: Inode | None = None) -> None:
@@ -68,17 +68,17 @@ class SpoolFile:
         self._path = path
         self._archive = archive
         self._open_inode = open_inode
-        """The file that its writer had locked under the same stem."""
+        """Identity of the open file that its writer had locked under the same stem."""
         self._identity: FileIdentity | None = None
         self._since = time.monotonic()
-        """When it was first seen as it was when it was last read."""
+        """When the state of the last read was first seen."""
         self._cuts: list[int] = []
-        """Where it ended when it was loaded before."""
+        """Its sizes at previous loads."""
         self._oversize = False
         self._left_out = False
-        """Whether its last line has no newline yet, and was not loaded."""
+        """Whether its last line had no newline yet and was not loaded."""
         self._retry_at = 0.0
-        """When to read it again: one that grows is not read all the time, one that failed neither."""
+        """When to read it again: a growing file, or one that failed, is not read continuously."""
         self._retry_after = _FIRST_RETRY
 
     def open(self) -> BinaryIO:
@@ -89,7 +89,7 @@ class SpoolFile:
         return stream
 
     def chunks(self, progressed: Callable[[], None] = lambda: None) -> Iterator[Chunk]:
-        """Yield its lines. Raises UNREADABLE, after the complete lines before."""
+        """Yield its chunks. Raises UNREADABLE, after the complete lines before the error."""
         self.loaded, end, begun = False, 0, time.monotonic()
         with self.open() as stream:
             growing = not self._is_complete(stream.fileno(), ends_in_line=_ends_in_newline(stream))
@@ -104,7 +104,7 @@ class SpoolFile:
         self._retry_at = time.monotonic() + min(5 * (time.monotonic() - begun), _LONGEST_RETRY)
 
     def retire(self, *, oversize: bool) -> None:
-        """Remove it, or leave it for a later `settle`. Raises OSError."""
+        """Remove the file, or leave it for a later `settle`. Raises OSError."""
         self.loaded, self._oversize = True, oversize
         self.settle()
 
@@ -115,11 +115,11 @@ class SpoolFile:
     def settle(self) -> bool:
         """Remove the file if it is loaded and complete. Return whether it has to be loaded now.
 
-        Raises OSError, as for a directory that is read-only.
+        Raises OSError, for example if the directory is read-only.
         """
         if not self.loaded:
             return time.monotonic() >= self._retry_at
-        assert self._identity is not None  # a file that is loaded was open
+        assert self._identity is not None  # a loaded file has been opened
         with contextlib.suppress(FileNotFoundError), nofollow.open_file(self._path) as stream:
             if FileIdentity.of(os.fstat(stream.fileno())) != self._identity:
                 return time.monotonic() >= self._retry_at
@@ -138,25 +138,25 @@ class SpoolFile:
 
 
 class SpoolFiles:
-    """The sealed files of a spool from scan to scan. To be used by one thread."""
+    """The sealed files of a spool, kept between scans. To be used by one thread."""
 
     def __init__(self, directory: Path, archive: Path | None = None, adopt: Container[str] = ()) -> None:
         self._directory = directory
         self._archive = archive
         self._adopt = adopt
         self._kept: dict[str, SpoolFile] = {}
-        """Files that are there after they were read: loaded, or to be tried again."""
+        """Files that still exist after they were read: loaded, or to be retried."""
         self._open: dict[str, Inode] = {}
-        """Segments that were open in the last scan, or since, by stem."""
+        """Segments that were open in the last scan or later, by stem."""
 
     def note_open(self, path: Path) -> None:
-        """Note a segment that was begun."""
+        """Record a new open segment."""
         with contextlib.suppress(FileNotFoundError):
             if inode := locked_inode(path):
                 self._open[path.stem] = inode
 
     def scan(self) -> tuple[Scan, list[SpoolFile]]:
-        """Scan the spool; return also the files to load, oldest first. Raises OSError for the directory."""
+        """Scan the spool; return the scan and the files to load, oldest first. Raises OSError for the directory."""
         failures: dict[str, str] = {}
         again = [file for file in self._kept.values() if self._settle(file, failures)]
         self._kept = {name: file for name, file in self._kept.items() if not file.retired}
@@ -169,7 +169,7 @@ class SpoolFiles:
         return found, sorted([*again, *new], key=lambda file: file.name)
 
     def unsettled(self) -> list[str]:
-        """Return the names of the files that are loaded, but may still be written."""
+        """Return the names of files that are loaded but may still be written."""
         return [name for name, file in self._kept.items() if not file.retired and file.loaded]
 
     def _settle(self, file: SpoolFile, failures: dict[str, str]) -> bool:
@@ -186,8 +186,8 @@ class SpoolFiles:
 def retire(path: Path, loaded: FileIdentity, archive: Path | None = None, *, whole: bool = False) -> bool:
     """Remove a loaded file, archive it or keep it whole.
 
-    False where `path` names another or a changed file now; one that is gone already is retired. Raises
-    OSError, as for a directory that is read-only.
+    Returns False if `path` now names a different or changed file; a file that no longer exists counts as
+    retired. Raises OSError, for example if the directory is read-only.
     """
     try:
         if FileIdentity.of(os.lstat(path)) != loaded:
@@ -201,7 +201,7 @@ def retire(path: Path, loaded: FileIdentity, archive: Path | None = None, *, who
                 if FileIdentity.of(os.fstat(stream.fileno())) != loaded:
                     return False
                 _store(stream, archive, path.name)
-            with leased(stream.fileno()):  # so that nobody begins to append between the two calls
+            with leased(stream.fileno()):  # so that no process starts to append between the two calls
                 if FileIdentity.of(os.lstat(path)) != loaded:
                     return False
                 os.unlink(path)
@@ -211,7 +211,7 @@ def retire(path: Path, loaded: FileIdentity, archive: Path | None = None, *, who
 
 
 def _free_name(path: Path, loaded: FileIdentity, directory: int) -> str:
-    """Return a name for a file that is kept whole; none replaces another."""
+    """Return an unused name for a file that is kept whole."""
     name = path.stem + rejects.WHOLE
     try:
         os.stat(name, dir_fd=directory, follow_symlinks=False)
@@ -227,13 +227,13 @@ def _ends_in_newline(stream: BinaryIO) -> bool:
 
 
 def _skip_hole(stream: BinaryIO, multiple: int) -> int:
-    """Skip the hole of a sparse file at the current place, in multiples; return the bytes skipped."""
+    """Skip a hole at the current position of a sparse file, in whole multiples; return the bytes skipped."""
     position = stream.tell()
     fd = stream.fileno()
     raw = os.lseek(fd, 0, os.SEEK_CUR)
     try:
         data = os.lseek(fd, position, os.SEEK_DATA)
-    except OSError:  # ENXIO: a hole up to the end
+    except OSError:  # ENXIO: the hole extends to the end
         data = os.fstat(fd).st_size
     finally:
         os.lseek(fd, raw, os.SEEK_SET)
@@ -243,7 +243,7 @@ def _skip_hole(stream: BinaryIO, multiple: int) -> int:
 
 
 def _store(stream: BinaryIO, archive: Path, name: str) -> None:
-    """Write a compressed copy, durable on return; a crash leaves none, or one that is written again."""
+    """Write a compressed copy, durable on return. A crash leaves none, or one that is overwritten later."""
     with nofollow.opened(archive, create=True) as base:
         with nofollow.opened(name[:_DAY], base, create=True) as day:
             passing = f"{name}.part"

@@ -1,10 +1,10 @@
-"""Which files: the sealed segments of a spool, oldest first, and the dead writers' ones, sealed here.
+"""Scans a spool for sealed segments, oldest first, and seals the segments of dead writers.
 
-A name says nothing before its file was looked at: only a regular file under a segment's name is touched,
-links are not followed, and everything else is reported, never opened.
+Only regular files with a segment name are opened. Links are not followed; all other entries are reported,
+never opened.
 
 A scan is bounded: it returns at most SCAN_FILES of the oldest files, and `more` if there are others. Of
-200,000 files it keeps the names of those, and calls lstat(2) on none but open segments.
+200,000 files it keeps only these names, and calls lstat(2) only on open segments.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from spool.segment import OPEN, SEALED, SegmentName, Writer, recover
 SCAN_FILES: Final = 10_000
 _REPORTED_NAMES: Final = 100
 _LARGEST_HOLE: Final = 1 << 30
-"""Bytes; a segment is reserved, so it has no holes, except on file systems that cannot, where it grows."""
+"""In bytes. A reserved segment has no holes, unless its file system cannot reserve space and the file grows."""
 STALE_SECONDS: Final = 300.0
-"""Seconds after which a segment with lines should be sealed: many times SPOOL_MAX_AGE."""
+"""Seconds after which a segment with lines should have been sealed: many times SPOOL_MAX_AGE."""
 
 
 Inode = tuple[int, int]
@@ -37,20 +37,20 @@ Inode = tuple[int, int]
 
 @dataclass
 class Scan:
-    """What one scan of a spool found. `skipped` maps a name to why it was not touched."""
+    """The result of one scan of a spool. `skipped` maps names to the reason for skipping them."""
 
     sealed: list[Path] = field(default_factory=list)
     more: bool = False
     """Whether there are sealed files that are not in `sealed`."""
     adopted: list[Path] = field(default_factory=list)
     unsettled: int = 0
-    """Open segments that are adopted later, unless they change: they may be copies in the making."""
+    """Open segments that are adopted later, unless they change: they may be copies in progress."""
     torn_bytes: int = 0
     open_inodes: dict[str, Inode] = field(default_factory=dict)
-    """Device and inode of the open segments that a writer has locked, by stem."""
+    """Device and inode of the open segments locked by a writer, by stem."""
     skipped: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    """What could not be done about a file that was loaded before."""
+    """Failed operations on files that were loaded before."""
 
     def skip(self, name: str, reason: str) -> None:
         if len(self.skipped) < _REPORTED_NAMES:
@@ -62,7 +62,7 @@ class Scan:
 def scan(
     directory: Path, limit: int = SCAN_FILES, known: Container[str] = (), adopt: Container[str] = ()
 ) -> Scan:
-    """Look at every entry once; `known` names are passed over. Raises OSError for the directory itself.
+    """Scan all entries once, skipping `known` names. Raises OSError for the directory itself.
 
     On a network file system, segments of other hosts are adopted only if they are those named in `adopt`.
     """
@@ -75,9 +75,9 @@ def scan(
             if not name.endswith((OPEN, SEALED)) or name in known:
                 continue
             if SegmentName.parse(os.path.splitext(name)[0]) is None:
-                found.skip(name, "its name is not a segment's")
+                found.skip(name, "not a segment file name")
             elif not entry.is_file(follow_symlinks=False):
-                found.skip(name, "it is not a regular file")
+                found.skip(name, "not a regular file")
             elif name.endswith(SEALED) or (name := adopter.adopt(name, found)).endswith(SEALED):
                 candidates.append(name)
             if len(candidates) >= 2 * limit:
@@ -89,7 +89,7 @@ def scan(
 
 
 class Adopter:
-    """Seals the segments of dead writers in a spool."""
+    """Adopts the segments of dead writers in a spool, by sealing them."""
 
     def __init__(self, directory: Path, hosts: Container[str] = ()) -> None:
         self._directory = directory
@@ -98,7 +98,7 @@ class Adopter:
         self._here = Writer.here()
 
     def adopt(self, name: str, found: Scan) -> str:
-        """Seal a segment whose writer is dead; return its name, which is another one then."""
+        """Seal a segment if its writer is dead; return its current name."""
         path = self._directory / name
         try:
             if reason := self.why_not(name):
@@ -112,7 +112,7 @@ class Adopter:
                 return name
             sealed = recover(path)
         except FileNotFoundError:
-            return name  # its writer sealed it in the meantime
+            return name  # sealed by its writer in the meantime
         except OSError as error:
             found.skip(name, str(error.strerror))
             return name
@@ -125,7 +125,7 @@ class Adopter:
         return sealed.path.name
 
     def why_not(self, name: str) -> str | None:
-        """Return why a segment is never adopted here, None if it may be once its writer is dead."""
+        """Return why a segment is never adopted here, or None if it may be adopted once its writer is dead."""
         writer = SegmentName.parse(os.path.splitext(name)[0])
         if writer is not None and self._network and self._may_be_out_of_reach(writer):
             return (
@@ -134,7 +134,7 @@ class Adopter:
             )
         status = os.lstat(self._directory / name)
         if status.st_size > max(_LARGEST_HOLE, 1024 * status.st_blocks):
-            return "it is a sparse file, which no segment is: remove it, or cut it with `truncate`"
+            return "it is a sparse file, unlike any segment: remove it, or cut it with `truncate`"
         return None
 
     def _may_be_out_of_reach(self, writer: SegmentName) -> bool:
@@ -142,23 +142,23 @@ class Adopter:
         return writer.boot != here.boot and writer.host != here.host and writer.host not in self._hosts
 
     def _is_complete(self, path: Path) -> bool:
-        """Whether it is not a copy that is still being made. A copy that is cut short would lose lines."""
+        """Whether the segment is not a copy in progress. Sealing an unfinished copy would lose lines."""
         try:
             with nofollow.open_file(path) as stream:
                 return is_complete(stream.fileno()) or _has_all_lines(stream.fileno())
         except PermissionError:
-            return True  # why it cannot be read is reported by who seals it
+            return True  # the attempt to seal it reports why it cannot be read
 
 
 def _has_all_lines(fd: int) -> bool:
-    """Whether zeros follow the last line, as in a reserved segment, and nobody is known to write it."""
+    """Whether zeros follow the last line, as in a reserved segment, and no process is known to write it."""
     size = os.fstat(fd).st_size
     with leased(fd) as writing:
         return writing is not Writing.SOMEBODY and size > 0 and os.pread(fd, 1, size - 1) == b"\0"
 
 
 def locked_inode(path: Path) -> Inode | None:
-    """Return the device and inode of a segment that its writer has locked, None if it is not locked.
+    """Return the device and inode of a segment locked by its writer, or None if it is not locked.
 
     Raises FileNotFoundError.
     """
@@ -170,7 +170,7 @@ def locked_inode(path: Path) -> Inode | None:
     except FileNotFoundError:
         raise
     except OSError:
-        pass  # why it cannot be opened is reported by who seals it
+        pass  # the attempt to seal it reports why it cannot be opened
     return None
 
 
@@ -185,18 +185,18 @@ def segment_names(directory: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Backlog:
-    """What waits in a spool. `lag_seconds` is the age of the oldest sealed segment, 0 where there is none."""
+    """The backlog of a spool. `lag_seconds` is the age of the oldest sealed segment, or 0 if there is none."""
 
     open_segments: int
     stale_segments: int
-    """Open segments that have lines and should have been sealed by now: something holds them."""
+    """Open segments with lines that should have been sealed by now: some process holds them."""
     sealed_files: int
     sealed_bytes: int
     lag_seconds: float
 
 
 def backlog(directory: Path) -> Backlog:
-    """Look at a spool, touching nothing. Raises OSError."""
+    """Measure the backlog of a spool without changing it. Raises OSError."""
     open_segments = stale = files = size = 0
     now = oldest = time.time()
     for name in segment_names(directory):
@@ -205,13 +205,13 @@ def backlog(directory: Path) -> Backlog:
                 open_segments += 1
                 stale += is_stale(directory / name)
             else:
-                status = os.lstat(f"{directory}/{name}")  # not a Path, which would intern each name
+                status = os.lstat(f"{directory}/{name}")  # not a Path, because it would intern each name
                 files, size, oldest = files + 1, size + status.st_size, min(oldest, status.st_mtime)
     return Backlog(open_segments, stale, files, size, round(max(0.0, now - oldest), 3))
 
 
 def is_stale(path: Path) -> bool:
-    """Whether an open segment has lines and has not changed for long. Raises OSError."""
+    """Whether an open segment has lines and has not changed for STALE_SECONDS. Raises OSError."""
     status = os.lstat(path)
     if time.time() - status.st_mtime < STALE_SECONDS:
         return False

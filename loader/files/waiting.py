@@ -1,4 +1,4 @@
-"""Rejects that wait for their parent row: those of the last hour that violate a foreign key."""
+"""Rejects that wait for their parent row: foreign key violations of the last hour."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Final
 from loader.files import rejects
 
 CODE: Final = "postgres_23503"
-"""foreign_key_violation, as a reject's code."""
+"""The reject code for foreign_key_violation."""
 RETRIED_SECONDS: Final = 3600.0
 
 
 def waiting(spool: Path, seen: dict[str, tuple[int, int]]) -> Iterator[tuple[Path, float, int]]:
-    """Yield the files that are retried, when each was written, and how many of its rejects wait for a parent.
+    """Yield each file to be retried, when it was written, and how many of its rejects wait for a parent.
 
-    `seen` keeps what was read before, so that a file is read once for each of its versions. Raises OSError.
+    `seen` caches results, so that each version of a file is read only once. Raises OSError.
     """
     begun = time.time() - RETRIED_SECONDS
     paths = rejects.files(spool)

@@ -1,10 +1,10 @@
-"""What the writers of a spool state about themselves (spool/account.py), with what of theirs waits in the spool.
+"""Reads the accounts of a spool's writers (spool/account.py) and counts their lines still in the spool.
 
-The order makes a comparison with the ledger exact while lines come and are loaded: first the statement is read, then
-the spool is listed, then the ledger is asked. Of the segments that a statement covers, each is then in the
-list or in the ledger, unless it is missing: a file is removed only once the ledger has it.
+The order of reads makes the comparison with the ledger exact even while lines are written and loaded: first
+the account, then the list of files in the spool, then the ledger. Each segment covered by an account is then
+in the list or in the ledger, unless it is missing, because a file is removed only once the ledger has it.
 
-The file of a dead writer is removed when the database has its statement and nothing of it waits.
+The file of a dead writer is removed when the database has its account and none of its lines wait.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from spool.account import DIRECTORY, Statement, report_line
 from spool.segment import OPEN, SEALED, UNFINISHED, SegmentName, Writer, count_lines, whole_and_torn
 
 LARGEST_BACKLOG: Final = 1 << 28
-"""Bytes in the spool above which what waits is not counted: the comparison is made when less waits."""
+"""If the spool has more bytes than this, waiting lines are not counted; the comparison is made later."""
 
 
 @dataclass(frozen=True)
 class Stated:
-    """A statement, whether its writer has ended, and the lines of each of its segments in the spool."""
+    """An account, whether its writer has ended, and the lines of each of its segments in the spool."""
 
     statement: Statement
     ended: bool
@@ -39,18 +39,18 @@ class Stated:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the file holds nothing that is still needed once the database has the statement."""
+        """Whether the file is no longer needed once the database has the account."""
         return self.ended and not self.pending and not self.statement.unreported
 
 
 def prepare(spool: Path) -> None:
-    """Create the directory in which writers make their statements. Raises OSError."""
+    """Create the directory for the accounts of writers. Raises OSError."""
     with nofollow.opened(spool / DIRECTORY, create=True):
         pass
 
 
 def statements(spool: Path) -> list[tuple[Statement, bool]]:
-    """Return what the writers state, and whether each has ended. Raises OSError."""
+    """Return the accounts of all writers, and whether each writer has ended. Raises OSError."""
     with contextlib.suppress(FileNotFoundError), nofollow.opened(spool / DIRECTORY) as directory:
         return list(_statements(directory))
     return []
@@ -70,7 +70,7 @@ def _statements(directory: int) -> Iterator[tuple[Statement, bool]]:
 
 
 def with_pending(spool: Path, found: Sequence[tuple[Statement, bool]]) -> list[Stated] | None:
-    """Add what of each writer waits in the spool; None if too much waits. Raises OSError."""
+    """Add the lines of each writer that wait in the spool. Returns None if too many wait. Raises OSError."""
     pending = _pending(spool) if found else {}
     if pending is None:
         return None
@@ -80,10 +80,10 @@ def with_pending(spool: Path, found: Sequence[tuple[Statement, bool]]) -> list[S
 def with_unstated(
     spool: Path, found: Sequence[tuple[Statement, bool]], loaded: Mapping[str, int]
 ) -> list[Stated] | None:
-    """As `with_pending`, and with what waits of writers that have stated nothing.
+    """Do as `with_pending`, and add writers without an account that have waiting lines.
 
-    `loaded` is the last segment of each writer that the ledger had before. Later ones are not judged: a listing
-    may have a file that is made in the meantime and not the one before it.
+    `loaded` is the last segment of each writer in an earlier reading of the ledger. Later segments are
+    ignored, because a listing may contain a file created in the meantime but not the one before it.
     """
     if (pending := _pending(spool)) is None:
         return None
@@ -97,14 +97,15 @@ def with_unstated(
 
 
 def _pending(spool: Path) -> dict[str, dict[int, int]] | None:
-    """Return the lines of each segment in the spool, by writer; None if there are too many to be counted."""
+    """Return the lines of each segment in the spool, by writer, or None if there are too many to count."""
     pending: defaultdict[str, dict[int, int]] = defaultdict(dict)
     size = 0
     with nofollow.opened(spool) as directory:
         for name in nofollow.names(directory, (OPEN, SEALED)):
             if (segment := SegmentName.parse(os.path.splitext(name)[0])) is None:
                 continue
-            # One that is sealed in between is found under its other name; one that is gone then is in the ledger.
+            # A segment sealed in between is found under its new name; one that no longer exists is in the
+            # ledger.
             for each in dict.fromkeys((name, segment.stem + SEALED)):
                 with contextlib.suppress(FileNotFoundError), nofollow.open_file(each, directory) as file:
                     if (size := size + os.fstat(file.fileno()).st_size) > LARGEST_BACKLOG:
@@ -115,14 +116,15 @@ def _pending(spool: Path) -> dict[str, dict[int, int]] | None:
 
 
 def _count(fd: int) -> int:
-    """Return the whole lines of a segment, open or sealed."""
+    """Count the whole lines of a segment, open or sealed."""
     return count_lines(fd, whole_and_torn(fd)[0])
 
 
 def recover_drops(spool: Path, statement: Statement) -> int:
-    """Have the drops reported that no metric of a dead writer has reported; return how many.
+    """Report the drops that a dead writer has not reported as metrics; return how many.
 
-    They become a sealed segment. If this is interrupted and repeated, its lines are duplicates. Raises OSError.
+    The metrics are written to a sealed segment. If this is interrupted and repeated, its lines are
+    duplicates. Raises OSError.
     """
     if not statement.unreported:
         return 0
@@ -143,9 +145,9 @@ def recover_drops(spool: Path, statement: Statement) -> int:
 
 
 def _replace_with_reported(spool: Path, writer: str, data: bytes) -> None:
-    """Put a copy in which all drops are reported in the place of a dead writer's file. Raises OSError.
+    """Replace a dead writer's file by a copy in which all drops are marked as reported. Raises OSError.
 
-    The file itself may be another user's, whose group may read it and no more.
+    The file itself may belong to another user, and be read-only for the group.
     """
     reported = bytearray(data)
     for offset, count in account.as_reported(data):
@@ -159,7 +161,7 @@ def _replace_with_reported(spool: Path, writer: str, data: bytes) -> None:
 
 
 def remove(spool: Path, statement: Statement) -> None:
-    """Remove the file of a dead writer, unless it writes again. Raises OSError."""
+    """Remove the file of a dead writer, unless the writer is active again. Raises OSError."""
     with _taken(spool, statement.writer) as fd:
         if fd is not None:
             os.unlink(spool / DIRECTORY / statement.writer)
@@ -167,10 +169,10 @@ def remove(spool: Path, statement: Statement) -> None:
 
 @contextlib.contextmanager
 def _taken(spool: Path, writer: str) -> Iterator[int | None]:
-    """Yield a descriptor of a dead writer's file, locked; None if it is gone or its writer is not dead.
+    """Yield a descriptor of a dead writer's locked file, or None if it no longer exists or its writer is alive.
 
-    The lock is a shared one, for which the file need not be open for writing on any file system; it keeps the
-    writer out, and `loader.files.lock` keeps out another loader.
+    The lock is shared, which does not require the file to be open for writing on any file system. It excludes
+    the writer; `loader.files.lock` excludes other loaders.
     """
     with contextlib.ExitStack() as until:
         try:

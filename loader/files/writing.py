@@ -1,9 +1,9 @@
-"""Whether a file is still being written: by a copy that pauses, say.
+"""Detects whether a file is still being written, for example by a copy that pauses.
 
 A read lease (fcntl(2), F_SETLEASE) is granted only if no process has the file open for writing, also through
-a map. It takes the file's owner or CAP_LEASE, and a file system that has leases; otherwise only time shows:
-a file that has not changed for GRACE_SECONDS is taken to be complete. The descriptor of a segment that a
-child of the application inherited is not a writer: the flock that it still holds shows that.
+a map. It requires the file's owner or CAP_LEASE, and a file system with leases; otherwise a file that has not
+changed for GRACE_SECONDS is considered complete. A child of the application may have inherited the descriptor
+of a segment without being a writer: the flock that it still holds shows that.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from enum import Enum
 from typing import Final
 
 GRACE_SECONDS: Final = 10.0
-"""Seconds without a change after which a file is complete if nothing else shows that."""
+"""Seconds without a change after which a file counts as complete if nothing else proves it."""
 WRITER_SECONDS: Final = 600.0
-"""The same for a file that some process has open for writing: a copy over a network that stalls."""
+"""The same if a process has the file open for writing, such as a stalled copy over a network."""
 
 
 class Writing(Enum):
@@ -35,12 +35,12 @@ class Writing(Enum):
 
 @contextlib.contextmanager
 def leased(fd: int) -> Iterator[Writing]:
-    """Yield who writes a file; nobody can begin to in the block if nobody does."""
-    if sys.platform != "linux":  # which alone has leases
+    """Yield whether a file is being written. If it is not, no process can start writing it within the block."""
+    if sys.platform != "linux":  # the only platform with leases
         yield Writing.UNKNOWN
         return
     try:
-        # A lease that is broken sends SIGIO, which ends a process that does not expect it; SIGURG does not.
+        # A broken lease sends SIGIO, which kills a process without a handler; SIGURG does not.
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
@@ -54,10 +54,10 @@ def leased(fd: int) -> Iterator[Writing]:
 
 
 def is_complete(fd: int, unchanged_seconds: float = 0.0, *, ends_in_line: bool = True) -> bool:
-    """Whether no more will be written to a file, as far as that can be known.
+    """Whether a file is complete, as far as that can be known.
 
-    `unchanged_seconds` is how long the caller has seen it unchanged, for clocks that differ; a file that does
-    not end in a whole line has to wait even if nobody has it open, as between two appends of a script.
+    `unchanged_seconds` is how long the caller has seen it unchanged, in case clocks differ. A file that does
+    not end in a whole line has to wait even if no process has it open, as between two appends of a script.
     """
     with leased(fd) as writing:
         if writing is Writing.NOBODY and ends_in_line:
@@ -67,12 +67,12 @@ def is_complete(fd: int, unchanged_seconds: float = 0.0, *, ends_in_line: bool =
 
 
 def age(status: os.stat_result) -> float:
-    """Return the seconds since a file or its name changed."""
+    """Return the seconds since the last change of a file or its name."""
     return time.time() - max(status.st_mtime, status.st_ctime)
 
 
 def is_locked(fd: int) -> bool:
-    """Whether somebody holds an exclusive flock on a file. Raises no error."""
+    """Whether a process holds an exclusive flock on a file. Never raises."""
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:

@@ -1,15 +1,15 @@
-"""The heart: one batch of chunks, one transaction.
+"""Loads one batch of chunks in one transaction.
 
     step                                  a crash here leaves              repaired by
     ------------------------------------  -------------------------------  ------------------------------
-    does the ledger know the digest?      a transaction, rolled back       the next load of the file
+    is the digest in the ledger?      a transaction, rolled back       the next load of the file
     decode; COPY; staging; isolate        the same                         the same
     marks of touched hours; ledger rows   the same                         the same
     reject files, whole and synced        reject files, no ledger row      written again under their name
-    COMMIT                                all of it, or none, or unknown   the ledger knows the digest
+    COMMIT                                all of it, or none, or unknown   the digest in the ledger
 
-What follows (the file is retired) is up to the caller. Every line of a chunk ends as a new row, as a
-duplicate of an equal row or as a reject; the ledger's own CHECK proves the sum in each transaction.
+The caller retires the files afterwards. Every line of a chunk becomes a new row, a duplicate of an equal row,
+or a reject; a CHECK of the ledger verifies the sum in each transaction.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ from loader.load.outcome import OVERSIZE, Outcome, decoded, decoded_lines
 
 
 def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates: float = 0.0) -> Loaded:
-    """Load the chunks in one transaction; their rejects go to the spool's `rejected/`.
+    """Load the chunks in one transaction; their rejects are written to the spool's `rejected/`.
 
-    `duplicates` is the share of lines that are expected to exist; a wrong guess costs time only. Raises
-    psycopg.Error and OSError, after which nothing was loaded, or, if the connection broke in the COMMIT, all
-    of it: load again, the ledger knows. A chunk that is to be loaded `again` is, whatever the ledger knows.
+    `duplicates` is the estimated share of lines that are already loaded; a wrong estimate only costs time.
+    Raises psycopg.Error and OSError. Then nothing was loaded or, if the connection broke during the COMMIT,
+    possibly everything: load again, because the ledger detects loaded chunks. A chunk with `again` is loaded
+    even if the ledger has it.
     """
     with transaction(connection):
         known = ledger.known(connection, [chunk.digest for chunk in batch])
@@ -57,12 +58,13 @@ def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates
 
 
 def retry(connection: Connection, path: Path) -> Loaded:
-    """Load the lines of a reject file that have become loadable; the file keeps the others.
+    """Load those lines of a reject file that can be loaded now; the file keeps the others.
 
-    In pieces of a chunk's size, each a transaction: a file may have any size. If one fails, what was loaded
-    before leaves the file all the same. Raises psycopg.Error, OSError and ValueError (not a reject file).
+    Works in pieces of chunk size, each a transaction, because a file may have any size. If a piece fails, the
+    lines of earlier pieces are still removed from the file. Raises psycopg.Error, OSError and ValueError (not
+    a reject file).
     """
-    rejects.count([path])  # so that a damaged file is refused before any of it is loaded
+    rejects.count([path])  # refuse a damaged file before any of it is loaded
     total = Loaded()
     with rejects.replacing(path) as kept:
         pieces = rejects.pieces(path)
@@ -82,10 +84,10 @@ def retry(connection: Connection, path: Path) -> Loaded:
 
 
 def _retry_piece(connection: Connection, path: Path, piece: Sequence[Rejected], kept: BinaryIO) -> Loaded:
-    """Load a piece of a reject file and write to `kept` what is still rejected, before the COMMIT.
+    """Load a piece of a reject file. Lines that are still rejected are written to `kept` before the COMMIT.
 
-    The ledger gets a row for what was loaded: the others were counted when they were rejected. Lines that are
-    retried have the same bytes each time, so the key of that row is random.
+    The ledger gets a row for the loaded lines; the others were counted when they were rejected. The key of
+    this row is random, because retried lines have the same bytes each time.
     """
     retried = [rejected for rejected in piece if rejected.code != OVERSIZE]
     left = [rejected for rejected in piece if rejected.code == OVERSIZE]
@@ -115,7 +117,7 @@ def _keep(kept: BinaryIO, piece: Sequence[Rejected]) -> None:
 
 
 def check(chunk: Chunk) -> Outcome:
-    """Decode a chunk and count, without a database."""
+    """Decode a chunk and count its lines, without a database."""
     outcome = Outcome(chunk)
     for line in decoded([outcome]):
         line.insert()
@@ -125,10 +127,10 @@ def check(chunk: Chunk) -> Outcome:
 def _record(
     connection: Connection, outcomes: Sequence[Outcome], known: set[bytes]
 ) -> tuple[list[Outcome], list[Outcome]]:
-    """Write the chunks to the ledger; return those that it has now, and those that another loader had loaded.
+    """Write the chunks to the ledger; return the recorded ones, and those that another loader had loaded before.
 
     All rows of the latter existed, so nothing is counted twice. Raises psycopg.errors.SerializationFailure if
-    some did not: another loader had rejected lines that could be loaded here.
+    some did not, because another loader had rejected lines that could be loaded here.
     """
     entries = [_entry(outcome, known) for outcome in outcomes]
     recorded = ledger.record(connection, entries)
@@ -137,12 +139,14 @@ def _record(
     for outcome, entry in zip(outcomes, entries, strict=True):
         (ours if entry.digest in recorded else overtaken).append(outcome)
     if any(outcome.counts.rows for outcome in overtaken):
-        raise psycopg.errors.SerializationFailure("another loader was faster with these lines: try again")
+        raise psycopg.errors.SerializationFailure(
+            "another loader loaded these lines at the same time: try again"
+        )
     return ours, overtaken
 
 
 def _divide(batch: Sequence[Chunk], known: set[bytes]) -> tuple[list[Chunk], list[Chunk]]:
-    """Return the chunks to load, and those whose bytes the ledger or an earlier chunk of the batch has."""
+    """Return the chunks to load, and those whose bytes are in the ledger or in an earlier chunk of the batch."""
     fresh: list[Chunk] = []
     repeated: list[Chunk] = []
     earlier: set[bytes] = set()
@@ -154,11 +158,11 @@ def _divide(batch: Sequence[Chunk], known: set[bytes]) -> tuple[list[Chunk], lis
 
 
 def _entry(outcome: Outcome, known: set[bytes]) -> Entry:
-    """Return the chunk's row of the ledger; what is loaded again has a random key, as in `retry`."""
+    """Return the chunk's ledger row; a chunk loaded `again` gets a random key, as in `retry`."""
     entry = outcome.entry()
     return replace(entry, digest=secrets.token_bytes(32)) if entry.digest in known else entry
 
 
 def _in_its_place(now: Rejected, before: Rejected) -> Rejected:
-    """Return a reject with the file and line it was first read from."""
+    """Return a reject with the file and line number from which it was first read."""
     return replace(now, file=before.file, line=before.line)

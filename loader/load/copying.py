@@ -1,4 +1,4 @@
-"""COPY, row by row, and the lookup of keys."""
+"""COPY row by row, and the lookup of keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loader.load.partitions import key_ranges
 from loader.load.tables import Table
 
 _BLOCK_ROWS: Final = 256
-"""Rows that are sent at once, some 64 KiB: a write of psycopg's per row costs a microsecond for each."""
+"""Rows sent in one write, about 64 KiB: a psycopg write per row would take a microsecond more per row."""
 
 
 class RowWriter:
@@ -25,14 +25,14 @@ class RowWriter:
         self._block: list[str] = []
 
     def write(self, row: str) -> None:
-        """Send a row, without its newline, now or with later ones. Raises psycopg.Error."""
+        """Send a row (without its newline) now or together with later ones. Raises psycopg.Error."""
         block = self._block
         block.append(row)
         if len(block) == _BLOCK_ROWS:
             self.flush()
 
     def flush(self) -> None:
-        """Send what was held back. Raises psycopg.Error."""
+        """Send the buffered rows. Raises psycopg.Error."""
         if self._block:
             self._block.append("")
             self._copy.write("\n".join(self._block))
@@ -59,7 +59,7 @@ def copy(connection: Connection, table: Table, rows: Iterable[str]) -> None:
 
 
 def existing_ids(connection: Connection, table: Table, ids: Sequence[str]) -> set[str]:
-    """Return those of some canonical UUIDs that are the key of a row. Raises psycopg.Error."""
+    """Return the canonical UUIDs that are the key of an existing row. Raises psycopg.Error."""
     if not ids:
         return set()
     statement = sql.SQL(
@@ -72,7 +72,7 @@ def existing_ids(connection: Connection, table: Table, ids: Sequence[str]) -> se
 
 
 def any_missing(connection: Connection, table: Table, ids: Sequence[str]) -> bool:
-    """Return whether any of some canonical UUIDs is not the key of a row. Raises psycopg.Error."""
+    """Return whether any of the canonical UUIDs is not the key of an existing row. Raises psycopg.Error."""
     return len(existing_ids(connection, table, ids)) < len(set(ids))
 
 

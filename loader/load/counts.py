@@ -1,4 +1,4 @@
-"""What became of lines: the one value that a load, the ledger, `status` and the metrics share."""
+"""Counts of lines by outcome, shared by loads, the ledger, `status` and the metrics."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import astuple, dataclass, field
 from typing import Final
 
 LARGEST_SUM: Final = 2000
-"""Kinds of drops with a count of their own: 100 names for each cause, and room for what people write themselves."""
+"""Kinds of drops counted separately: 100 names per cause, and room for metrics that people write themselves."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Lines by what became of them. Each line is counted once, so their sum is the number of lines."""
+    """Lines by outcome. Each line is counted once, so the sum is the number of lines."""
 
     events: int = 0
     metrics: int = 0
@@ -34,13 +34,13 @@ class Counts:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a load did: the counts of its lines, the lines that the ledger already knew, and their bytes."""
+    """The result of a load: counts of its lines, lines that the ledger already had, and bytes."""
 
     counts: Counts = field(default_factory=Counts)
     known: int = 0
     bytes: int = 0
     dropped: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    """Lines that emitters dropped, by cause and name, of the new rows that report them."""
+    """Lines dropped by emitters, by cause and name, as reported by the new rows."""
 
     def __add__(self, other: Loaded) -> Loaded:
         return Loaded(
@@ -49,7 +49,7 @@ class Loaded:
         )  # fmt: skip
 
     def facts(self) -> dict[str, int]:
-        """Return the counts by the names that commands and log lines use; `lines` includes the known ones."""
+        """Return the counts by the names used in commands and log lines; `lines` includes the known lines."""
         counts = self.counts
         return {
             "lines": counts.lines + self.known, "events": counts.events, "metrics": counts.metrics,

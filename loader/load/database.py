@@ -1,14 +1,15 @@
-"""Connections, and every setting that a transaction of the loader depends on.
+"""Connections, and the settings on which the loader's transactions depend.
 
-A role, a database, a server or a pooler can change any setting, so each transaction sets its own, with SET
-LOCAL: a pooler in transaction mode hands its connections to others, who must not find our settings.
+A role, a database, a server or a pooler can change any setting, so each transaction sets them itself, with
+SET LOCAL: a pooler in transaction mode passes its connections on to other clients, which must not inherit
+them.
 
   setting                             set to              why
   ----------------------------------- ------------------  ------------------------------------------------
   statement_timeout                   0                   one COPY may take longer; a batch is bounded by
   transaction_timeout (17)            0                   its chunks, not by time. The loader decodes and
   idle_in_transaction_session_timeout 0                   syncs rejects between two statements
-  lock_timeout                        60 s                a lock held for long is reported, then awaited again
+  lock_timeout                        60 s                a lock held for long is reported, then retried
   transaction_isolation               read committed      a row that another loader commits must be visible
                                                           to the next statement, which compares it
   synchronous_commit                  on, unless stronger the file is removed after COMMIT. off, local and
@@ -28,13 +29,13 @@ LOCAL: a pooler in transaction mode hands its connections to others, who must no
   exit_on_error                       off                 a duplicate must not end the session
   constraints                         immediate           at COMMIT, one row would fail all the others
 
-Left as they are: default_transaction_read_only (somebody protects a server, or its disk is full: the loader
+Not set: default_transaction_read_only (an administrator protects a server, or its disk is full: the loader
 waits), session_replication_role and fsync (only a superuser may set them; `loader doctor` reports them),
-idle_session_timeout (an idle connection that was closed is opened again without a word), bytea_output and
-IntervalStyle (no value depends on them), tablespaces and planner settings (they cost time only).
+idle_session_timeout (a closed idle connection is reopened silently), bytea_output and IntervalStyle (no value
+depends on them), tablespaces and planner settings (they only affect speed).
 
-Statements name functions with their schema, and compare values of types that have an operator of their own:
-then no function or operator that somebody creates in another schema is a better match (CVE-2018-1058).
+Statements qualify functions with their schema, and compare only types with an exact operator. So no function
+or operator that another user creates in another schema is a better match (CVE-2018-1058).
 """
 
 from __future__ import annotations
@@ -90,13 +91,14 @@ _FIND_PATH: Final = """
     SELECT string_agg(quote_ident(name), ', ' ORDER BY place) FROM path
 """
 _scripts: WeakKeyDictionary[Connection, bytes] = WeakKeyDictionary()
-"""What sets the settings of each connection. One whose tables move gets an error, and is replaced."""
+"""The statement that sets the settings, by connection. If the tables move, the connection gets an error and
+is replaced."""
 
 
 class _ReportingConnection(psycopg.Connection[tuple[Any, ...]]):
     """A connection that reports whenever the server answers or accepts rows.
 
-    Each wait of psycopg's ends here; a COPY waits for every MiB at least (psycopg 3.3).
+    Every wait in psycopg ends here; a COPY waits at least once per MiB (psycopg 3.3).
     """
 
     progressed: Callable[[], None] = staticmethod(lambda: None)
@@ -109,7 +111,7 @@ class _ReportingConnection(psycopg.Connection[tuple[Any, ...]]):
 
 def connect(dsn: str, progressed: Callable[[], None] = lambda: None) -> Connection:
     """Connect; `progressed` is called whenever the server makes progress. Raises psycopg.OperationalError."""
-    # A pooler in between may not keep prepared statements.
+    # A pooler may not keep prepared statements.
     connection = _ReportingConnection.connect(dsn, prepare_threshold=None)
     connection.progressed = progressed
     return connection
@@ -119,10 +121,10 @@ def connect(dsn: str, progressed: Callable[[], None] = lambda: None) -> Connecti
 def transaction(connection: Connection, isolation: Isolation = "READ COMMITTED") -> Iterator[None]:
     """Open a transaction with the settings above.
 
-    A refresh of the rollups needs one snapshot, so REPEATABLE READ.
+    A refresh of the rollups needs a single snapshot: REPEATABLE READ.
 
-    Raises psycopg.Error, also for a server that dies at the end of a COPY: psycopg 3.3 may then raise
-    ValueError, because the connection has no socket any more.
+    Raises psycopg.Error, also if the server crashes at the end of a COPY, when psycopg 3.3 may raise
+    ValueError because the connection no longer has a socket.
     """
     try:
         with connection.transaction():
@@ -137,9 +139,9 @@ def transaction(connection: Connection, isolation: Isolation = "READ COMMITTED")
 
 
 def prepare(connection: Connection, isolation: Isolation = "READ COMMITTED") -> None:
-    """Set what a transaction of the loader depends on; call it first. Raises psycopg.Error.
+    """Set the settings of a loader transaction; call it first. Raises psycopg.Error.
 
-    One round trip, 0.1 ms; two more for a connection that is used for the first time.
+    Takes one round trip, 0.1 ms, and two more on the first use of a connection.
     """
     level = f"SET TRANSACTION ISOLATION LEVEL {isolation};".encode()
     if (script := _scripts.get(connection)) is None:
@@ -158,10 +160,10 @@ def _settings(connection: Connection) -> bytes:
 
 
 def search_path(connection: Connection) -> Any:
-    """Return the system's schema, that of the tables, the other schemas of the session, and pg_temp.
+    """Return a search path: pg_catalog, the schema of the tables, the session's other schemas, and pg_temp.
 
-    The tables are found wherever they are, so that a changed search path does not hide them. Call it in a
-    transaction, of which it changes the search path. Raises psycopg.Error.
+    The tables are found in any schema, so a changed search path does not hide them. Call it in a transaction,
+    whose search path it changes. Raises psycopg.Error.
     """
     connection.execute(_settings(connection))  # the isolation level cannot be set once a query has run
     ((schemas,),) = connection.execute(_SESSION_SCHEMAS).fetchall()

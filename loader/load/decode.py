@@ -1,9 +1,9 @@
-"""Which rows: a line becomes a `Row`, ready for COPY's text format, or a `Reject` that says why not.
+"""Decodes a line to a `Row` in COPY's text format, or to a `Reject` with the reason.
 
-This room never sees a connection. What it lets through has the types, lengths and ranges of the line format
-(spool/record.py); what only Postgres can know (a number too long, a foreign key) is found by the load. A row
-that was exported from one of the two tables (`row_to_json`) is a line, too: its `id` and `created_at` are
-ignored, but `id` is the event_id of a metric that has none. COPY text format:
+This module never uses a connection. An accepted line has the types, lengths and ranges of the line format
+(spool/record.py); errors that only Postgres can detect (a number too long, a foreign key) are found by the
+load. A row exported from one of the two tables (`row_to_json`) is also a valid line: its `id` and
+`created_at` are ignored, but `id` is the event_id of a metric that has none. COPY text format:
 https://www.postgresql.org/docs/current/sql-copy.html (tab between columns, `\\N` for NULL, backslash
 escapes).
 """
@@ -25,12 +25,13 @@ from spool import ids
 from spool.record import METRIC_TYPES, NAME, canonical_uuid, parse_timestamp, utc_text
 
 MEMO_SIZE: Final = 65536
-"""Ids and names after which the memo of those that were checked is cleared; some 10 MiB."""
+"""Number of validated ids and names at which their memo is cleared; about 10 MiB."""
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _SEPARATORS: Final = "--T::."
-"""Of a timestamp as the emitter writes it. `datetime.fromisoformat` also accepts weeks, commas and times without
-colons, and compares digits itself: a third of the time of a regular expression (0.34 us less per line)."""
+"""The separators of a timestamp written by the emitter. `datetime.fromisoformat` checks the digits, but also
+accepts weeks, commas and times without colons. Both checks take a third of the time of a regular expression
+(0.34 us less per line)."""
 _BACKSLASH: Final = ord("\\")
 _BRACE: Final = ord("{")
 _NULL: Final = "\\N"
@@ -41,14 +42,14 @@ _ESCAPED_NUL: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 
 _ABSENT: Final = msgspec.Raw()
-"""Falsy, as every Raw that holds no bytes; msgspec takes no `Raw | None`."""
+"""Falsy, like every empty Raw; msgspec does not support `Raw | None`."""
 
 
 class Row(msgspec.Struct, frozen=True, gc=False):
-    """A line that can be copied: `copy` is its row in text format without the newline.
+    """A loadable line. `copy` is its row in COPY's text format, without the newline.
 
-    `hour` is that of its timestamp, `2026-11-25T03` in UTC, or the timestamp itself if it is not written as
-    the emitter writes it.
+    `hour` is the hour of its timestamp in UTC, such as `2026-11-25T03`, or the timestamp itself if it is not
+    in the emitter's format.
     """
 
     event_id: str
@@ -58,7 +59,7 @@ class Row(msgspec.Struct, frozen=True, gc=False):
 
 
 class Reject(msgspec.Struct, frozen=True, gc=False):
-    """A line that can't be loaded, with a stable code and a reason for people."""
+    """A line that cannot be loaded, with a stable code and a human-readable reason."""
 
     code: str
     reason: str
@@ -84,7 +85,7 @@ _ID: Final = msgspec.json.Decoder(str | None).decode
 
 
 class _Event(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """An event as the emitter writes it."""
+    """An event in the emitter's format."""
 
     event_id: str
     event_type: str
@@ -97,7 +98,7 @@ class _Event(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 _ids: set[str | None] = {None}
 _names: set[str] = set()
-"""What was seen recently: canonical ids of users, families and sessions (each may be null), and names."""
+"""Recently seen names, and (above) canonical ids of users, families and sessions, each of which may be null."""
 
 
 class _RejectedError(Exception):
@@ -111,13 +112,13 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 
 
 def decode(line: bytes) -> Row | Reject:
-    """Return the row of one line (with or without its newline), or why it has none. Never raises."""
-    if line[_AFTER_ID : _AFTER_ID + 1] != b"m":  # of "metric_name", where the emitter puts it
+    """Return the row of one line (with or without its newline), or a reject. Never raises."""
+    if line[_AFTER_ID : _AFTER_ID + 1] != b"m":  # the first letter of "metric_name" in the emitter's format
         try:
             if (row := _usual_event(_decode_event(line))) is not None:
                 return row
         except (ValueError, RecursionError):
-            pass  # why is found below
+            pass  # the reason is determined below
     try:
         fields = _decode(line)
         return _event(fields) if fields.metric_name is None else _metric(fields)
@@ -130,7 +131,7 @@ def decode(line: bytes) -> Row | Reject:
 
 
 def _usual_event(line: _Event) -> Row | None:
-    """The row of an event that looks as almost all do, or None: half of the time that `_event` takes."""
+    """Return the row of an event in the usual form, or None. Takes half as long as `_event`."""
     event_id, timestamp, session_id = line.event_id, line.timestamp, line.session_id
     metadata = bytes(line.metadata)
     if (
@@ -147,7 +148,7 @@ def _usual_event(line: _Event) -> Row | None:
         and metadata[0] == _BRACE
         and (text := metadata.decode()).isprintable()
     ):
-        datetime.fromisoformat(timestamp)  # a date that exists
+        datetime.fromisoformat(timestamp)  # raises for a date that does not exist
         row_id = event_id if event_id[14] == "7" else ids.uuid7(time.time_ns() // 1_000_000)
         return Row(
             event_id,
@@ -167,7 +168,7 @@ def _event(line: _Line) -> Row:
     user_id = _optional_id(line.user_id, "user_id")
     family_unit_id = _optional_id(line.family_unit_id, "family_unit_id")
     session_id = _optional_id(line.session_id, "session_id")
-    # The primary key is ordered by time, too: its random default costs 20-50 % of the load.
+    # A time-ordered primary key: the random default makes loading 20-50 % slower.
     row_id = event_id if event_id[14] == "7" else ids.uuid7(time.time_ns() // 1_000_000)
     timestamp = _timestamp(line.timestamp)
     return Row(
@@ -216,7 +217,7 @@ def _uuid(text: str | None, field: str) -> str:
 
 
 def _exported_id(raw: msgspec.Raw) -> str:
-    """Return the id of a metric that was exported from its table, where it is the event_id."""
+    """Return the event_id of an exported metric: the table stores it as `id`."""
     try:
         return _uuid(_ID(raw) if raw else None, "event_id")
     except msgspec.ValidationError:
@@ -224,14 +225,14 @@ def _exported_id(raw: msgspec.Raw) -> str:
 
 
 def _optional_id(text: str | UnsetType | None, field: str) -> str:
-    """Return an id for COPY, or NULL; whether the tables accept that, only Postgres knows."""
+    """Return an id for COPY, or NULL. Only Postgres can decide whether the tables accept NULL."""
     if text is UNSET:
         _reject("missing_field", f"{field} is missing")
     return _NULL if text is None else _remembered(_uuid(text, field))
 
 
 def _remembered(text: str) -> str:
-    """`text`, a canonical id, which is now known to be one. From any thread: a lost write costs nothing."""
+    """Add a canonical id to the memo and return it. Any thread may call this: a lost write is harmless."""
     if len(_ids) >= MEMO_SIZE:
         _ids.clear()
         _ids.add(None)
@@ -292,24 +293,24 @@ def _object(raw: msgspec.Raw, field: str) -> str:
 
 
 def _unusual_object(data: bytes, field: str) -> str:
-    """An object with escapes, other letters or blanks between tokens: check and escape it for COPY."""
+    """Check an object with escapes, non-ASCII letters or spaces between tokens, and escape it for COPY."""
     if _ESCAPED_NUL.search(data):
-        _reject("nul_character", f"{field} has the character \\u0000, which Postgres can't store")
+        _reject("nul_character", f"{field} has the character \\u0000, which Postgres cannot store")
     try:
-        orjson.loads(data)  # refuses what msgspec passes over: raw control characters, what is not UTF-8
+        orjson.loads(data)  # refuses what msgspec accepts: raw control characters and invalid UTF-8
     except orjson.JSONDecodeError as error:
         _reject("invalid_json", f"{field} is not JSON: {error}")
-    # A raw tab or carriage return can only stand between tokens here.
+    # A raw tab or carriage return can only be between tokens here.
     text = data.decode().replace("\t", " ").replace("\r", " ").replace("\n", " ")
     return text.replace("\\", "\\\\")
 
 
 def _explain(line: bytes, error: Exception) -> Reject:
-    """Why a line could not be decoded, in the words of what is wrong with it."""
+    """Return a reject that explains why a line could not be decoded."""
     if not line.strip():
         return Reject("empty", "the line is empty")
     if b"\0" in line:
-        return Reject("nul_bytes", "the line has NUL bytes: it was cut by a crash or is no text")
+        return Reject("nul_bytes", "the line has NUL bytes: it was cut by a crash or is not text")
     try:
         text = line.decode()
     except UnicodeDecodeError as not_utf8:
@@ -327,6 +328,6 @@ def _explain(line: bytes, error: Exception) -> Reject:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return Reject("lone_surrogate", "a string has half of a surrogate pair")
+        return Reject("lone_surrogate", "a string has a lone surrogate")
     code = "missing_field" if "missing required" in message else "invalid_field"
     return Reject("unknown_field" if "unknown field" in message else code, message)

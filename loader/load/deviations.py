@@ -1,6 +1,6 @@
-"""How existing tables differ from schema.sql, and the statement that corrects each difference.
+"""Finds differences between existing tables and schema.sql, with a statement that corrects each.
 
-An ORM may have created the tables earlier, and people change them. What matters is what a load relies on: the
+An ORM may have created the tables, and people modify them. Checked is what a load relies on: the
 types of the columns (another type rounds values or cannot be compared), one unique index on the key (a
 duplicate is otherwise an error or a second row), and that nothing else refuses, changes or loses rows.
 """
@@ -21,7 +21,7 @@ from loader.load.database import Connection
 
 
 class Severity(IntEnum):
-    """What a deviation leads to."""
+    """The consequence of a deviation."""
 
     RISK = 1
     """Some rows may be refused or lost."""
@@ -59,7 +59,7 @@ _COLUMNS: Final[Mapping[str, Mapping[str, str]]] = {
         "loader_host": "text",
     },
 }  # fmt: skip
-"""Columns that a load writes, with their types in schema.sql."""
+"""Columns written by a load, with their types in schema.sql."""
 _KEYS: Final = {"analytics_events": "event_id", "analytics_metrics": "id", "analytics_loads": "digest"}
 _DEFAULTS: Final = {"id": "gen_random_uuid()", "metadata": "'{}'", "labels": "'{}'"}
 _OPTIONAL: Final = frozenset({"session_id", "labels"})
@@ -69,12 +69,12 @@ _TYPES: Final = {
     "timestamptz": r"timestamp(\(6\))? with time zone",
     "varchar(100)": r"text|character varying(\(\d+\))?", "varchar(50)": r"text|character varying(\(\d+\))?",
 }  # fmt: skip
-"""Types, as format_type() writes them, that hold every value unchanged; a width is checked beside."""
+"""Types, as written by format_type(), that store every value unchanged; the width is checked separately."""
 _TEXTUAL: Final = re.compile(
     r"text|character|character varying|character\(\d+\)|character varying\(\d+\)|json|jsonb"
 )
 
-# All names are those of pg_catalog: nobody else can have put an operator or a function there.
+# All names are in pg_catalog, in which other users cannot create operators or functions.
 _RELATIONS_SQL: Final = """
     SELECT c.oid::bigint AS oid, c.relname AS name, c.oid::pg_catalog.regclass::text AS shown,
         c.relkind AS kind,
@@ -151,7 +151,7 @@ _HOOKS_SQL: Final = """
 
 
 def find(connection: Connection) -> list[Deviation]:
-    """Return how the tables that exist differ, the most severe deviations first. Raises psycopg.Error."""
+    """Return the deviations of existing tables, the most severe first. Raises psycopg.Error."""
     relations = _rows(connection, _RELATIONS_SQL, list(_COLUMNS))
     ids = [relation.oid for relation in relations]
     columns, indexes, hooks = (
@@ -169,7 +169,7 @@ def find(connection: Connection) -> list[Deviation]:
 
 
 def refuse(deviations: Sequence[Deviation]) -> None:
-    """Raise LoaderError, with the statements that help, if a load would store wrong rows or none."""
+    """Raise LoaderError, with the correcting statements, if a load would store wrong rows or none."""
     refused = [str(each) for each in deviations if each.severity is Severity.REFUSED]
     if refused:
         raise LoaderError(f"cannot load into these tables, nothing was changed: {' '.join(refused)}")
@@ -234,7 +234,7 @@ def _loaded_column(relation: Any, column: Any, kind: str) -> Iterator[Deviation]
             )
         return
     if column.generated:
-        # A virtual column (PostgreSQL 18) has no values that could be kept.
+        # A virtual column (PostgreSQL 18) has no stored values to keep.
         change = (
             f"ALTER COLUMN {column.name} DROP EXPRESSION" if column.generated == "s"
             else f"DROP COLUMN {column.name}, ADD COLUMN {column.name} {kind}"
@@ -264,16 +264,16 @@ def _loaded_column(relation: Any, column: Any, kind: str) -> Iterator[Deviation]
 
 
 def _drop_readers(column: Any) -> str:
-    """Return the statements without which a column cannot change its type.
+    """Return the statements that must run before a column can change its type.
 
-    `loader init` creates our views and questions again.
+    `loader init` recreates our views and questions.
     """
     readers = (("VIEW", column.views), ("FUNCTION", column.functions))
     return "".join(f"DROP {kind} {', '.join(names)}; " for kind, names in readers if names)
 
 
 def _type_change(column: Any, kind: str) -> str | None:
-    """Return the clauses that change the type of a column, None if its values cannot be converted."""
+    """Return the clauses that change the type of a column, or None if its values cannot be converted."""
     name = column.name
     if kind == "timestamptz" and column.base.startswith("timestamp"):
         using = f"{name} AT TIME ZONE 'UTC'" if "without" in column.base else f"{name}::timestamptz"
@@ -286,7 +286,7 @@ def _type_change(column: Any, kind: str) -> str | None:
     else:
         return None
     clauses = [f"ALTER COLUMN {name} TYPE {kind} USING {using}"]
-    if column.has_default:  # which may not have the new type
+    if column.has_default:  # it may not have the new type
         clauses.insert(0, f"ALTER COLUMN {name} DROP DEFAULT")
         if name in _DEFAULTS:
             clauses.append(f"ALTER COLUMN {name} SET DEFAULT {_DEFAULTS[name]}")
@@ -294,7 +294,7 @@ def _type_change(column: Any, kind: str) -> str | None:
 
 
 def _width(kind: str) -> float:
-    """Return the characters that a type holds."""
+    """Return the maximum length of a type in characters."""
     found = re.fullmatch(r"(?:character varying|varchar)\((\d+)\)", kind)
     return int(found[1]) if found else float("inf")
 
@@ -310,11 +310,12 @@ def _uniqueness(relation: Any, indexes: Sequence[Any]) -> Iterator[Deviation]:
     elif unique:
         kind = "PRIMARY KEY" if unique[0].is_primary else "UNIQUE"
         problem = (
-            f'checks that "{key}" is unique at the end of a transaction only, as its constraint is deferrable'
+            f'checks that "{key}" is unique only at the end of a transaction, because its constraint is '
+            "deferrable"
         )
         remedy = f"{alter} DROP CONSTRAINT {_quoted(unique[0].constraint_name)}, ADD {kind} ({key});"
     elif relation.kind == "p":
-        yield _moved_away(relation, f"{problem}, as it is partitioned by something else")
+        yield _moved_away(relation, f"{problem}, because it is partitioned by another column")
         return
     else:
         remedy = f"{alter} ADD UNIQUE ({key});"

@@ -1,4 +1,4 @@
-"""The lines that emitters dropped, as their metrics report them, by cause and event type or metric name."""
+"""Counts the lines that emitters dropped, from their metrics, by cause and event type or metric name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spool.drops import Report
 from spool.metric_names import DROPPED_METRIC
 
 LARGEST: Final = 100
-"""Kinds that are shown, those with the most drops."""
+"""Number of kinds shown, those with the most drops first."""
 _DROPPED: Final = """
     SELECT coalesce(labels OPERATOR(pg_catalog.->>) 'cause'::text, '?'),
         coalesce(labels OPERATOR(pg_catalog.->>) 'name'::text, '?'), pg_catalog.sum(value)::bigint
@@ -22,13 +22,13 @@ _DROPPED: Final = """
 
 
 def dropped(connection: Connection, within: str | None = None) -> dict[str, int]:
-    """Return the drops by "cause name", all or those within an interval. Raises psycopg.Error."""
+    """Return all drops, or those within an interval, by "cause name". Raises psycopg.Error."""
     found = connection.execute(_DROPPED.encode(), [DROPPED_METRIC, within, within, LARGEST])
     return {f"{cause} {name}": int(count) for cause, name, count in found}
 
 
 def unreported(reports: Iterable[Report]) -> Mapping[str, int]:
-    """Return what no metric has reported yet, by "cause name"."""
+    """Return the drops that no metric has reported yet, by "cause name"."""
     counts: dict[str, int] = {}
     for (cause, name), begin, end in reports:
         counts[f"{cause} {name}"] = counts.get(f"{cause} {name}", 0) + end - begin

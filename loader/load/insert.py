@@ -1,12 +1,12 @@
-"""Lines into the tables: three ways, each slower and more thorough than the one before.
+"""Inserts lines into the tables in one of four ways, each slower and more thorough than the previous one.
 
-    direct          COPY while decoding; fails for any row that exists or is refused
-    deduplicating   the same, but rows whose id exists or occurred before are staged and compared
+    direct          COPY while decoding; fails for any row that already exists or is refused
+    deduplicating   the same, but rows whose id exists or is repeated are staged and compared
     comparing       every row is staged and compared
-    isolating       as comparing; what Postgres refuses or does not keep is found and rejected (isolate.py)
+    isolating       like comparing; rows that Postgres refuses or does not store are found and rejected (isolate.py)
 
-The first three fail as a whole. A unique violation or a deadlock leads to the next way, an outage to the
-caller, and any other error to `isolating`: also one that only COPY has (row-level security; on Citus, every
+The first three fail as a whole. After a unique violation or a deadlock the next way is tried; an outage is
+raised; any other error leads to `isolating`, also one specific to COPY (row-level security; on Citus, every
 error of a worker is an XX000).
 """
 
@@ -32,20 +32,20 @@ from loader.load.tables import EVENTS, METRICS, Table
 from loader.load.triggers import triggers
 
 MANY_DUPLICATES: Final = 0.5
-"""Share from which on comparing every row costs less than looking up those that exist (measured)."""
+"""Share of duplicates from which comparing every row is cheaper than looking up existing ones (measured)."""
 _BEGINNING: Final = re.compile(
     rb'\s*\{\s*"event_id"\s*:\s*"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"\s*,\s*"'
     rb"(event_type|metric_name)"
 ).match
 
 _TRY_NEXT: Final = (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected)
-"""COPY inserts in the order of the lines: two loaders with the same lines may wait for each other."""
+"""COPY inserts in the order of the lines, so two loaders with the same lines may deadlock."""
 
 _Way = Callable[[Connection, Sequence[Outcome]], None]
 
 
 def insert(connection: Connection, chunks: Sequence[Chunk], duplicates: float) -> list[Outcome]:
-    """Insert the lines of some chunks. `duplicates` is the share that is expected to exist.
+    """Insert the lines of some chunks. `duplicates` is the expected share of existing rows.
 
     Raises psycopg.Error if the rows are not at fault.
     """
@@ -86,7 +86,7 @@ def _direct(connection: Connection, outcomes: Sequence[Outcome]) -> None:
 
 
 def _deduplicating(connection: Connection, outcomes: Sequence[Outcome]) -> None:
-    """Ids to look up are read from the bytes, as the emitter writes them; COPY fails for one it missed."""
+    """Ids to look up are searched in the bytes, in the emitter's format; COPY fails for a missed one."""
     seen = _existing_ids(connection, outcomes)
     repeated: dict[Table, list[Line]] = {EVENTS: [], METRICS: []}
     with _copying_lines(connection) as write:
@@ -103,7 +103,7 @@ def _deduplicating(connection: Connection, outcomes: Sequence[Outcome]) -> None:
 
 
 def _comparing(connection: Connection, outcomes: Sequence[Outcome]) -> None:
-    """Send events while they are decoded, so that the server works at the same time."""
+    """Send events while they are decoded, so that the server works in parallel."""
     events: list[Line] = []
     metrics: list[Line] = []
     staged = Staging(connection, EVENTS)
@@ -133,7 +133,7 @@ def insert_lines(connection: Connection, lines: Sequence[Line]) -> None:
 
 @contextmanager
 def _copying_lines(connection: Connection) -> Iterator[Callable[[Line], None]]:
-    """Open a COPY of lines that are new: events go as they come, metrics when the block ends."""
+    """Open a COPY for new lines: events are sent immediately, metrics at the end of the block."""
     metrics: list[str] = []
     ids: dict[Table, list[str]] = {EVENTS: [], METRICS: []}
     with copying.copying(connection, sql.Identifier(EVENTS.name), EVENTS.columns) as events:
@@ -156,7 +156,7 @@ def _copying_lines(connection: Connection) -> Iterator[Callable[[Line], None]]:
 
 
 def _existing_ids(connection: Connection, outcomes: Sequence[Outcome]) -> dict[Table, set[str]]:
-    """Return which of the ids that the chunks seem to have are the key of a row, by table."""
+    """Return the ids found in the chunks that are keys of existing rows, by table."""
     ids: dict[bytes, list[str]] = {b"event_type": [], b"metric_name": []}
     for outcome in outcomes:
         for found in filter(None, map(_BEGINNING, outcome.chunk.lines())):
@@ -168,12 +168,14 @@ def _existing_ids(connection: Connection, outcomes: Sequence[Outcome]) -> dict[T
 
 
 def _settle(lines: Sequence[Line], inserted: Inserted) -> None:
-    """Count what became of lines whose rows were inserted or compared."""
+    """Count the outcome of lines whose rows were inserted or compared."""
     for position in inserted.duplicates:
         lines[position].outcome.duplicates += 1
     for collision in inserted.collisions:
         line = lines[collision.position]
-        reason = f"event_id {line.row.event_id} is taken by another payload: {collision.existing}"
+        reason = (
+            f"event_id {line.row.event_id} belongs to a row with a different payload: {collision.existing}"
+        )
         line.reject(Reject("collision", reason))
     for position, reject in inserted.refused.items():
         lines[position].reject(reject)

@@ -1,12 +1,12 @@
-"""Rows of which Postgres refuses some, or does not keep some: finds which, and stores the others.
+"""Isolates the rows of a batch that Postgres refuses or does not store, and stores the others.
 
-    staging     COPY into a table of text, converted afterwards: finds values that a column's type refuses
-    together    all rows in one statement, without the ones that a foreign key refuses (found by an anti-join)
-                or that lack an identity which the table requires
-    row by row  if that fails; in the server, some 30 us each. Whatever refuses a row, it is that row
+    staging     COPY into a table of text columns, converted afterwards: finds values refused by a column's type
+    together    all rows in one statement, except those refused by a foreign key (found by an anti-join)
+                and those without an identity that the table requires
+    row by row  if that fails; in the server, about 30 us each. Any refusal then concerns a single row
 
-Row by row means a block of PL/pgSQL with an exception handler: no other row is affected, and nothing is sent
-twice. A code that means an outage is passed on, unless a function raised it (sqlstate.py). If no row at all
+Row by row uses a PL/pgSQL block with an exception handler: no other row is affected, and nothing is sent
+twice. A code that means an outage is re-raised, unless a function raised it (sqlstate.py). If no row at all
 was stored, the code is one that a person must do something about, and the newest row of the table could not
 be inserted now either, then the configuration is at fault.
 """
@@ -40,11 +40,11 @@ _UNIQUE: Final = "postgres_23505"
 
 
 class AllRefusedError(Exception):
-    """Cause of an error that refused every row of a batch, but not an insert without rows."""
+    """The cause of an error that refused every row of a batch, but not an INSERT without rows."""
 
 
 def insert_isolating(connection: Connection, table: Table, rows: Sequence[Row]) -> Inserted:
-    """Insert rows, each once, and return which were refused. Raises psycopg.Error if no row is at fault."""
+    """Insert rows, each once, and return the refused ones. Raises psycopg.Error if no row is at fault."""
     with connection.transaction():
         staging = Staging(connection, table)
         refused = _stage(staging, rows)
@@ -52,7 +52,7 @@ def insert_isolating(connection: Connection, table: Table, rows: Sequence[Row]) 
 
 
 def _insert(staging: Staging) -> Inserted:
-    """Insert together what can be, without the rows that a foreign key refuses."""
+    """Insert as many rows as possible in one statement, without those refused by a foreign key."""
     orphans: dict[int, Reject] = {}
     while True:
         try:
@@ -97,7 +97,7 @@ _FOREIGN_KEY: Final = """
 
 
 def _orphans(staging: Staging, constraint: str | None) -> dict[int, Reject]:
-    """Return the rows without a parent, if the loader may read it and rows are stored as they are staged."""
+    """Return the rows without a parent row, if the loader may read the parent table and no trigger changes rows."""
     found = staging.run(_FOREIGN_KEY, constraint).fetchall()
     if len(found) != 1 or not found[0][-1] or triggers(staging.connection, staging.table):
         return {}
@@ -130,7 +130,7 @@ _NOT_NULL: Final = "23502"
 
 
 def _without_identity(staging: Staging, column: str | None) -> dict[int, Reject]:
-    """Return the rows without a person or family, if that is what was refused and no trigger adds one."""
+    """Return the rows without a user or a family, if this was the refused column and no trigger adds it."""
     if column not in _IDENTITY or triggers(staging.connection, staging.table):
         return {}
     found = staging.run(
@@ -182,7 +182,7 @@ _CREATE: Final = (
 
 
 def _insert_each(staging: Staging, error: psycopg.Error | None) -> Inserted:
-    """Insert row by row what does not exist. Raises `error` if the configuration is at fault."""
+    """Insert non-existing rows one by one. Raises `error` if the configuration is at fault."""
     if error is not None:
         staging.run("INSERT INTO {table} ({all}) SELECT {all} FROM {staging} WHERE false")
     existing = staging.compare()
@@ -209,7 +209,7 @@ def _insert_each(staging: Staging, error: psycopg.Error | None) -> Inserted:
 
 
 def _accepts_newest(staging: Staging) -> bool:
-    """Whether a copy of the newest row could be inserted now: then other rows are not refused as such."""
+    """Whether a copy of the newest row could be inserted now: then not every row is refused."""
     table = staging.table
     values = [
         sql.SQL("pg_catalog.gen_random_uuid()") if column in ("id", table.key) else sql.Identifier(column)
@@ -236,7 +236,7 @@ def _row_by_row(
     staging: Staging, positions: Sequence[int], source: sql.Identifier, target: sql.Identifier,
     columns: Iterable[str], values: Iterable[sql.Composable],
 ) -> dict[int, Reject]:  # fmt: skip
-    """Insert rows of a table with positions into another; return those that were refused."""
+    """Insert rows of a table with positions into another table one by one; return the refused ones."""
     body = staging.format(
         _ROW_BY_ROW, source=source, target=target, values=sql.SQL(", ").join(values),
         columns=sql.SQL(", ").join(map(sql.Identifier, columns)), outage=sql.Literal(retry_pattern()),
@@ -264,7 +264,7 @@ _TYPES: Final = """
 
 
 def _stage(staging: Staging, rows: Sequence[Row]) -> dict[int, Reject]:
-    """Fill the staging table; return the rows with a value that the type of its column refuses."""
+    """Fill the staging table; return the rows with a value that the type of its column does not accept."""
     columns = staging.table.columns
     texts = sql.Identifier("pg_temp", f"texts_{staging.table.name}")
     staging.create()
@@ -308,7 +308,7 @@ def _convert(
 def _send(
     connection: Connection, target: sql.Identifier, columns: Sequence[str], rows: Sequence[tuple[int, str]]
 ) -> dict[int, Reject]:
-    """COPY rows, and return those that are refused: text that the database's encoding does not have."""
+    """COPY rows, and return the refused ones, which have text that the database's encoding cannot represent."""
     try:
         with connection.transaction(), copying(connection, target, ("position", *columns)) as writer:
             for position, row in rows:
@@ -326,7 +326,7 @@ def _send(
 
 
 def _split(rows: Sequence[tuple[int, str]], error: psycopg.Error) -> list[Sequence[tuple[int, str]]]:
-    """Return parts that keep the offending rows apart: halves, and by itself the row that COPY names."""
+    """Split rows to isolate the offending one: halves, and separately the row that COPY names."""
     named = _COPY_LINE.search(error.diag.context or "")
     place = int(named[1]) - 1 if named else -1
     if not 0 <= place < len(rows):

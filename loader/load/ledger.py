@@ -19,7 +19,7 @@ TABLE: Final = "analytics_loads"
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the ledger: where a chunk was read, and what became of its lines."""
+    """A row of the ledger: the origin of a chunk and the counts of its lines."""
 
     digest: bytes
     file: str
@@ -40,7 +40,7 @@ _COLUMNS: Final = {
     "digest": "bytea", "file": "text", "byte_offset": "bigint", "bytes": "bigint", "lines": "bigint",
     "events": "bigint", "metrics": "bigint", "duplicates": "bigint", "rejected": "bigint",
 }  # fmt: skip
-"""Columns that the loader writes, with their types."""
+"""The columns written by the loader, with their types."""
 _RECORD: Final = sql.SQL(
     "INSERT INTO analytics_loads ({}, loader_host) SELECT entry.*, %s FROM unnest({}) AS entry "
     "ON CONFLICT (digest) DO NOTHING RETURNING digest"
@@ -51,16 +51,16 @@ _RECORD: Final = sql.SQL(
 
 
 def known(connection: Connection, digests: Sequence[bytes]) -> set[bytes]:
-    """Return those digests whose chunks the ledger has already. Raises psycopg.Error."""
+    """Return the digests that are already in the ledger. Raises psycopg.Error."""
     found = connection.execute("SELECT digest FROM analytics_loads WHERE digest = ANY(%s)", [list(digests)])
     return {digest for (digest,) in found}
 
 
 def record(connection: Connection, entries: Sequence[Entry]) -> set[bytes]:
-    """Write rows of the ledger; return the digests of those that are new. The others another loader wrote.
+    """Write ledger rows; return the digests of the new ones. The others were written by another loader.
 
-    In the order of the digests, so that two loaders cannot deadlock. Raises psycopg.Error, and LoaderError if
-    the ledger does not keep its rows.
+    Rows are written in the order of the digests, so that two loaders cannot deadlock. Raises psycopg.Error,
+    and LoaderError if the ledger does not store its rows.
     """
     if not entries:
         return set()

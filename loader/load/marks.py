@@ -1,7 +1,7 @@
-"""Marks of touched hours, `analytics_touched`: a load appends one for each hour of UTC that it added rows to.
+"""Marks touched hours in `analytics_touched`: a load appends a mark for each UTC hour that got new rows.
 
-They are written in the transaction of the rows, so that a rollup never misses a row: whoever sees the row
-sees the mark. Tables of an earlier version have no such table, and no rollups.
+Marks are written in the transaction of the rows, so that a rollup never misses a row: if a row is visible, so
+is its mark. Earlier schema versions have neither this table nor rollups.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HOUR: Final = len("2026-11-25T03")
 
 
 def record(connection: Connection, outcomes: Iterable[Outcome]) -> None:
-    """Mark the hours of the rows that were inserted. Raises psycopg.Error."""
+    """Mark the hours of the inserted rows. Raises psycopg.Error."""
     marks = {(_moment(hour), "events") for outcome in outcomes for hour in outcome.event_hours}
     marks |= {(_moment(hour), "metrics") for outcome in outcomes for hour in outcome.metric_hours}
     if not marks:

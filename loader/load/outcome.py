@@ -1,4 +1,4 @@
-"""What becomes of the lines of one chunk: decoded here, counted and rejected by whoever inserts them."""
+"""The outcome of the lines of one chunk: decoded here, counted and rejected by the code that inserts them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from loader.load.tables import EVENTS
 from spool.metric_names import DROPPED_METRIC
 
 OVERSIZE: Final = "oversize"
-"""Code of a line longer than a chunk: its reject holds its beginning only, so it cannot be retried."""
+"""Reject code of a line longer than a chunk. The reject holds only its beginning, so it cannot be retried."""
 
 BLANK: Final = "empty"
-"""Code of a line without a character that is not a blank: not a line, so it is not counted."""
+"""Reject code of a blank line, which is not counted as a line."""
 
 
 _DROPPED: Final = f"{DROPPED_METRIC}\t"
@@ -43,7 +43,7 @@ class Outcome:
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
     event_hours: set[str] = field(default_factory=set)
     metric_hours: set[str] = field(default_factory=set)
-    """The hours of the rows that are new, as in `Row.hour`."""
+    """The hours of the new rows, as in `Row.hour`."""
 
     @property
     def counts(self) -> Counts:
@@ -53,12 +53,12 @@ class Outcome:
         return Loaded(self.counts, bytes=self.chunk.size, dropped=self.dropped)
 
     def entry(self) -> Entry:
-        """Return the chunk's row of the ledger."""
+        """Return the chunk's ledger row."""
         chunk = self.chunk
         return Entry(chunk.digest, chunk.file, chunk.offset, chunk.size, self.counts)
 
     def insert(self, row: Row) -> None:
-        """Count a row that is new, and note its hour."""
+        """Count a new row, and record its hour."""
         if row.table is EVENTS:
             self.events += 1
             self.event_hours.add(row.hour)
@@ -69,7 +69,7 @@ class Outcome:
                 self._count_dropped(row.copy)
 
     def _count_dropped(self, copy: str) -> None:
-        """Count what a metric reports; one that somebody else wrote may have any value and labels."""
+        """Count the drops reported by a metric. A metric from another source may have any value and labels."""
         with contextlib.suppress(ValueError, OverflowError, AttributeError):
             _, _, _, value, labels, _ = copy.split("\t")
             kind = orjson.loads(labels.replace("\\\\", "\\"))
@@ -80,12 +80,12 @@ class Outcome:
         self.rejects.append(Rejected(self.chunk.file, line, reject.code, reject.reason, raw))
 
     def sort_rejects(self) -> None:
-        """Put the rejects in the order of their lines."""
+        """Sort the rejects by line number."""
         self.rejects.sort(key=lambda rejected: rejected.line)
 
 
 class Line(msgspec.Struct, frozen=True, gc=False):
-    """A line that has a row."""
+    """A line with a row."""
 
     outcome: Outcome
     number: int
@@ -100,13 +100,13 @@ class Line(msgspec.Struct, frozen=True, gc=False):
 
 
 def decoded(outcomes: Sequence[Outcome]) -> Iterator[Line]:
-    """Yield the lines of the chunks that have a row; the others are rejected."""
+    """Yield the lines of the chunks that have a row; reject the others."""
     for outcome in outcomes:
         yield from decoded_lines(outcome, outcome.chunk.lines())
 
 
 def decoded_lines(outcome: Outcome, lines: Iterable[bytes]) -> Iterator[Line]:
-    """As `decoded`, for given lines that are those of the outcome's chunk."""
+    """Do as `decoded`, for the given lines of the outcome's chunk."""
     chunk = outcome.chunk
     for number, raw in enumerate(lines, chunk.first_line):
         row = _oversize(chunk) if chunk.oversize else decode(raw)
@@ -118,5 +118,6 @@ def decoded_lines(outcome: Outcome, lines: Iterable[bytes]) -> Iterator[Line]:
 
 def _oversize(chunk: Chunk) -> Reject:
     return Reject(
-        OVERSIZE, f"the line has {chunk.size} bytes; only its beginning is here, the whole is in the file"
+        OVERSIZE,
+        f"the line has {chunk.size} bytes; this is only its beginning, the whole line is in the file",
     )

@@ -1,9 +1,9 @@
-"""Partitions of the tables, in the partitioned layout: makes the missing ones, and reports on those that exist.
+"""Creates the missing partitions of the partitioned layout, and inspects the existing ones.
 
-A row lies in the partition of the time in its UUIDv7, a day of UTC unless another width was chosen.
-`analytics_make_partitions` (schema.sql) makes them as the owner of the tables. Each call locks the tables that
-foreign keys refer to, so it makes one partition, in a transaction of its own, and waits 100 ms for a lock at
-most: in the meantime, statements of the application would queue behind it.
+A row is in the partition of the time in its UUIDv7, by default a UTC day. `analytics_make_partitions`
+(schema.sql) creates partitions as the owner of the tables. Each call locks the tables that foreign keys
+reference, so it creates one partition in its own transaction, and waits at most 100 ms for a lock: until
+then, statements of the application queue behind it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import psycopg
 from loader.load.database import Connection, connect, transaction
 
 RUNWAY_DAYS: Final = 14
-"""Days ahead for which the daemon makes partitions."""
+"""Number of days ahead for which the daemon creates partitions."""
 _PAUSE_SECONDS: Final = 0.5
-"""Between two attempts to get a lock, on average: the application has its turn for most of the time."""
+"""Average pause between two attempts to get a lock: the application can proceed most of the time."""
 _MAKE: Final = "SELECT analytics_make_partitions(%s::timestamptz, %s::timestamptz)"
 _NOT_NOW: Final = (
     psycopg.errors.LockNotAvailable,
     psycopg.errors.DeadlockDetected,
-    psycopg.errors.CheckViolation,  # a row came to the default partition in the meantime
+    psycopg.errors.CheckViolation,  # a row was inserted into the default partition in the meantime
 )
 
 
@@ -37,11 +37,11 @@ def make(
     connection: Connection, since: datetime | None = None, until: datetime | None = None,
     stopped: Callable[[], bool] = lambda: False, patience: float = 60.0,
 ) -> int:  # fmt: skip
-    """Make the partitions that are missing from `since` to `until`, and return how many were made.
+    """Create the missing partitions from `since` to `until`, and return their number.
 
-    Without a range: those of the coming days, and of rows that wait in the default partition. Does nothing in
-    the plain layout. `patience` is in seconds; the connection must be in no transaction. Raises psycopg.Error:
-    LockNotAvailable if other sessions hold a lock for longer than that.
+    Without a range, creates those for the next days, and for rows that wait in the default partition. Does
+    nothing in the plain layout. `patience` is in seconds; the connection must not be in a transaction. Raises
+    psycopg.Error: LockNotAvailable if other sessions hold a lock for longer than that.
     """
     total, deadline = 0, time.monotonic() + patience
     while not stopped():
@@ -51,7 +51,7 @@ def make(
         except _NOT_NOW:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(random.uniform(0.5, 1.5) * _PAUSE_SECONDS)  # nothing reports that a lock is free
+            time.sleep(random.uniform(0.5, 1.5) * _PAUSE_SECONDS)  # the release of a lock is not reported
             continue
         if not made:
             break
@@ -75,7 +75,7 @@ _ID: Final = re.compile(rb'"(?:event_)?id"\s*:\s*"([0-9A-Fa-f-]{36})"')
 
 
 class Ahead:
-    """Makes the partitions of old rows before they are loaded, so that they need not be moved there."""
+    """Creates the partitions of old rows before they are loaded, so that the rows need not be moved later."""
 
     def __init__(self, dsn: Callable[[], str]) -> None:
         self._dsn = dsn
@@ -83,9 +83,10 @@ class Ahead:
         self._is_partitioned: bool | None = None
 
     def prepare(self, lines: Iterable[bytes]) -> None:
-        """Make partitions for the days of the ids in some lines.
+        """Create partitions for the days of the ids in some lines.
 
-        Does nothing in the plain layout. A failure is left to the load: the rows go to the default partition.
+        Does nothing in the plain layout. Failures are ignored: the rows are then loaded into the default
+        partition.
         """
         if self._is_partitioned is False:
             return
@@ -106,7 +107,7 @@ _VERSION: Final = 14
 
 
 def days_of(ids: Iterable[str]) -> set[datetime]:
-    """Return the days of UTC at which UUIDs of version 7 were made, without those that get no partition."""
+    """Return the UTC days in UUIDs of version 7, without days that get no partition."""
     prefixes = {key[:8] for key in ids if key[_VERSION] == "7"}
     moments = (
         datetime.fromtimestamp((int(prefix, 16) << 16) / 1000, UTC)
@@ -119,19 +120,19 @@ def days_of(ids: Iterable[str]) -> set[datetime]:
 
 
 _BOUNDS: Final = ("016f5e66", "02000000")
-"""The first eight digits of an id of 2020, and of one of 2039: what lies before and after is not divided by days."""
+"""The first eight digits of ids of 2020 and of 2039: earlier and later ids are not partitioned by day."""
 
 MOST_RANGES: Final = 8
-"""Ranges of keys in one statement. The planner looks at each partition for each range."""
+"""Maximum number of key ranges in one statement. The planner checks each partition for each range."""
 _GAP: Final = 24 * 60 * 60 * 1000 >> 16
-"""Between two keys, in units of 65.5 s, from which on they are in two ranges: a day."""
+"""Distance of keys, in units of 65.5 s, from which they are in separate ranges: a day."""
 
 
 def key_ranges(keys: Iterable[str]) -> list[tuple[str, str]]:
-    """Return at most MOST_RANGES ranges, lowest and highest key, that hold all of some canonical UUIDs.
+    """Return at most MOST_RANGES ranges (lowest and highest key) that cover all given canonical UUIDs.
 
-    A statement with these bounds is planned for the partitions that may hold the keys, not for all: with 999
-    partitions that is 5 ms instead of 0.5 s. Keys of late rows and of other versions get ranges of their own.
+    With these bounds the planner only considers partitions that may contain the keys: 5 ms instead of 0.5 s
+    with 999 partitions. Keys of late rows and of other versions get separate ranges.
     """
     lows: dict[str, str] = {}
     highs: dict[str, str] = {}
@@ -148,7 +149,7 @@ def key_ranges(keys: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _joined(ranges: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return ranges in order with all but the widest gaps between them closed."""
+    """Return sorted ranges, joined except at the widest gaps between them."""
     gaps = [int(after[0][:8], 16) - int(before[1][:8], 16) for before, after in itertools.pairwise(ranges)]
     widest = sorted((gap for gap in gaps if gap > _GAP), reverse=True)[: MOST_RANGES - 1]
     least = widest[-1] if widest else None

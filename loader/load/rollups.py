@@ -1,6 +1,6 @@
-"""Rollups of the tables: computing the hours that loads touched, and their state.
+"""Computes the rollups of touched hours, and reports their state.
 
-A reader always gets exact answers (schema.sql, "questions"); a refresh makes them cheap.
+Readers always get exact answers (schema.sql, "questions"); a refresh makes them fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loader.errors import LoaderError
 from loader.load.database import Connection, transaction
 
 SLICE_HOURS: Final = 168
-"""Hours that one transaction computes: some seconds of a server's work at 10 events a second."""
+"""Hours computed by one transaction: some seconds of server time at 10 events per second."""
 _TOUCHED: Final = (
     "SELECT pg_catalog.count(DISTINCT hour) FILTER (WHERE pg_catalog.isfinite(hour)), "
     "pg_catalog.min(hour) FILTER (WHERE pg_catalog.isfinite(hour)), "
@@ -30,7 +30,7 @@ _WAITING: Final = (
     "WHERE source <> 'users' AND hour <= pg_catalog.now() - interval '1 hour' AND NOT EXISTS ("
     "SELECT FROM analytics_sealed AS sealed WHERE sealed.source = mark.source AND sealed.hour = mark.hour))"
 )
-"""Whether a refresh would have something to compute."""
+"""Whether a refresh would compute anything."""
 _DIFFERENCES: Final = (
     "SELECT * FROM analytics_check_rollups('-infinity'::timestamptz, 'infinity'::timestamptz)"
 )
@@ -39,7 +39,7 @@ _PAUSE_SECONDS: Final = 0.2
 
 @dataclass(frozen=True)
 class Touched:
-    """Hours that readers take from rows: how many, the oldest, and how long ago it began.
+    """The touched hours, which readers compute from rows: their number, the oldest, and how long ago it began.
 
     `unbuilt` means that no rollup was computed since the tables were upgraded.
     """
@@ -59,19 +59,19 @@ class Touched:
 
 
 def touched(connection: Connection) -> Touched:
-    """Return which hours are touched. Raises psycopg.Error."""
+    """Return the touched hours. Raises psycopg.Error."""
     ((hours, oldest, unbuilt, seconds),) = connection.execute(_TOUCHED).fetchall()
     age = (
         None if seconds is None else timedelta(seconds=seconds)
-    )  # not an interval, whose form a role may set
+    )  # not an interval, whose text form depends on a setting
     return Touched(hours, oldest, unbuilt, age)
 
 
 def refresh(connection: Connection, stopped: Callable[[], bool] = lambda: False) -> int:
-    """Compute the hours and days that are touched and have ended, in transactions of some of them each.
+    """Compute touched hours and days that have ended, in several transactions.
 
-    Returns how many; 0 also while another refresh runs. The connection must be in no transaction. Raises
-    psycopg.Error; psycopg.errors.SerializationFailure if another refresh was faster: try again.
+    Returns their number, or 0 while another refresh runs. The connection must not be in a transaction. Raises
+    psycopg.Error, and psycopg.errors.SerializationFailure if another refresh was faster: try again.
     """
     total, done = 0, 1
     while done and not stopped():
@@ -81,10 +81,10 @@ def refresh(connection: Connection, stopped: Callable[[], bool] = lambda: False)
 
 
 def refresh_patiently(connection: Connection, stopped: Callable[[], bool], patience: float) -> int:
-    """Refresh until all is computed, also beside another refresh, such as the daemon's; return how much was.
+    """Refresh until everything is computed, even beside another refresh; return the number of hours and days.
 
-    `patience` is in seconds. Raises psycopg.Error as `refresh`, and LoaderError if the tables are of a version
-    without rollups, or if another refresh still runs.
+    `patience` is in seconds. Raises psycopg.Error as `refresh` does, and LoaderError if the schema version
+    has no rollups, or if another refresh is still running.
     """
     total, deadline = 0, time.monotonic() + patience
     while not stopped():
@@ -101,23 +101,23 @@ def refresh_patiently(connection: Connection, stopped: Callable[[], bool], patie
         if not waiting:
             break
         if time.monotonic() > deadline:
-            raise LoaderError("another refresh of the rollups has not ended: try again")
-        time.sleep(_PAUSE_SECONDS)  # nothing reports the end of another session's transaction
+            raise LoaderError("another refresh of the rollups is still running: try again later")
+        time.sleep(_PAUSE_SECONDS)  # the end of another session's transaction cannot be observed
     return total
 
 
 def differences(connection: Connection) -> list[tuple[str, datetime, int, int]]:
-    """Return the hours whose rollup has another count than their rows: source, hour, in rows, in the rollup.
+    """Return the hours whose rollup differs from their rows: source, hour, count of rows, count in the rollup.
 
-    Touched and pruned hours are left out: readers take the former from rows, and the latter have none. Reads
-    all rows. Raises psycopg.Error.
+    Touched and pruned hours are omitted: the former are answered from rows, and the latter have no rows.
+    Reads all rows. Raises psycopg.Error.
     """
     with transaction(connection, "REPEATABLE READ"):
         return connection.execute(_DIFFERENCES).fetchall()
 
 
 def rebuild(connection: Connection) -> int:
-    """Mark every hour, so that `refresh` computes all rollups again, and return how many; pruned hours stay.
+    """Mark all hours except pruned ones, so that `refresh` recomputes them, and return their number.
 
     Raises psycopg.Error.
     """

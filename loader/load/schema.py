@@ -1,7 +1,7 @@
-"""The tables: creates or upgrades them (schema.sql, role.sql, reader.sql) and reads their version.
+"""Creates or upgrades the tables (schema.sql, role.sql, reader.sql) and reads their version.
 
-No lock is waited for longer than a second at a time, because whoever needs the locked table queues behind the
-wait: auth.users is the application's. In between, the application has its turn.
+Never waits for a lock longer than a second at a time, because other sessions that need the table queue behind the
+wait, and auth.users belongs to the application. Between attempts the application can proceed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from loader.load import deviations
 from loader.load.database import SINCE_17, VERSION_17, Connection
 
 SCHEMA_VERSION: Final = 5
-"""The version that schema.sql creates. This loader can load into the tables of every earlier version."""
+"""The version that schema.sql creates. This loader can also load into tables of every earlier version."""
 PATIENCE: Final = 60.0
-"""Seconds after which a lock is given up that other sessions do not release."""
+"""Seconds after which to give up on a lock that other sessions do not release."""
 _PAUSE_SECONDS: Final = 1.0
-"""Between two attempts to get a lock, on average: as long as an attempt, so others have half the time."""
+"""Average pause between two attempts to get a lock: as long as an attempt, so others have half of the time."""
 _STATEMENT: Final = re.compile(r"^DO \$(\w+)\$.*?^\$\1\$;$", re.MULTILINE | re.DOTALL)
 _NO_LOCK: Final = ("55P03", "40P01")
 """lock_not_available, deadlock_detected."""
@@ -41,9 +41,9 @@ _REPORTED: Final = (
     "pg_catalog.current_setting('analytics.foreign_keys'), pg_catalog.current_setting('analytics.identity'), "
     "pg_catalog.current_setting('analytics.layout')"
 )
-"""What the first statement of schema.sql leaves for its transaction."""
+"""Reads the settings that the first statement of schema.sql stores for its transaction."""
 _SUCCESS: Final = "00000"
-"""Of a RAISE NOTICE without a code."""
+"""The SQLSTATE of a RAISE NOTICE without a code."""
 
 ForeignKeys = Literal["on", "off"]
 Identity = Literal["required", "optional"]
@@ -59,7 +59,7 @@ class _Notice(NamedTuple):
 
 @dataclass
 class Applied:
-    """What applying the schema did: versions (0 is none), the choices, and what a person should know."""
+    """The result of applying the schema: versions (0: no tables), remembered choices, notes and warnings."""
 
     before: int = 0
     version: int = SCHEMA_VERSION
@@ -70,7 +70,7 @@ class Applied:
     warnings: list[str] = field(default_factory=list)
 
     def note(self, notices: Sequence[_Notice]) -> None:
-        """Keep what the scripts report themselves, not that a table exists."""
+        """Keep notices raised by the scripts, not those about existing tables."""
         for notice in notices:
             is_warning = notice.severity == "WARNING"
             kept = self.warnings if is_warning else self.notes
@@ -85,12 +85,12 @@ def apply_schema(
 ) -> Applied:  # fmt: skip
     """Apply schema.sql, role.sql for a role, and reader.sql for a reader. Idempotent.
 
-    `foreign_keys`, `identity`, `layout` and `width` (of partitions) are choices to remember; None keeps what
-    was chosen before. New tables get the keys, require an identity, and are plain. Tables that exist keep
-    their layout. Partitions are created afterwards, by partitions.py.
-    The connection must not be in a transaction: the tables and the questions have one, each step of the keys
-    another. Tables with rows get no new indexes here: see indexes.py. Raises psycopg.Error, and LoaderError
-    for tables that cannot be loaded; then nothing was changed.
+    `foreign_keys`, `identity`, `layout` and `width` (of partitions) are choices to remember; None keeps the
+    previous choice. New tables have the keys, require an identity, and are plain. Existing tables keep their
+    layout. Partitions are created afterwards, by partitions.py.
+    The connection must not be in a transaction: the tables and the questions use one, and each step of the
+    keys another. Tables with rows get no new indexes here (see indexes.py). Raises psycopg.Error, and LoaderError
+    for tables that cannot be loaded; nothing is changed then.
     """
     statements = {match[1]: match[0].encode() for match in _STATEMENT.finditer(_script("schema.sql"))}
     applied = Applied()
@@ -122,7 +122,7 @@ def apply_schema(
 def schema_version(connection: Connection) -> int:
     """Return the version of the tables, 0 if there are none. Raises psycopg.Error."""
     kinds: dict[str, str] = dict(connection.execute(_FOUND).fetchall())
-    if kinds.get("analytics_schema") != "r":  # functions of a view would run with the rights of the caller
+    if kinds.get("analytics_schema") != "r":  # functions in a view would run with the caller's privileges
         return 1 if "analytics_loads" in kinds else 0
     statement = "SELECT coalesce(pg_catalog.max(version), 1) FROM analytics_schema"
     ((version,),) = connection.execute(statement).fetchall()
@@ -132,7 +132,7 @@ def schema_version(connection: Connection) -> int:
 def _until_locked(
     connection: Connection, apply: Callable[[], object], applied: Applied, patience: float
 ) -> None:
-    """Run a step in a transaction of its own until it gets its locks, or as often as patience allows."""
+    """Run a step in its own transaction, and retry it until it gets its locks or the patience is over."""
     deadline = time.monotonic() + patience
     while True:
         expired = time.monotonic() >= deadline
@@ -147,17 +147,18 @@ def _until_locked(
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
             if expired:
                 message = (
-                    f"{error.diag.message_primary} within {patience:g} s: try again when less is going on"
+                    f"{error.diag.message_primary} within {patience:g} s: try again when the database is "
+                    "less busy"
                 )
                 raise OutOfReachError(message) from error
         time.sleep(random.uniform(0.5, 1.5) * _PAUSE_SECONDS)
 
 
 def _set_up(connection: Connection) -> None:
-    """Set what a step depends on.
+    """Set the settings that a step depends on.
 
-    Tables are looked up as whoever connects looks them up, messages are seen, no statement is cut off (a key
-    may take long to be validated), and names and strings are read as they were written.
+    The role's own search path applies, notices are reported, no statement times out (validating a key may
+    take long), and names and strings have their standard meaning.
     """
     connection.execute(
         "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL search_path TO DEFAULT; "
@@ -172,10 +173,10 @@ def _set_up(connection: Connection) -> None:
 
 @contextmanager
 def _notices(connection: Connection) -> Iterator[list[_Notice]]:
-    """Collect what the server reports beside the results."""
+    """Collect the server's notices."""
     notices: list[_Notice] = []
 
-    def note(diagnostic: Diagnostic) -> None:  # which is valid during this call only
+    def note(diagnostic: Diagnostic) -> None:  # valid only during this call
         severity, message = diagnostic.severity_nonlocalized, diagnostic.message_primary or ""
         notices.append(_Notice(severity, diagnostic.sqlstate, message))
 

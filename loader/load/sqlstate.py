@@ -1,12 +1,12 @@
-"""What an error of Postgres means for a load: one table.
+"""Maps Postgres errors to actions of a load.
 
-    REJECT  the row is at fault: it goes to the reject file with Postgres' own words
+    REJECT  the row is at fault: it is written to the reject file with Postgres' message
     RETRY   the server will recover: wait and try again, never reject
-    STOP    a person must do something: keep the files, say what, try again slowly
+    STOP    a person must act: keep the files, report the remedy, retry slowly
 
-Two rules are stronger than the code. If the other rows of a batch load and one does not, that row is at fault
-(insert.py). And what a function raises by itself says nothing about the server, whatever its code.
-Codes: https://www.postgresql.org/docs/current/errcodes-appendix.html. Whole codes go before their class.
+Two rules override the code. If only one row of a batch cannot be loaded, that row is at fault
+(isolate.py). And an error raised by a function reveals nothing about the server, whatever its code.
+Codes: https://www.postgresql.org/docs/current/errcodes-appendix.html. Full codes take precedence over their class.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _ACTIONS: Final = {
 
 
 def action(sqlstate: str | None) -> Action:
-    """Return what to do about an error. Without a code the connection itself broke: try again."""
+    """Return the action for an error. Without a code the connection itself broke: retry."""
     if sqlstate is None:
         return Action.RETRY
     return _ACTIONS.get(sqlstate) or _ACTIONS.get(sqlstate[:2], Action.STOP)
@@ -53,23 +53,23 @@ def action(sqlstate: str | None) -> Action:
 
 _CHECK_VIOLATION: Final = "23514"
 _PARTITION_CHECK: Final = "ExecPartitionCheckEmitError"
-"""Function that reports a row that is not within the bounds of the partition it was sent to."""
+"""The function in Postgres' source that reports a row outside the bounds of its partition."""
 _RAISE: Final = "exec_stmt_raise"
-"""Function of Postgres' source that reports what PL/pgSQL's RAISE raised."""
+"""The function in Postgres' source that reports an error of PL/pgSQL's RAISE."""
 
 
 def is_raised(error: psycopg.Error) -> bool:
-    """Whether a function, such as a trigger, raised this on purpose."""
+    """Whether a function, such as a trigger, raised this error with RAISE."""
     return error.diag.source_function == _RAISE
 
 
 def is_temporary(error: psycopg.Error) -> bool:
-    """Whether the server or the connection is at fault for now, and no row is."""
+    """Whether the server or the connection is temporarily at fault, and not a row."""
     return action(error.sqlstate) is Action.RETRY and not is_raised(error)
 
 
 def is_lost(error: psycopg.Error) -> bool:
-    """Whether the connection broke, or the server ended it, as after a time without work."""
+    """Whether the connection broke, or the server ended it, for example after an idle timeout."""
     return error.sqlstate is None or error.sqlstate.startswith(("08", "57P", "25P03", "25P04"))
 
 
@@ -78,7 +78,7 @@ MIGRATION_CHECKS: Final = ("analytics_events_until", "analytics_metrics_until")
 
 
 def lacks_partition(error: psycopg.Error) -> bool:
-    """Whether a row waits for its partition to be made, or for a migration to end; it is not at fault.
+    """Whether a row has to wait for its partition or for the end of a migration; the row is not at fault.
 
     Postgres reports both as 23514, the former without the name of a constraint (ExecFindPartition and
     ExecPartitionCheckEmitError in its source).
@@ -89,18 +89,18 @@ def lacks_partition(error: psycopg.Error) -> bool:
 
 
 def meets_new_partition(error: psycopg.Error) -> bool:
-    """Whether a row's partition was attached while the row waited for the default partition: try again."""
+    """Whether the partition of a row was attached while the row waited for the default partition: retry."""
     return lacks_partition(error) and error.diag.source_function == _PARTITION_CHECK
 
 
 def retry_pattern() -> str:
-    """Return a regular expression of Postgres for the codes whose action is RETRY."""
+    """Return a Postgres regular expression for the codes whose action is RETRY."""
     return "^(" + "|".join(code for code, what in _ACTIONS.items() if what is Action.RETRY) + ")"
 
 
 _ADVICE: Final = {
     "42P01": "run `loader init` first",
-    "42703": "the tables are of another version: run `loader init`",
+    "42703": "the schema version differs: run `loader init`",
     "42501": "run `loader init --role` with the loader's role, as the owner of the tables",
     "25006": "the server is read-only: connect to the primary",
 }
@@ -109,32 +109,32 @@ _ADVICE: Final = {
 _LOGIN_ADVICE: Final = {
     "password authentication failed": "check the user and the password of the DSN",
     "no password supplied": "put the password into the DSN, or into the file LOADER_DSN_FILE",
-    "authentication failed": "let this user in with a line in pg_hba.conf, or change the DSN",
-    "no pg_hba.conf entry": "let this user in with a line in pg_hba.conf, or change the DSN",
-    'role ".*" does not exist': "make the role with `loader init --role`, or change the user of the DSN",
+    "authentication failed": "allow this user with a line in pg_hba.conf, or change the DSN",
+    "no pg_hba.conf entry": "allow this user with a line in pg_hba.conf, or change the DSN",
+    'role ".*" does not exist': "create the role with `loader init --role`, or change the user of the DSN",
     'role ".*" is not permitted to log in': "ALTER ROLE ... LOGIN, as a superuser",
     'database ".*" does not exist': "change the database of the DSN, or create it",
     "permission denied for database": "GRANT CONNECT ON DATABASE ... TO the role, as the database's owner",
 }
-"""Pattern of a refusal (SQLSTATE 28P01, 28000, 3D000, 42501) and what to do. libpq passes on no code of a failed
-login, only the text (https://www.postgresql.org/docs/current/libpq-connect.html)."""
+"""Patterns of login failures (SQLSTATE 28P01, 28000, 3D000, 42501) and their remedies. libpq does not pass on
+the code of a failed login, only the text (https://www.postgresql.org/docs/current/libpq-connect.html)."""
 
 
 _OUT_OF_REACH: Final = ("08", "57P01", "57P02", "57P03")
-"""The connection broke, or the server shuts down, crashed or starts."""
+"""The connection broke, or the server is shutting down, has crashed or is starting."""
 
 
 def advice(sqlstate: str | None) -> str:
-    """Return what a person should do about an error, or an empty string."""
+    """Return the remedy for an error, or an empty string."""
     return _ADVICE.get(sqlstate or "", "")
 
 
 def explain(error: psycopg.Error | OSError | LoaderError) -> LoaderError:
-    """Return what ends a command, or what a loader waits for, because of this error."""
+    """Return the LoaderError that describes this error, for a command or for a loader that waits."""
     if isinstance(error, LoaderError):
         return error
     if isinstance(error, OSError):
-        return LoaderError(f"can't write rejects: {error}")
+        return LoaderError(f"could not write rejects: {error}")
     message = error.diag.message_primary or "; ".join(filter(None, map(str.strip, str(error).splitlines())))
     message = message.removeprefix("connection failed: ").removeprefix("connection is bad: ")
     if error.sqlstate is None and (login := _login_advice(message)):
@@ -142,7 +142,7 @@ def explain(error: psycopg.Error | OSError | LoaderError) -> LoaderError:
     if error.sqlstate is None or error.sqlstate.startswith(_OUT_OF_REACH):
         return OutOfReachError(f"the database is out of reach: {message}")
     if action(error.sqlstate) is Action.RETRY:
-        return OutOfReachError(f"the database can't load now: {message}")
+        return OutOfReachError(f"the database cannot load at the moment: {message}")
     help_text = _partition_advice(error) if lacks_partition(error) else advice(error.sqlstate)
     return LoaderError(": ".join(filter(None, (message, help_text))))
 
@@ -154,5 +154,5 @@ def _partition_advice(error: psycopg.Error) -> str:
 
 
 def _login_advice(message: str) -> str:
-    """Return what to do if the message is a server's refusal of a login, else an empty string."""
+    """Return the remedy if the message is a refused login, otherwise an empty string."""
     return next((what for pattern, what in _LOGIN_ADVICE.items() if re.search(pattern, message)), "")

@@ -1,4 +1,4 @@
-"""Rows of which some may exist: staged in a temporary table, compared by key, and inserted if they are new.
+"""Stages rows in a temporary table, compares them by key with existing rows, and inserts the new ones.
 
 New rows are inserted in the order of their key, so that two loaders cannot deadlock. A row is counted as
 stored if RETURNING yields it and, on a table with triggers, if its key is found afterwards. A command tag is
@@ -22,16 +22,16 @@ from loader.load.tables import FILLED_IN, Table
 from loader.load.triggers import triggers
 
 _ATTEMPTS: Final = 20
-"""Times that rows are compared again because other loaders commit some of them in between."""
+"""Number of repeated comparisons if other loaders commit some of the rows in between."""
 
 _SHOWN_CHARACTERS: Final = 300
-"""Of a stored row that is in a row's way: its ids and the beginning of its payload. It may have megabytes,
-and be in the way of a whole chunk."""
+"""Characters shown of a colliding stored row: its ids and the beginning of its payload. It may have megabytes
+and collide with a whole chunk."""
 
 
 @dataclass(frozen=True)
 class Collision:
-    """A row whose key belongs to a row with another payload, which begins with `existing`."""
+    """A row whose key belongs to a stored row with a different payload; `existing` is the beginning of that row."""
 
     position: int
     existing: str
@@ -39,7 +39,7 @@ class Collision:
 
 @dataclass(frozen=True)
 class Inserted:
-    """Which rows were not inserted, by position: duplicates, collisions and refused ones."""
+    """The rows that were not inserted, by position: duplicates, collisions and refused ones."""
 
     duplicates: Sequence[int] = ()
     collisions: Sequence[Collision] = ()
@@ -57,15 +57,15 @@ class Inserted:
 
 
 class NotStoredError(Exception):
-    """The table took rows and did not keep them."""
+    """The table accepted rows without storing them."""
 
 
 class _InterferenceError(Exception):
-    """Another loader committed or removed some of the rows since they were compared."""
+    """Another loader committed or removed some of the rows after they were compared."""
 
 
 def insert_staged(connection: Connection, table: Table, rows: Iterable[Row]) -> Inserted:
-    """Insert rows, each once. Raises as `Staging.insert`, after which none is inserted."""
+    """Insert rows, each once. Raises as `Staging.insert` does; then no row is inserted."""
     with connection.transaction():
         staging = Staging(connection, table)
         with staging.filling() as writer:
@@ -75,7 +75,7 @@ def insert_staged(connection: Connection, table: Table, rows: Iterable[Row]) -> 
 
 
 class Staging:
-    """A temporary table for the rows of one batch, each with its position. To be used in one transaction."""
+    """A temporary table for the rows of one batch, each with its position. Valid within one transaction."""
 
     def __init__(self, connection: Connection, table: Table) -> None:
         self.connection = connection
@@ -115,23 +115,22 @@ class Staging:
         self.run("TRUNCATE {staging}")
 
     def discard(self, positions: Iterable[int]) -> None:
-        """Take rows out."""
+        """Remove rows from the staging table."""
         gone = list(positions)
         self.run("DELETE FROM {staging} WHERE position = ANY(%s::int[])", gone)
         for position in gone:
             del self.keys[position]
 
     def insert(self) -> Inserted:
-        """Compare what exists, insert what does not, then compare what occurred twice among the rows.
+        """Compare existing rows, insert new ones, then compare rows whose key is repeated within the batch.
 
         Rows that other loaders commit in the meantime are compared again. Raises NotStoredError, and
-        psycopg.Error: for a row that is refused, and SerializationFailure if the others do not stop to
-        interfere.
+        psycopg.Error: for a refused row, and SerializationFailure if the others keep interfering.
         """
         for _ in range(_ATTEMPTS):
             with suppress(_InterferenceError), self.connection.transaction():
                 return self._insert_once()
-        raise psycopg.errors.SerializationFailure("other loaders interfere with these rows: try again")
+        raise psycopg.errors.SerializationFailure("other loaders keep changing these rows: try again")
 
     def _insert_once(self) -> Inserted:
         existing = self.compare()
@@ -146,7 +145,7 @@ class Staging:
         return existing + self._compare_repeated(again) if again else existing
 
     def _store(self, others: Sequence[int], new: Sequence[int]) -> None:
-        """Insert all rows but the others, and check that the table has the new ones."""
+        """Insert the new rows, and check that the table has stored them."""
         stored = self._insert_all_but(others)
         watched = triggers(self.connection, self.table)
         if stored == len(new) and not watched:
@@ -157,16 +156,16 @@ class Staging:
             raise _InterferenceError
 
     def _compare_repeated(self, again: Sequence[int]) -> Inserted:
-        """Compare rows whose key an earlier row has, which was stored."""
+        """Compare rows whose key is that of an earlier row of the batch, which was stored."""
         compared = self.compare(again)
         if len(compared.positions()) != len(again):
             raise _InterferenceError
         return compared
 
     def compare(self, positions: Sequence[int] | None = None) -> Inserted:
-        """Return the rows, of all or those at some positions, whose key exists: equal ones and others.
+        """Return the rows (all, or those at some positions) whose key exists, as duplicates and collisions.
 
-        OFFSET 0 keeps the planner, which knows nothing of a fresh temporary table, from scanning the whole
+        OFFSET 0 keeps the planner, which has no statistics of a new temporary table, from scanning the whole
         table: each key is looked up in the index.
         """
         if not self.keys:
@@ -186,7 +185,7 @@ class Staging:
         return Inserted(equal or [], list(map(Collision, unequal or [], stored or [])))
 
     def absent(self, positions: Sequence[int]) -> list[int]:
-        """Return those of the positions whose key is not in the table."""
+        """Return the positions whose key is not in the table."""
         if not self.keys:
             return []
         found = self.run(
@@ -198,13 +197,13 @@ class Staging:
         return [position for (position,) in found]
 
     def _insert_all_but(self, positions: Sequence[int]) -> int:
-        """Insert in the order of the key; return how many rows are new."""
+        """Insert in the order of the key; return the number of new rows."""
         return self.run(
             "INSERT INTO {table} ({all}) SELECT {all} FROM {staging} "
             "WHERE NOT EXISTS (SELECT FROM pg_catalog.unnest(%s::int[]) AS but WHERE but = position) "
             "ORDER BY {key} ON CONFLICT ({key}) DO NOTHING RETURNING 1",
             list(positions),
-        ).rowcount  # of a statement that returns rows: the rows that came, not a command tag
+        ).rowcount  # the number of rows returned by RETURNING, not a command tag
 
     def run(self, statement: LiteralString, *values: object, **names: sql.Composable) -> psycopg.Cursor[Any]:
         """Execute a statement about this table. Raises psycopg.Error."""
@@ -227,7 +226,7 @@ _STALE: Final = (
 
 
 class StagingWriter:
-    """Sends rows with their positions, and notes their keys."""
+    """Sends rows with their positions, and records their keys."""
 
     def __init__(self, rows: RowWriter, keys: dict[int, str]) -> None:
         self._rows = rows
@@ -241,7 +240,7 @@ class StagingWriter:
 
 
 def _differ(table: Table) -> sql.Composable:
-    """Return the condition that two rows are not duplicates (tables.py), first by what costs least."""
+    """Return the condition that two rows are not duplicates (tables.py), with the cheapest comparisons first."""
 
     def row(alias: str, details: LiteralString) -> sql.Composable:
         # varchar has no operators of its own

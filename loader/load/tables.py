@@ -1,8 +1,8 @@
-"""The two tables that are loaded: their columns in the order of COPY and the key that makes a row unique.
+"""The two loaded tables: their columns in the order of COPY, and the unique key.
 
-Two rows with the same key are duplicates if their payloads are equal. The payload is what the application
-gave: the name, the user, the family unit, the session and `metadata`; of a metric its name, type, value and
-`labels`. What the emitter fills in by itself differs when the same call is made again, so it does not count:
+Two rows with the same key are duplicates if their payloads are equal. The payload consists of the
+application's values: name, user, family unit, session and `metadata` of an event; name, type, value and
+`labels` of a metric. It excludes values that the emitter adds, because they differ when a call is repeated:
 the timestamp and, at the top level of `metadata` or `labels`, the keys of `FILLED_IN`.
 """
 
@@ -12,22 +12,22 @@ from dataclasses import dataclass
 from typing import Final
 
 
-@dataclass(frozen=True, eq=False)  # a key of dictionaries in the loop over rows: its hash is its identity
+@dataclass(frozen=True, eq=False)  # used as a dictionary key for each row, so it is hashed by identity
 class Table:
-    """A table that is loaded. `kind` is the column that names what a row is about."""
+    """A loaded table. `kind` is the column of the event type or metric name."""
 
     name: str
     columns: tuple[str, ...]
     key: str
     kind: str
     payload: tuple[str, ...]
-    """Columns of the payload but `details`."""
+    """Columns of the payload except `details`."""
     details: str
-    """The column that is an object, of which FILLED_IN does not count."""
+    """The JSON column of the payload, without the keys of FILLED_IN."""
 
 
 FILLED_IN: Final = ("request_id", "trace_id", "role", "service", "release", "environment")
-"""What the emitter adds from its context and its process-wide defaults."""
+"""Keys that the emitter adds from its context and its process-wide defaults."""
 EVENTS: Final = Table(
     "analytics_events",
     ("id", "event_id", "event_type", "timestamp", "user_id", "family_unit_id", "session_id", "metadata"),

@@ -1,4 +1,4 @@
-"""What may keep a row from being stored although Postgres reports no error: triggers, rules, policies."""
+"""Finds triggers, rules and policies, because they may silently discard rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loader.load.decode import Reject
 from loader.load.tables import Table
 
 NOT_STORED: Final = "not_stored"
-"""Code of a line whose row the table took and did not keep."""
+"""Reject code of a line whose row was inserted without an error, but not stored."""
 
 _FIND: Final = sql.SQL(
     "WITH relations AS (SELECT {table}::pg_catalog.regclass::pg_catalog.oid AS relation UNION "
@@ -31,13 +31,13 @@ _MAY_HAVE: Final = sql.SQL(
     "SELECT relhastriggers OR relhasrules OR relrowsecurity OR relkind = 'p' FROM pg_catalog.pg_class "
     "WHERE oid = {table}::pg_catalog.regclass::pg_catalog.oid"
 )
-"""Asked first, for each batch: it takes a tenth of the time of the other."""
+"""A first check for each batch, which takes a tenth of the time of the full query."""
 
 
 def triggers(connection: Connection, table: Table | str) -> list[str]:
-    """Return what runs for each row that is inserted, by kind and name. Raises psycopg.Error.
+    """Return the triggers, rules and policies that apply to inserted rows, by kind and name. Raises psycopg.Error.
 
-    To be called after a statement that inserts: its lock keeps triggers from being added until COMMIT.
+    Call it after an INSERT, whose lock prevents new triggers until the COMMIT.
     """
     name = table if isinstance(table, str) else table.name
     if connection.execute(_MAY_HAVE.format(table=sql.Literal(name))).fetchone() != (True,):
@@ -47,6 +47,6 @@ def triggers(connection: Connection, table: Table | str) -> list[str]:
 
 
 def not_stored(table: Table, causes: list[str]) -> Reject:
-    """Return the reject of a row that the table did not keep, with what may be the cause."""
+    """Return the reject of a row that was not stored, with the possible causes."""
     cause = ", ".join(causes) or "no trigger, rule or policy is the cause"
     return Reject(NOT_STORED, f"{table.name} did not store the row and reported no error: see its {cause}")

@@ -1,6 +1,6 @@
-"""The statements of writers in the database, `analytics_writers`, and the sum that proves that no line is lost.
+"""The accounts of writers in the database (`analytics_writers`), and the sum that proves that no line is lost.
 
-Rows are only added: the loader's role may not change any. The last row of a writer counts.
+Rows are only added, because the loader's role may not change any. The last row of a writer is valid.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from loader.files.writers import Stated
 from loader.load.database import Connection
 
 VERSION: Final = 4
-"""The first version of the tables that has statements."""
+"""The first schema version with accounts."""
 _MAY: Final = (
     "SELECT coalesce(pg_catalog.has_table_privilege(pg_catalog.to_regclass('analytics_writers')::oid, 'INSERT') "
     "AND pg_catalog.has_table_privilege(pg_catalog.to_regclass('analytics_writers')::oid, 'SELECT') "
@@ -49,7 +49,7 @@ _SUM: Final = f"""
 
 @dataclass(frozen=True)
 class Conservation:
-    """Where the lines of all writers are: emitted is the sum of the others. See the view."""
+    """The totals over all writers: `emitted` must be the sum of the others. See the view."""
 
     writers: int
     emitted: int
@@ -60,9 +60,9 @@ class Conservation:
     pending: int
     missing: int
     unbalanced: Sequence[str]
-    """Writers of which lines are missing, or more than they stated."""
+    """Writers with missing lines, or with more lines than in their accounts."""
     missing_segments: Sequence[str]
-    """The first of them."""
+    """The first missing segments."""
     missing_segment_count: int
 
     @property
@@ -71,12 +71,12 @@ class Conservation:
 
 
 def may_record(connection: Connection) -> bool:
-    """Whether the tables have statements and the role may add some. Raises psycopg.Error."""
+    """Whether the tables support accounts and the role may add them. Raises psycopg.Error."""
     return connection.execute(_MAY).fetchone() == (True,)
 
 
 def record(connection: Connection, stated: Sequence[Stated]) -> None:
-    """Add the statements that have changed. Raises psycopg.Error."""
+    """Add the accounts that have changed. Raises psycopg.Error."""
     for each in stated:
         said, numbers = each.statement, sorted(each.pending)
         values = (said.writer, said.segments, said.lines, said.begun, said.dropped)
@@ -93,6 +93,6 @@ def last_loaded(connection: Connection) -> dict[str, int]:
 
 
 def conservation(connection: Connection) -> Conservation:
-    """Return the sum over all writers. Raises psycopg.Error."""
+    """Return the totals over all writers. Raises psycopg.Error."""
     (row,) = connection.execute(_SUM.encode()).fetchall()
     return Conservation(*row)

@@ -1,4 +1,4 @@
-"""Files loaded by hand: from anywhere, whatever their name and compression, and never changed."""
+"""Loads files named by the user: any path, name and compression. The files are never modified."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from spool.segment import OPEN
 STDIN: Final = "-"
 
 Wrap = Callable[[BinaryIO], BinaryIO]
-"""Put around the bytes of a file as they are read, for a progress bar."""
+"""Wraps the stream of a file that is being read, for a progress bar."""
 
 
 class GivenFile:
-    """A file someone named, or standard input; one that was `found` in a directory may be no link.
+    """A file named by the user, or standard input. A file `found` in a directory must not be a link.
 
-    `again` loads what the ledger knows, too.
+    `again` also loads chunks that are in the ledger.
     """
 
     def __init__(self, path: str, *, found: bool = False, again: bool = False) -> None:
         self._path = None if path == STDIN else Path(path)
         self._found = found
         self._again = again
-        # A path may hold any bytes.
+        # A path may contain any bytes.
         self.name = path.encode("utf-8", "backslashreplace").decode() if self._path else "stdin"
         self.wrap: Wrap = lambda stream: stream
         self.prepare: Callable[[Iterable[bytes]], None] = lambda _: None
         """Called with the lines of each chunk before it is loaded."""
 
     def size(self) -> int:
-        """Return its bytes as they are on disk; 0 for standard input. Raises OSError."""
+        """Return its size on disk in bytes; 0 for standard input. Raises OSError."""
         return os.stat(self._path, follow_symlinks=not self._found).st_size if self._path else 0
 
     def chunks(self, progressed: Callable[[], None] = lambda: None) -> Iterator[Chunk]:
-        """Yield its lines. Raises UNREADABLE, after the complete lines before."""
+        """Yield its chunks. Raises UNREADABLE, after the complete lines before the error."""
         with self.wrap(self._open()) as stream:
             lines = lines_of(stream, self.name)
             for chunk in chunks(lines, self.name, reading=Reading(again=self._again, progressed=progressed)):
@@ -59,15 +59,15 @@ class GivenFile:
         return nofollow.open_file(self._path) if self._found else self._path.open("rb")
 
     def retire(self, *, oversize: bool) -> None:
-        """Leave the file as it is."""
+        """Do nothing: the file is kept."""
 
     def postpone(self) -> None:
-        """Leave it to whoever reads the report."""
+        """Do nothing: the report lists the file."""
 
 
 @dataclass
 class Found:
-    """The files to load, and what was left out in directories, with the reason."""
+    """The files to load, and the skipped entries of directories with the reason."""
 
     files: list[GivenFile] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Found:
 
 @dataclass
 class DryRun:
-    """What loading some files would do, as far as it can be known without the database."""
+    """The expected result of loading some files, as far as it is known without the database."""
 
     loaded: Loaded = field(default_factory=Loaded)
     codes: Counter[str] = field(default_factory=Counter)
@@ -83,9 +83,9 @@ class DryRun:
 
 
 def find(names: Iterable[str], *, again: bool = False) -> Found:
-    """Return the files that are named, and those in directories, each directory's oldest first.
+    """Return the named files and those in directories, for each directory oldest first.
 
-    Raises UsageError for what is not there and for what can't be loaded.
+    Raises UsageError for a path that does not exist or cannot be loaded.
     """
     found = Found()
     for given in names:
@@ -96,7 +96,7 @@ def find(names: Iterable[str], *, again: bool = False) -> Found:
             raise UsageError(f"{given} does not exist")
         elif path.suffix == OPEN:
             raise UsageError(
-                f"{given} is an open segment: put it into a spool, where `loader run --once` seals it"
+                f"{given} is an open segment: move it into a spool, where `loader run --once` seals it"
             )
         else:
             found.files.append(GivenFile(given, again=again))
@@ -104,15 +104,15 @@ def find(names: Iterable[str], *, again: bool = False) -> Found:
 
 
 def _add_directory(given: str, found: Found, *, again: bool) -> None:
-    """Add every file below a directory; note whatever else is there."""
+    """Add every file below a directory, and record all other entries."""
     files: list[str] = []
     for parent, below, names in os.walk(given):  # a link to a file is refused when it is opened
         for name in list(below):
             path = os.path.join(parent, name)
             if os.path.islink(path):
-                found.skipped[path] = "it is a link"
+                found.skipped[path] = "a link"
             elif name == rejects.DIRECTORY:
-                found.skipped[path] = "it holds rejects: see `loader rejects retry`"
+                found.skipped[path] = "it contains rejects: see `loader rejects retry`"
                 below.remove(name)
         for name in names:
             path = os.path.join(parent, name)
@@ -121,18 +121,18 @@ def _add_directory(given: str, found: Found, *, again: bool) -> None:
             elif reason:
                 found.skipped[path] = reason
     if not files and not found.skipped:
-        raise UsageError(f"{given} has no file")
+        raise UsageError(f"{given} contains no file")
     found.files += [GivenFile(path, found=True, again=again) for path in sorted(files)]
 
 
 def _why_skipped(name: str) -> str | None:
-    """Return why what is in a directory is not read, without words if it is the loader's own; else None."""
+    """Return why an entry is skipped ("" if it is one of the loader's own files), or None if it is read."""
     if name == LOCK:
         return ""
     if name.endswith(OPEN):
-        return "it is an open segment: in a spool, `loader run` seals it"
+        return "an open segment: in a spool, `loader run` seals it"
     if name.endswith(".part"):
-        return "it is an unfinished copy"
+        return "an unfinished copy"
     return None
 
 

@@ -1,6 +1,6 @@
-"""What is wrong, and what to type: checks each thing that a loader depends on, and changes nothing.
+"""`loader doctor`: checks everything that a loader depends on, and suggests remedies. Changes nothing.
 
-It looks into the database with the settings of a load, and at those that the role has by itself.
+It queries the database with the settings of a load, and also checks the role's own settings.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from spool.account import Statement
 from spool.segment import OPEN, SEALED
 
 _OLDEST_SERVER: Final = 13
-"""The first with `gen_random_uuid()` of its own; 15 and later are tested."""
+"""The first version with a built-in `gen_random_uuid()`; 15 and later are tested."""
 _LITTLE_SPACE: Final = 1 << 30
 _LITTLE_SHARE: Final = 0.05
 _LONG_LAG: Final = 60.0
 _CLOCK_SECONDS: Final = 5.0
 _SHOWN_DROPS: Final = 5
 _SHORT_TIMEOUT: Final = 60_000
-"""Milliseconds within which every statement of a load should end, also on a busy server."""
+"""Milliseconds within which every statement of a load should end, even on a busy server."""
 _TABLES: Final = ("analytics_events", "analytics_metrics", "analytics_loads")
 _TABLE_PRIVILEGES: Final = (
     "SELECT name, privilege, pg_catalog.has_table_privilege(name, privilege) "
@@ -62,19 +62,19 @@ _SETTINGS: Final = (
     "WHERE name OPERATOR(pg_catalog.=) ANY (%s::text[])"
 )
 _UNSAFE_SETTINGS: Final = {
-    "fsync": "a crash of the server may lose or damage rows that were loaded, and their files are gone",
-    "full_page_writes": "a crash of the server may damage tables",
-    "synchronous_commit": "a crash of the server may lose rows; the loader sets it to on for itself",
-    "autovacuum": "tables grow, and statistics for the planner become old",
+    "fsync": "a server crash may lose or damage loaded rows whose files are already removed",
+    "full_page_writes": "a server crash may damage tables",
+    "synchronous_commit": "a server crash may lose rows of other clients; the loader sets it to on for itself",
+    "autovacuum": "tables grow, and planner statistics become outdated",
 }
-"""Settings that must not be off, and what happens otherwise."""
+"""Settings that must not be off, with the consequence."""
 _REPLICATION_ROLE: Final = "session_replication_role"
 _TIMEOUTS: Final = (
     "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "transaction_timeout",
     "idle_session_timeout",
 )  # fmt: skip
 _IDENTITY_VERSION: Final = 4
-"""The first version of the tables that remembers whether an identity is required."""
+"""The first schema version that stores whether an identity is required."""
 _IDENTITY_COLUMNS: Final = ("user_id", "family_unit_id")
 _IDENTITY: Final = f"""
     SELECT coalesce((SELECT value FROM analytics_settings WHERE name = 'identity'), 'required'),
@@ -98,7 +98,7 @@ _CREATORS: Final = """
         AND acl.grantee OPERATOR(pg_catalog.<>) n.nspowner AND acl.grantee OPERATOR(pg_catalog.<>) c.relowner
     ORDER BY 2
 """
-"""Who else may create objects in the schema of the tables."""
+"""Other roles that may create objects in the schema of the tables."""
 
 
 class Verdict(StrEnum):
@@ -109,7 +109,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, what it is like, and what to do where that is not well."""
+    """The result of a check: what was found, and a remedy if there is a problem."""
 
     check: str
     verdict: Verdict
@@ -134,7 +134,7 @@ def _failed(check: str, finding: str, remedy: str) -> Finding:
 
 
 def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: int = 2) -> Iterator[Finding]:
-    """Check the spool, the machine and the database, as given or set, for a loader with so many workers."""
+    """Check the spool, the machine and the database (as given or from the environment) for a loader."""
     known: Path | None = None
     try:
         where = settings.spool_directory(spool)
@@ -172,7 +172,7 @@ def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: 
 
 
 def _database(dsn: str | None, spool: Path | None) -> tuple[str, str]:
-    """Return the DSN, and the service's file that it is from, empty for one that was given or set."""
+    """Return the DSN, and the service's file that contains it, or "" if it was given or is in the environment."""
     of_unit = None if settings.has_database(dsn) else unit.database_dsn(spool)
     return of_unit or (settings.database_dsn(dsn), "")
 
@@ -194,11 +194,15 @@ def _permissions(spool: Path) -> Iterator[Finding]:
     like = f"{spool}, {settings.owner(status.st_uid)}:{group}, mode {mode:04o}"
     if not os.access(spool, os.R_OK | os.W_OK | os.X_OK):
         me = settings.owner(os.geteuid())
-        yield _failed("spool", f"{me} can't read and write {like}", f"usermod -a -G {group} {me}")
+        yield _failed("spool", f"{me} cannot read and write {like}", f"usermod -a -G {group} {me}")
     elif mode & 0o007:
-        yield _warning("spool", f"others than its owner and group reach {like}", f"chmod o= {spool}")
+        yield _warning(
+            "spool", f"other users than its owner and group have access to {like}", f"chmod o= {spool}"
+        )
     elif mode & 0o020 and not mode & stat.S_ISGID:
-        yield _warning("spool", f"files get their writer's own group in {like}", f"chmod g+s {spool}")
+        yield _warning(
+            "spool", f"new files get the primary group of their writer in {like}", f"chmod g+s {spool}"
+        )
     else:
         yield _ok("spool", like)
 
@@ -207,21 +211,23 @@ def _segments(spool: Path) -> Iterator[Finding]:
     names = list(segment_names(spool))
     unreadable = [name for name in names if not os.access(spool / name, os.R_OK, follow_symlinks=False)]
     future = [name for name in names if _modified(spool / name) > time.time() + _CLOCK_SECONDS]
-    # A busy loader retires segments between the listing and the checks: only what still exists counts.
+    # A busy loader retires segments between the listing and the checks: only existing ones count.
     unreadable = [name for name in unreadable if os.path.lexists(spool / name)]
     if unreadable:
         remedy = f"chmod g+r {spool}/*{SEALED} {spool}/*{OPEN}, and let writer and loader share a group"
-        yield _failed("segments", f"{len(unreadable)} can't be read, as {unreadable[0]}", remedy)
+        yield _failed("segments", f"{len(unreadable)} cannot be read, such as {unreadable[0]}", remedy)
     if future:
-        yield _warning("segments", f"{future[0]} is from the future", "timedatectl set-ntp true")
+        yield _warning(
+            "segments", f"{future[0]} has a modification time in the future", "timedatectl set-ntp true"
+        )
     held = list(_held(spool, names))
     yield from held
     if not unreadable and not future and not held:
-        yield _ok("segments", f"{len(names)} can be read")
+        yield _ok("segments", f"{len(names)} readable")
 
 
 def _modified(path: Path) -> float:
-    """Return when a file was changed last, 0 if it does not exist."""
+    """Return the modification time of a file, or 0 if it does not exist."""
     try:
         return path.lstat().st_mtime
     except FileNotFoundError:
@@ -229,7 +235,7 @@ def _modified(path: Path) -> float:
 
 
 def _held(spool: Path, names: Sequence[str]) -> Iterator[Finding]:
-    """Open segments that no loader here will seal, or that should have been sealed by now."""
+    """Report open segments that no loader here will seal, or that should have been sealed by now."""
     adopter = Adopter(spool)
     for name in (name for name in names if name.endswith(OPEN)):
         with contextlib.suppress(FileNotFoundError):  # sealed in the meantime
@@ -237,11 +243,9 @@ def _held(spool: Path, names: Sequence[str]) -> Iterator[Finding]:
                 yield _warning("segments", f"{name} is not sealed here: {reason}", "")
             elif is_stale(spool / name):
                 who = _holders(spool / name)
-                like = f"{name} has lines and has not changed for {STALE_SECONDS:.0f} s"
+                like = f"{name} has lines, but has not changed for {STALE_SECONDS:.0f} s"
                 if who:
-                    yield _warning(
-                        "segments", f"{like}; process {who} has it locked", f"fuser -v {spool / name}"
-                    )
+                    yield _warning("segments", f"{like}; locked by process {who}", f"fuser -v {spool / name}")
                 else:
                     yield _warning(
                         "segments", f"{like}", "`loader run --once` seals it if its writer is dead"
@@ -261,10 +265,12 @@ def _lock(spool: Path) -> Iterator[Finding]:
     if who is not None and is_foreign(who):
         yield _warning("loader", who, f"fuser -v {spool / LOCK}")
     elif who is None:
-        yield _warning("loader", "none runs here", "systemctl start analytics-loader, or `loader run`")
+        yield _warning(
+            "loader", "not running on this machine", "systemctl start analytics-loader, or `loader run`"
+        )
     elif (version := lock.version_of(who)) != lock.installed_version():
         like = f"version {version}" if version else "an older version"
-        finding = f"{who}: {like} still runs, and {lock.installed_version()} is installed"
+        finding = f"{who}: {like} is running, but {lock.installed_version()} is installed"
         yield _warning("loader", finding, "systemctl restart analytics-loader")
     else:
         yield _ok("loader", who)
@@ -283,11 +289,11 @@ def _backlog(spool: Path) -> Iterator[Finding]:
 def _rejects(spool: Path) -> Iterator[Finding]:
     where = spool / rejects.DIRECTORY
     if where.exists() and not os.access(where, os.W_OK | os.X_OK):
-        yield _failed("rejects", f"{where} can't be written", f"chmod g+rwx {where}, as {_owner_of(where)}")
+        yield _failed("rejects", f"{where} is not writable", f"chmod g+rwx {where}, as {_owner_of(where)}")
         return
     count = sum(codes.total() for _, codes in reject_counts(spool))
     if count:
-        yield _warning("rejects", f"{count} lines were not loaded", "`loader rejects show`")
+        yield _warning("rejects", f"{count} rejected lines", "`loader rejects show`")
     else:
         yield _ok("rejects", "none")
 
@@ -301,26 +307,26 @@ def _inotify(spool: Path) -> Iterator[Finding]:
         next(watchfiles.watch(spool, rust_timeout=1, yield_on_timeout=True, recursive=False))
     except UNWATCHABLE as error:
         yield _warning(
-            "inotify", f"{spool} can't be watched: {error}", "sysctl -w fs.inotify.max_user_instances=1024 "
-            "fs.inotify.max_user_watches=524288; until then it is looked at every few seconds",
+            "inotify", f"cannot watch {spool}: {error}", "sysctl -w fs.inotify.max_user_instances=1024 "
+            "fs.inotify.max_user_watches=524288; until then the spool is scanned every few seconds",
         )  # fmt: skip
     else:
         limits = Path("/proc/sys/fs/inotify")
         instances, watches = (
             (limits / f"max_user_{name}").read_text().strip() for name in ("instances", "watches")
         )
-        yield _ok("inotify", f"{instances} instances and {watches} watches are allowed")
+        yield _ok("inotify", f"limits: {instances} instances, {watches} watches")
 
 
 def _disk(spool: Path) -> Iterator[Finding]:
     space = os.statvfs(spool)
     free, total = space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
-    like = f"{free / 1e9:.1f} GB of {total / 1e9:.1f} GB are free"
+    like = f"{free / 1e9:.1f} GB of {total / 1e9:.1f} GB free"
     if free < min(_LITTLE_SPACE, _LITTLE_SHARE * total):
-        remedy = "make room, or lower SPOOL_MAX_SPOOL_BYTES; on a full disk the emitter drops and counts"
+        remedy = "free disk space, or lower SPOOL_MAX_SPOOL_BYTES; on a full disk the emitter drops and counts lines"
         yield _warning("disk", like, remedy)
     elif space.f_files and space.f_favail < 1000:
-        yield _warning("disk", f"{space.f_favail} inodes are free", "remove files that are not needed")
+        yield _warning("disk", f"{space.f_favail} inodes free", "remove unneeded files")
     else:
         yield _ok("disk", like)
 
@@ -332,7 +338,7 @@ def _archive(archive: Path) -> Iterator[Finding]:
         yield _ok("archive", str(archive))
     else:
         yield _failed(
-            "archive", f"{archive} can't be written", f"chown {settings.owner(os.geteuid())} {archive}"
+            "archive", f"{archive} is not writable", f"chown {settings.owner(os.geteuid())} {archive}"
         )
 
 
@@ -342,7 +348,9 @@ def _server(connection: Connection) -> Iterator[Finding]:
     if version < _OLDEST_SERVER:
         yield _failed("server", f"PostgreSQL {version} is too old", f"use {_OLDEST_SERVER} or later")
     elif row == ("on",):
-        yield _failed("server", "it is read-only", "connect to the primary: target_session_attrs=read-write")
+        yield _failed(
+            "server", "the server is read-only", "connect to the primary: target_session_attrs=read-write"
+        )
     else:
         yield _ok("server", f"PostgreSQL {version}")
 
@@ -357,7 +365,7 @@ def _clock(connection: Connection) -> Iterator[Finding]:
     if abs(away) > _CLOCK_SECONDS:
         yield _warning("clock", f"the server's is {like}", "timedatectl set-ntp true, on both")
     else:
-        yield _ok("clock", "as the server's")
+        yield _ok("clock", "in sync with the server")
 
 
 def _schema(connection: Connection) -> Iterator[Finding]:
@@ -365,9 +373,11 @@ def _schema(connection: Connection) -> Iterator[Finding]:
     if not version:
         yield _failed("schema", "the tables do not exist", "`loader init`")
     elif version < ours:
-        yield _warning("schema", f"version {version}, this loader's is {ours}", "`loader init`")
+        yield _warning("schema", f"version {version} is older than this loader's {ours}", "`loader init`")
     elif version > ours:
-        yield _warning("schema", f"version {version}, this loader's is {ours}", "upgrade the loader")
+        yield _warning(
+            "schema", f"version {version} is newer than this loader's {ours}", "upgrade the loader"
+        )
     else:
         yield _ok("schema", f"version {version}")
 
@@ -378,27 +388,27 @@ def _tables(connection: Connection) -> Iterator[Finding]:
         report = _warning if each.severity is Severity.RISK else _failed
         yield report("tables", f'"{each.table}" {each.problem}', each.remedy)
     if not found:
-        yield _ok("tables", "as the loader needs them")
+        yield _ok("tables", "compatible with the loader")
 
 
 def _identity(connection: Connection) -> Iterator[Finding]:
-    """Report whether events need a user and a family, and whether the table is as was chosen."""
+    """Report whether events need a user and a family, and whether the table matches the configuration."""
     if schema.schema_version(connection) < _IDENTITY_VERSION:
         return
     ((chosen, required),) = connection.execute(_IDENTITY).fetchall()
     like = f"required by {' and '.join(required)}" if required else "optional"
     if chosen == "optional" and required:
-        yield _warning(
-            "identity", f"optional was chosen, but it is {like}", "`loader init --optional-identity`"
-        )
+        yield _warning("identity", f"configured as optional, but {like}", "`loader init --optional-identity`")
     elif chosen == "required" and len(required) < len(_IDENTITY_COLUMNS):
         yield _warning(
-            "identity", "required was chosen, but the table accepts events without one",
+            "identity", "configured as required, but the table accepts events without a user or a family",
             "`loader init --required-identity`, or --optional-identity",
         )  # fmt: skip
     else:
-        remedy = "; events without one become rejects (`loader init --optional-identity` accepts them)"
-        yield _ok("identity", like + (remedy if required else ": events may have no user and no family"))
+        remedy = "; events without them become rejects (`loader init --optional-identity` accepts them)"
+        yield _ok(
+            "identity", like + (remedy if required else ": events without a user or a family are accepted")
+        )
 
 
 def _privileges(connection: Connection) -> Iterator[Finding]:
@@ -417,7 +427,7 @@ def _privileges(connection: Connection) -> Iterator[Finding]:
     may_use_plpgsql = connection.execute(_MAY_USE_PLPGSQL).fetchone() == (True,)
     if not may_use_plpgsql:
         yield _failed(
-            "privileges", f"{user} may not use the language plpgsql, so lines that are refused are not found",
+            "privileges", f"{user} lacks USAGE on the language plpgsql, so refused rows cannot be isolated",
             f'as a superuser: GRANT USAGE ON LANGUAGE plpgsql TO "{user}";',
         )  # fmt: skip
     grant = f"as the owner of the tables: `loader init --role {user}`"
@@ -425,9 +435,11 @@ def _privileges(connection: Connection) -> Iterator[Finding]:
         yield _failed("privileges", f"{user} lacks {_listed(missing)}", grant)
     elif needless:
         other = "as the owner of the tables: `loader init --role analytics_loader`, and load as that role"
-        yield _warning("privileges", f"{user} may do more than load: {_listed(needless)}", other)
+        yield _warning(
+            "privileges", f"{user} has more privileges than loading needs: {_listed(needless)}", other
+        )
     elif may_use_plpgsql:
-        yield _ok("privileges", f"{user} may load, and nothing else")
+        yield _ok("privileges", f"{user} has exactly the privileges needed for loading")
 
 
 def _listed(privileges: dict[str, list[str]]) -> str:
@@ -435,7 +447,7 @@ def _listed(privileges: dict[str, list[str]]) -> str:
 
 
 def _creators(connection: Connection) -> Iterator[Finding]:
-    """Whoever may create functions beside the tables may try to have them called by others."""
+    """Report other roles that may create objects in the schema, such as functions that shadow the system's."""
     creators = connection.execute(_CREATORS).fetchall()
     for name, creator in creators:
         role = creator if creator == "PUBLIC" else f'"{creator}"'
@@ -444,11 +456,11 @@ def _creators(connection: Connection) -> Iterator[Finding]:
             f'REVOKE CREATE ON SCHEMA "{name}" FROM {role};',
         )  # fmt: skip
     if not creators:
-        yield _ok("creators", "only the owner may create objects beside the tables")
+        yield _ok("creators", "only the owner may create objects in the schema of the tables")
 
 
 def _settings(connection: Connection) -> dict[str, tuple[str, str]]:
-    """Return the value and the source of each setting that is checked."""
+    """Return the value and the source of each checked setting."""
     names = [*_UNSAFE_SETTINGS, *_TIMEOUTS, _REPLICATION_ROLE]
     return {name: (value, source) for name, value, source in connection.execute(_SETTINGS, [names])}
 
@@ -465,16 +477,16 @@ def _durability(connection: Connection, found: dict[str, tuple[str, str]]) -> It
             _reset(connection, _REPLICATION_ROLE, source, "origin"),
         )  # fmt: skip
     elif not unsafe:
-        yield _ok("durability", "committed rows survive a crash of the server")
+        yield _ok("durability", "committed rows survive a server crash")
 
 
 def _limits(connection: Connection, found: dict[str, tuple[str, str]], workers: int) -> Iterator[Finding]:
-    """Report what ends statements and sessions, or allows fewer of them than there are workers."""
+    """Report timeouts that may cancel a load, and connection limits below the number of workers."""
     short = [name for name in _TIMEOUTS if 0 < int(found.get(name, ("0", ""))[0]) < _SHORT_TIMEOUT]
     for name in short:
         value, source = found[name]
         yield _warning(
-            "limits", f"{name} is {value} ms, which may end a load", _reset(connection, name, source, "0")
+            "limits", f"{name} is {value} ms, which may cancel a load", _reset(connection, name, source, "0")
         )
     user, database = connection.info.user, connection.info.dbname
     ((of_role, of_database),) = connection.execute(_CONNECTION_LIMITS).fetchall()
@@ -485,21 +497,21 @@ def _limits(connection: Connection, found: dict[str, tuple[str, str]], workers: 
     ]
     for what, limit in few:
         yield _warning(
-            "limits", f"{what} may have {limit} connections, fewer than the {workers} workers",
+            "limits", f"{what} is limited to {limit} connections, fewer than the {workers} workers",
             f"ALTER {what} CONNECTION LIMIT {workers + 2}; or LOADER_WORKERS={max(limit, 1)}",
         )  # fmt: skip
     if not short and not few:
-        yield _ok("limits", "no timeout and no connection limit is in the way")
+        yield _ok("limits", "no timeout or connection limit affects loading")
 
 
 def _statements(spool: Path | None) -> list[tuple[Statement, bool]]:
-    with contextlib.suppress(OSError):  # which `_permissions` reports
+    with contextlib.suppress(OSError):  # reported by `_permissions`
         return writer_files.statements(spool) if spool is not None else []
     return []
 
 
 def _drops(connection: Connection, stated: Sequence[tuple[Statement, bool]]) -> Iterator[Finding]:
-    """Report the lines that emitters dropped in the last day, also those that are in no metric yet."""
+    """Report the lines that emitters dropped in the last day, including those not reported as metrics yet."""
     found = Counter(dropped(connection, "24 hours")) if schema.schema_version(connection) else Counter()
     found.update(unreported(report for statement, _ in stated for report in statement.unreported))
     if not found:
@@ -516,18 +528,18 @@ def _drops(connection: Connection, stated: Sequence[tuple[Statement, bool]]) -> 
 def _conservation(
     connection: Connection, spool: Path | None, stated: Sequence[tuple[Statement, bool]]
 ) -> Iterator[Finding]:
-    """Compare what writers state with the ledger and the spool; what is recorded for that is rolled back."""
+    """Compare the writers' accounts with the ledger and the spool; recording them for this is rolled back."""
     if schema.schema_version(connection) < writers.VERSION:
         return
     if not writers.may_record(connection):
         user = connection.info.user
         yield _warning(
-            "conservation", f"{user} may not record what writers state",
+            "conservation", f"{user} may not record the accounts of writers",
             f"as the owner of the tables: `loader init --role {user}`",
         )  # fmt: skip
         return
     now: list[Stated] | None = None
-    with contextlib.suppress(OSError):  # which `_permissions` reports
+    with contextlib.suppress(OSError):  # reported by `_permissions`
         if spool is not None:
             now = writer_files.with_unstated(spool, stated, writers.last_loaded(connection))
     with connection.transaction(force_rollback=True):
@@ -549,12 +561,12 @@ def _conservation(
     )
     yield _warning(
         "conservation", f"{equation} + {total.missing} missing: {', '.join(names)}{more}",
-        "look for these segments in the archive or a backup and load them with `loader backfill`",
+        "search for these segments in the archive or a backup, and load them with `loader backfill`",
     )  # fmt: skip
 
 
 def _reset(connection: Connection, name: str, source: str, value: str) -> str:
-    """Return the statement that removes a setting where it was made, or overrides it for the role."""
+    """Return the statement that resets a setting at its source, or overrides it for the role."""
     role, database = f'"{connection.info.user}"', f'"{connection.info.dbname}"'
     return {
         "user": f"ALTER ROLE {role} RESET {name};",

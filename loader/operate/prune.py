@@ -1,13 +1,13 @@
-"""Removes what is older than it has to be kept: rows, ledger rows, rejected and archived files.
+"""Deletes data older than the retention time: rows, ledger rows, rejected and archived files.
 
-Rows are removed by the hour of their own `timestamp` and by the server's clock, in batches of a transaction
-each that lock nothing that a load wants. Their counts stay in the rollups, which are refreshed before
-(schema.sql, analytics_prune_hour). A batch that meets a deadlock or a lock is repeated. Ledger rows are removed
-by when they were loaded, and a writer's together, once its last one is old: the view of missing segments counts
-from 1. A file whose ledger rows were removed is loaded again when it is read again, as from an archive. Files
-are removed by when they were written.
+The age of a row is that of the hour of its `timestamp`, by the server's clock. Rows are deleted in batches,
+each a transaction that takes no lock needed by a load. Their counts remain in the rollups, which are
+refreshed first (schema.sql, analytics_prune_hour). A batch is repeated after a deadlock or a lock timeout.
+The age of ledger rows is the time since their load; the rows of one writer are deleted together, once the
+last one is old, because the view of missing segments counts from 1. After that, a file that is read again,
+such as from an archive, is loaded again. The age of files is that of their modification time.
 
-Operators are qualified because those on `varchar` are not exactly those of pg_catalog (see schema.sql).
+Operators are qualified, because for `varchar` an operator of another schema may match better (see schema.sql).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from loader.load.tables import EVENTS, METRICS, Table
 from spool.segment import SEALED
 
 BATCH_ROWS: Final = 5000
-"""Some tenths of a second of a server's work."""
+"""Some tenths of a second of server time."""
 _DAY: Final = re.compile(r"[0-9]{8}")
 
 _KINDS: Final = (
@@ -45,7 +45,7 @@ _KINDS: Final = (
     "FROM kinds "
     "WHERE kind IS NOT NULL) SELECT kind FROM kinds WHERE kind IS NOT NULL"
 )
-"""The kinds there are, by leaps through the index."""
+"""The existing kinds, by a loose index scan."""
 _COUNT: Final = (
     "SELECT pg_catalog.count(*) FROM {table} WHERE {kind} OPERATOR(pg_catalog.=) %s AND timestamp < %s"
 )
@@ -60,29 +60,29 @@ _DELETE_LOADS: Final = (
     "(DELETE FROM analytics_loads USING old WHERE digest = old.key RETURNING loaded_at) "
     "SELECT pg_catalog.count(*), pg_catalog.max(loaded_at)::text FROM gone"
 )
-"""A batch begins where the last one ended, which spares the way over index entries of what is gone."""
+"""A batch starts at the end of the previous one, to skip the index entries of deleted rows."""
 
 _DELETE_STATEMENTS: Final = (
     "DELETE FROM analytics_writers AS each WHERE reported_at < %s AND (writer <> ALL(%s::text[]) OR EXISTS "
     "(SELECT FROM analytics_writers AS later WHERE later.writer = each.writer "
     "AND later.reported_at > each.reported_at)) RETURNING 1"
 )
-"""A living writer's last statement stays, as its ledger rows do."""
+"""The last account of a running writer is kept, like its ledger rows."""
 
 
 _LOCK_SECONDS: Final = 5
 _PATIENCE: Final = 60.0
-"""Seconds that a batch is repeated which other sessions keep from its rows."""
+"""Seconds for which a batch is repeated while other sessions block it."""
 _REPEATED: Final = ("40001", "40P01", "55P03", "57014")
 """serialization_failure, deadlock_detected, lock_not_available, query_canceled (by a timeout)."""
 
 
 @dataclass
 class Pruned:
-    """How much is old, or was removed: rows by table, `loads` of the ledger, files.
+    """The number of old or deleted items: rows by table, `loads` of the ledger, files.
 
-    `skipped` maps an entry of the archive that is not a day's directory to why it was left alone, and
-    `failures` what could not be removed.
+    `skipped` maps each archive entry that is not a day's directory to the reason for skipping it, and
+    `failures` maps what could not be deleted.
     """
 
     events: int = 0
@@ -102,9 +102,9 @@ class Pruned:
 
 
 class Rows:
-    """The rows that are older than `age` by the server's clock, `before`. Methods raise psycopg.Error.
+    """The rows older than `age` by the server's clock, that is, from before `before`. Methods raise psycopg.Error.
 
-    Of the tables, whole hours: rows of the hour in which `before` lies stay until it has passed.
+    Only whole hours of the tables are deleted: rows of the hour that contains `before` are kept until it has passed.
     """
 
     def __init__(self, connection: Connection, age: timedelta, stop: threading.Event) -> None:
@@ -128,18 +128,18 @@ class Rows:
         return Pruned(events, metrics, self._number(_COUNT_LOADS, EVENTS, self._writers(), self._before))
 
     def delete(self, deleted: Callable[[int], None]) -> Pruned:
-        """Delete them until done or asked to stop; `deleted` gets the rows of each committed batch.
+        """Delete them, or stop when asked to; `deleted` is called with the rows of each committed batch.
 
         Raises LoaderError if the tables are of a version without rollups.
         """
         rollups.refresh_patiently(self._connection, self._stop.is_set, _PATIENCE)
         events, metrics = (self._delete_rows(source, deleted) for source in ("events", "metrics"))
-        # Before the ledger's rows: without those, lines would seem to be missing.
+        # Before the ledger rows: without those, lines would appear to be missing.
         self._delete_statements(self._writers())
         return Pruned(events, metrics, self._delete_loads(deleted))
 
     def _delete_statements(self, writers: list[str]) -> None:
-        """Remove the old statements of writers, all of those whose ledger rows are old."""
+        """Delete old accounts of writers, including the last one if the writer's ledger rows are old."""
         if self._run("SELECT pg_catalog.to_regclass('analytics_writers') IS NOT NULL", EVENTS) == [(True,)]:
             self._run(_DELETE_STATEMENTS, EVENTS, self._before, writers)
 
@@ -166,7 +166,7 @@ class Rows:
         return [kind for (kind,) in self._run(_KINDS, table)]
 
     def _writers(self) -> list[str]:
-        """Those of whom a segment was loaded since."""
+        """Return the writers with a segment loaded since then."""
         return [writer for (writer,) in self._run(_WRITERS, EVENTS, self._before)]
 
     def _number(self, statement: LiteralString, table: Table, *values: object) -> int:
@@ -174,7 +174,7 @@ class Rows:
         return int(number)
 
     def _run(self, statement: LiteralString, table: Table, *values: object) -> list[tuple[Any, ...]]:
-        """Run a statement in a transaction of its own, again if other sessions were in its way."""
+        """Run a statement in its own transaction, and retry if other sessions blocked it."""
         text = sql.SQL(statement).format(table=sql.Identifier(table.name), kind=sql.Identifier(table.kind))
         deadline = time.monotonic() + _PATIENCE
         while True:
@@ -189,7 +189,7 @@ class Rows:
 
 
 def files(spool: Path, archive: Path | None, before: datetime, *, dry_run: bool) -> Pruned:
-    """Remove the rejected and archived files that are older than `before`, or count them."""
+    """Delete, or only count, the rejected and archived files older than `before`."""
     pruned = Pruned()
     if not dry_run:
         with _noting_failures(pruned, rejects.DIRECTORY):
@@ -207,12 +207,12 @@ def files(spool: Path, archive: Path | None, before: datetime, *, dry_run: bool)
 def _day(base: int, name: str, before: datetime, pruned: Pruned, dry_run: bool) -> int:
     """Prune a day's directory of the archive; return the number of old files."""
     if stat.S_ISREG(os.stat(name, dir_fd=base, follow_symlinks=False).st_mode):
-        pruned.skipped[name] = "is a file, not the directory of a day"
+        pruned.skipped[name] = "is a file, not a day's directory"
         return 0
     with nofollow.opened(name, base) as day:
         count = _remove(day, (SEALED + SUFFIX,), before, pruned, dry_run)
     if not dry_run:
-        with contextlib.suppress(OSError):  # there is more in it
+        with contextlib.suppress(OSError):  # it contains other files
             os.rmdir(name, dir_fd=base)
     return count
 
@@ -230,7 +230,7 @@ def _remove(where: int, suffixes: tuple[str, ...], before: datetime, pruned: Pru
 
 @contextlib.contextmanager
 def _noting_failures(pruned: Pruned, name: str) -> Iterator[None]:
-    """Go on after an entry that cannot be removed; one that no longer exists needs nothing."""
+    """Continue after an entry that cannot be deleted; ignore one that no longer exists."""
     try:
         yield
     except FileNotFoundError:

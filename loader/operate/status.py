@@ -1,4 +1,4 @@
-"""The status of a spool and a ledger: what waits, what was loaded, what was rejected."""
+"""`loader status`: the backlog, the loaded rows and the rejects of a spool and its ledger."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ _RATE_MINUTES: Final = 5
 
 @dataclass(frozen=True)
 class Spool(Backlog):
-    """A spool: what waits there, who loads it, what was rejected."""
+    """The status of a spool: backlog, loader and rejects."""
 
     directory: str
     loader: str | None
     reject_files: int
     rejected: Mapping[str, int]
     waiting_for_parents: int
-    """Rejects of the last hour for a parent that does not exist, which the daemon retries."""
+    """Rejects of the last hour without a parent row, which the daemon retries."""
     unreported_drops: Mapping[str, int]
-    """Lines that emitters dropped and no metric reports yet."""
+    """Lines that emitters dropped and no metric has reported yet."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What was loaded so far, and rows per second over the last five minutes."""
+    """Totals of the ledger, and rows per second over the last five minutes."""
 
     chunks: int
     counts: Counts
     retried: int
-    """Lines that were rejected at first; `counts` has them twice."""
+    """Lines that were rejected at first and loaded later; `counts` includes them twice."""
     last_loaded_at: datetime | None
     rows_per_second: float
     dropped: Mapping[str, int] = field(default_factory=dict)
-    """Lines that emitters dropped, by cause and event type or metric name, as their metrics report."""
+    """Lines that emitters dropped, by cause and event type or metric name, as reported by their metrics."""
 
     def facts(self) -> dict[str, object]:
         """Return the values by the names that `loader status` prints."""
@@ -60,7 +60,7 @@ class Ledger:
 
 
 def spool(directory: Path) -> Spool:
-    """Look at a spool, touching nothing. Raises LoaderError, OSError, ValueError (a damaged reject file)."""
+    """Read the status of a spool. Raises LoaderError, OSError, ValueError (a damaged reject file)."""
     counted = list(reject_counts(directory))
     return Spool(
         **asdict(backlog(directory)),
@@ -78,7 +78,7 @@ def spool(directory: Path) -> Spool:
 def reject_counts(directory: Path) -> Iterator[tuple[Path, Counter[str]]]:
     """Yield the reject files of a spool with their counts by code.
 
-    A file that a loader removes between the listing and the reading is left out. Raises as `spool`.
+    A file that a loader removes between listing and reading is omitted. Raises as `spool` does.
     """
     for path in rejects.files(directory):
         with contextlib.suppress(FileNotFoundError):
@@ -86,7 +86,7 @@ def reject_counts(directory: Path) -> Iterator[tuple[Path, Counter[str]]]:
 
 
 def ledger(connection: Connection) -> Ledger:
-    """Sum up the ledger. Raises psycopg.Error."""
+    """Return the totals of the ledger. Raises psycopg.Error."""
     row = connection.execute(
         "SELECT pg_catalog.count(*), coalesce(pg_catalog.sum(events), 0)::bigint, "
         "coalesce(pg_catalog.sum(metrics), 0)::bigint, coalesce(pg_catalog.sum(duplicates), 0)::bigint, "
@@ -97,7 +97,7 @@ def ledger(connection: Connection) -> Ledger:
         "FROM analytics_loads",
         [_RATE_MINUTES, f"{rejects.DIRECTORY}/"],
     ).fetchone()
-    assert row is not None  # an aggregate has one row
+    assert row is not None  # an aggregate returns one row
     chunks, *counts, last_loaded_at, recent_rows, retried = row
     return Ledger(
         chunks,
@@ -110,7 +110,7 @@ def ledger(connection: Connection) -> Ledger:
 
 
 def touched(connection: Connection) -> rollups.Touched | None:
-    """Return the touched hours of the rollups; None for tables of a version without. Raises psycopg.Error."""
+    """Return the touched hours, or None if the tables have no rollups yet. Raises psycopg.Error."""
     ((exists,),) = connection.execute(
         "SELECT pg_catalog.to_regclass('analytics_touched') IS NOT NULL"
     ).fetchall()

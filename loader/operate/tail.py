@@ -1,7 +1,7 @@
-"""The last lines of a spool and those that are being emitted, from sealed and open segments. Changes nothing.
+"""Reads the last lines of a spool, and new lines as they are emitted, from sealed and open segments. Changes nothing.
 
-A line of an open segment is shown once it is complete: the bytes behind the last one are NUL. A segment that is
-followed is held open, so that what was written before the loader took its file away is shown, too.
+A line of an open segment is shown once it is complete: the bytes after the last line are NUL. A followed
+segment is held open, so that its lines are shown even if the loader has removed the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Wanted = Callable[[bytes], bool]
 
 
 def wanted(names: tuple[str, ...], user: str | None) -> Wanted:
-    """Return what chooses lines by event type or metric name, and by user; every line if neither is given."""
+    """Return a filter for lines by event type or metric name, and by user. Without either it accepts all lines."""
     user_id = None if user is None else canonical_uuid(user)
 
     def chosen(line: bytes) -> bool:
@@ -45,7 +45,7 @@ def _decoded(line: bytes) -> dict[str, Any]:
 
 
 class Tail:
-    """Reads a spool; each call of `new_lines` yields what was written since the one before."""
+    """Follows a spool; each call of `new_lines` yields the lines written since the previous call."""
 
     def __init__(self, spool: Path, chosen: Wanted) -> None:
         self._spool = spool
@@ -53,7 +53,7 @@ class Tail:
         self._files: dict[str, BinaryIO] = {}
 
     def last_lines(self, count: int) -> list[bytes]:
-        """Return the last lines of the spool as it is now, oldest first; `new_lines` continues behind them."""
+        """Return the current last lines of the spool, oldest first; `new_lines` continues after them."""
         found: list[bytes] = []
         stems = self._open_new()
         for stem in reversed(stems):
@@ -62,7 +62,7 @@ class Tail:
         return found
 
     def new_lines(self) -> Iterator[bytes]:
-        """Yield the complete lines that were written since, segment by segment. Raises OSError."""
+        """Yield the complete lines written since the last call, segment by segment. Raises OSError."""
         present = self._open_new()
         for stem in sorted(self._files):
             yield from filter(self._chosen, _lines(self._files[stem]))
@@ -76,7 +76,7 @@ class Tail:
         self._files.clear()
 
     def _open_new(self) -> list[str]:
-        """Open the segments that were not seen before. Returns the stems of all that exist, oldest first."""
+        """Open the segments not seen before. Returns the stems of all existing segments, oldest first."""
         stems = set()
         for entry in os.scandir(self._spool):
             path = Path(entry.path)
@@ -87,7 +87,7 @@ class Tail:
         return sorted(stems)
 
     def _open(self, path: Path) -> bool:
-        with contextlib.suppress(OSError):  # sealed or loaded in the meantime, a link, or not ours to read
+        with contextlib.suppress(OSError):  # sealed or loaded in the meantime, a link, or not readable
             file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 self._files[path.stem] = file
@@ -97,7 +97,7 @@ class Tail:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the complete lines behind what was read before."""
+    """Yield the complete lines after the last read position."""
     while True:
         begin = file.tell()
         line = file.readline(MAX_LINE_BYTES)

@@ -1,7 +1,7 @@
-"""The database that the service loads into, as its unit files and /etc/analytics-loader name it.
+"""Finds the database of the service from its configuration files in /etc/analytics-loader.
 
-analytics-loader.service         environment, dsn               of the spool /var/spool/analytics
-analytics-loader@NAME.service    NAME.environment, NAME.dsn     of the spool /var/spool/analytics-NAME
+analytics-loader.service         environment, dsn               for the spool /var/spool/analytics
+analytics-loader@NAME.service    NAME.environment, NAME.dsn     for the spool /var/spool/analytics-NAME
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _PREFIX: Final = "analytics-"
 
 
 def database_dsn(spool: Path | None, directory: Path = DIRECTORY) -> tuple[str, str] | None:
-    """Return the DSN of the service that loads this spool and the file that names it; None without one.
+    """Return the DSN of the service that loads this spool, and the file that contains it, or None.
 
-    Raises UsageError with the command if a file cannot be read, or the DSN cannot.
+    Raises UsageError, with the command to run, if a file or the DSN cannot be read.
     """
     name = spool.name.removeprefix(_PREFIX) if spool and spool.name.startswith(_PREFIX) else ""
     environment_file = directory / (f"{name}.environment" if name else "environment")
@@ -46,13 +46,13 @@ def _read(file: Path) -> str:
     except OSError as error:
         me = settings.owner(os.geteuid())
         raise UsageError(
-            f'no database is set, and {me} cannot read "{file}", where the service may have it '
+            f'no database is set, and {me} cannot read the settings of the service in "{file}" '
             f"({error.strerror}): run `sudo loader doctor`, or set LOADER_DSN"
         ) from None
 
 
 def _variables(text: str) -> Mapping[str, str]:
-    """Return the assignments of an environment file: systemd.exec(5), EnvironmentFile=."""
+    """Return the assignments in an environment file (systemd.exec(5), EnvironmentFile=)."""
     found: dict[str, str] = {}
     for line in text.replace("\\\n", "").splitlines():
         name, equals, value = line.strip().partition("=")
@@ -64,5 +64,5 @@ def _variables(text: str) -> Mapping[str, str]:
 def _unquoted(value: str) -> str:
     try:
         return "".join(shlex.split(value)) if value[:1] in ("'", '"') else value
-    except ValueError:  # a quote without its end
+    except ValueError:  # an unterminated quote
         return value

@@ -1,1 +1,1 @@
-"""Reads the loaded tables: questions in the terminal, a report page, exports."""
+"""Reads the loaded tables for questions in the terminal, the report page, and exports."""

@@ -1,8 +1,8 @@
-"""Charts as inline SVG, drawn by Vega-Lite (vl-convert) without a browser and without a request.
+"""Charts as inline SVG, drawn by Vega-Lite (vl-convert) without a browser or network requests.
 
-A drawing has no colour of its own: each colour in it is a placeholder that becomes a CSS variable, so that
-one drawing serves a light page, a dark one and paper. Each chart is drawn wide and narrow, and CSS shows the
-one that fits, so that text keeps its size on a phone.
+Each colour is a placeholder that is replaced by a CSS variable, so that one drawing works on a light page, a
+dark page and paper. Each chart is drawn in a wide and a narrow version, and CSS shows the one that fits, so
+that text keeps its size on a phone.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _VARIABLES: Final = {
     **{placeholder: f"var(--c{number})" for number, placeholder in enumerate(_SERIES, 1)},
 }  # fmt: skip
 _SIZES: Final = {"wide": (900, 220), "narrow": (300, 190)}
-"""Width and height in pixels of the page, without the axis."""
+"""Width and height in CSS pixels, without the axis."""
 _LABELS: Final = {"wide": 10, "narrow": 4}
-"""Dates under the axis at most."""
+"""Maximum number of dates below the axis."""
 _DASHES: Final = ([1, 0], [7, 4], [2, 3])
 _DATE: Final = "utcFormat(toDate(datum.value), '%-d %b')"
 _NUMBER: Final = "datum.value === 0 ? '0' : replace(datum.label, '\u2212', '')"
-"""People who hang below the line are not a negative number of them."""
+"""Bars below zero count people, so their labels have no minus sign."""
 _CONFIG: Final = {
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
@@ -42,7 +42,7 @@ _CONFIG: Final = {
 
 
 def bars(label: str, rows: Sequence[Mapping[str, Any]], series: Sequence[str]) -> Markup:
-    """Stacked bars. A row has `day`, `name`, `value` (below zero it hangs down) and `complete`."""
+    """Draw stacked bars. A row has `day`, `name`, `value` (negative values hang below zero) and `complete`."""
     return _both(label, rows, series, {
         "mark": {"type": "bar", "stroke": _CARD, "strokeWidth": 1},
         "encoding": {
@@ -55,7 +55,7 @@ def bars(label: str, rows: Sequence[Mapping[str, Any]], series: Sequence[str]) -
 
 
 def lines(label: str, rows: Sequence[Mapping[str, Any]], series: Sequence[str]) -> Markup:
-    """Lines that also differ by their dashes. A row has `day`, `name` and `value`."""
+    """Draw lines that also differ by their dashes. A row has `day`, `name` and `value`."""
     dashes = {"domain": [*map(_name, range(len(series)))], "range": [*_DASHES[: len(series)]]}
     return _both(label, rows, series, {
         "mark": {"type": "line", "strokeWidth": 2.5, "strokeCap": "round"},
@@ -67,7 +67,7 @@ def lines(label: str, rows: Sequence[Mapping[str, Any]], series: Sequence[str]) 
 
 
 def spark(values: Sequence[float]) -> Markup:
-    """A line without axes, for a tile; decoration that a screen reader skips."""
+    """Draw a line without axes for a tile, as decoration that screen readers skip."""
     if len(values) < 2:
         return Markup("")
     low, high = min(values), max(values)
@@ -99,7 +99,7 @@ def _both(
     label: str, rows: Sequence[Mapping[str, Any]], series: Sequence[str], spec: dict[str, Any]
 ) -> Markup:
     days = sorted({row["day"] for row in rows})
-    # A series is known by its number: no text from an event gets into a drawing.
+    # Series are identified by number, so that no text from an event gets into a drawing.
     values = [
         {
             **row,
@@ -127,7 +127,7 @@ def _name(number: int) -> str:
 
 
 def _labelled(days: Sequence[date], most: int) -> Sequence[str]:
-    """The days that get a label, from the last one backwards in even steps."""
+    """Return the labelled days, in even steps backwards from the last one."""
     step = max(1, -(-len(days) // most))
     return [_iso(day) for day in reversed(days[::-1][::step])]
 
@@ -137,19 +137,19 @@ def _iso(day: date) -> str:
 
 
 def _inline(drawing: str, size: str, label: str) -> Markup:
-    """The drawing as part of a page: with our colours, one name, and none of the names of its parts."""
+    """Return the drawing for embedding: with our colours, one label, and no labels of its parts."""
     for placeholder, variable in _VARIABLES.items():
         drawing = re.sub(re.escape(placeholder), variable, drawing, flags=re.IGNORECASE)
     drawing = re.sub(r' (aria-[a-z]+|role)="[^"]*"', "", drawing)
     box = re.search(r'viewBox="([-0-9. ]+)"', drawing)
-    assert box is not None  # every SVG of Vega has one
+    assert box is not None  # every SVG from Vega has one
     head = Markup('<svg class="{}" viewBox="{}" role="img" aria-label="{}">').format(size, box[1], label)
-    # Trusted: the text in it comes from the dates and numbers of the axes alone.
+    # Trusted: its only text is the dates and numbers of the axes.
     return head + Markup(re.sub(r"^.*?<svg [^>]*>", "", drawing, count=1, flags=re.DOTALL))
 
 
 def legend(series: Iterable[str]) -> Markup:
-    """The colours and their names, in HTML: the reader's browser measures its own fonts."""
+    """Return the legend in HTML, because the reader's browser measures its own fonts."""
     entry = Markup('<span><i class="k{}"></i>{}</span>')
     parts = Markup("").join(entry.format(number, escape(name)) for number, name in enumerate(series, 1))
     return Markup('<p class="key">') + parts + Markup("</p>")

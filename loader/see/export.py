@@ -1,7 +1,7 @@
-"""Exports rows as Parquet, CSV, or lines that `loader backfill` loads again.
+"""Exports rows as Parquet, CSV, or NDJSON that `loader backfill` can load.
 
-Rows stream from COPY to the file, in one snapshot; memory does not grow with them. A file appears when it is
-whole. Ids are text: pandas and DuckDB understand Arrow's UUID, polars does not.
+Rows are streamed from COPY to the file, in one snapshot and in constant memory. A file gets its name once it
+is complete. Ids are text: pandas and DuckDB support Arrow's UUID, polars does not.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from loader.see.whole import whole_file
 
 STDOUT: Final = Path("-")
 _BATCH_BYTES: Final = 1 << 20
-"""What the driver hands over at once; more is not faster."""
+"""The size of a piece from the driver; larger pieces are not faster."""
 _ROW_GROUP: Final = 1 << 15
-"""Rows of a row group, some 10 MB before compression: what a reader skips or reads as one."""
+"""Rows per row group, about 10 MB before compression: the unit in which readers skip or read data."""
 _COMPRESSION: Final = ("zstd", 3)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A table, what is exported of it, and how a row is a line."""
+    """An exportable table: its columns, and the form of a row as a line."""
 
     table: str
     columns: tuple[tuple[str, sql.SQL], ...]
     document: str
-    """The column of JSON that `--column` reads."""
+    """The JSON column that `--column` reads."""
     line: sql.SQL
 
 
@@ -68,10 +68,10 @@ METRICS: Final = Source(
     ),
 )  # fmt: skip
 SOURCES: Final = {"events": EVENTS, "metrics": METRICS}
-"""By the names of catalogue.TABLES."""
+"""The sources, by the names in catalogue.TABLES."""
 
 _NUMBER: Final = r"'^[-+]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][-+]?[0-9]{{1,3}})?$'"
-# Text is converted only if it can be: a cast that fails would end the export.
+# Text is cast only if that is possible: a failed cast would abort the export.
 _IS_NUMBER: Final = "({text} ~ " + _NUMBER + ")"
 _CASTS: Final = {
     "text": "{text}",
@@ -81,13 +81,13 @@ _CASTS: Final = {
     "-9223372036854775808 AND 9223372036854775807 THEN {text}::numeric::bigint END END",
     "bool": "CASE {text} WHEN 'true' THEN true WHEN 'false' THEN false END",
 }
-"""SQL by the type of a column."""
+"""SQL for each type of a column."""
 _COLUMN: Final = re.compile(r"(metadata|labels)[.]([^:]+)(?::(\w+))?")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A value of the JSON that gets a column of its own."""
+    """A JSON value that is exported as a column of its own."""
 
     document: str
     path: tuple[str, ...]
@@ -99,11 +99,11 @@ class Column:
         return self.path[-1]
 
     def value(self) -> sql.Composable:
-        """The value in its type, NULL if it has another one."""
+        """Return SQL for the value, or NULL if it has a different type."""
         return sql.SQL(_CASTS[self.type]).format(text=self._text())
 
     def misfits(self) -> sql.Composable:
-        """1 if there is a value of another type, else 0."""
+        """Return SQL that is 1 if the value has a different type, otherwise 0."""
         return sql.SQL("(({}) IS NULL AND {} IS NOT NULL)::int").format(self.value(), self._text())
 
     def _text(self) -> sql.Composable:
@@ -112,7 +112,7 @@ class Column:
 
 
 def column(text: str) -> Column:
-    """Return the column that a person asks for as `metadata.duration_ms:float`. Raises UsageError."""
+    """Parse a column such as `metadata.duration_ms:float`. Raises UsageError."""
     parts = _COLUMN.fullmatch(text)
     kind = parts[3] or "text" if parts else ""
     if parts is None or kind not in _CASTS or not all(parts[2].split(".")):
@@ -125,13 +125,13 @@ def column(text: str) -> Column:
 
 @dataclass(frozen=True)
 class Range:
-    """Rows with `since <= timestamp < until`; None is without a bound."""
+    """The rows with `since <= timestamp < until`; None is unbounded."""
 
     since: datetime | None
     until: datetime | None
 
     def condition(self) -> sql.Composable:
-        """The condition in SQL."""
+        """Return the condition in SQL."""
         parts: list[sql.Composable] = [sql.SQL("true")]
         if self.since is not None:
             parts.append(sql.SQL("timestamp >= {}").format(sql.Literal(self.since.astimezone(UTC))))
@@ -142,24 +142,24 @@ class Range:
 
 @dataclass
 class Exported:
-    """What was written."""
+    """The result of an export."""
 
     rows: int = 0
     files: int = 0
     bytes: int = 0
     misfits: dict[str, int] = field(default_factory=dict)
-    """Values by column that are not of its type and became null."""
+    """Number of values, by column, that have a different type and became null."""
 
 
 class Export:
-    """One export: what to read, and how to write it."""
+    """An export: its source, range, columns and format."""
 
     def __init__(self, source: Source, form: Format, columns: Sequence[Column] = ()) -> None:
-        """Raises UsageError for columns that the table or the format does not have."""
+        """Create an export. Raises UsageError for columns that the table or the format does not support."""
         names = [name for name, _ in source.columns] + [each.name for each in columns]
         for each in columns:
             if form == "ndjson":
-                raise UsageError("--column is for Parquet and CSV: NDJSON has the lines as they were loaded")
+                raise UsageError("--column requires Parquet or CSV: NDJSON has the lines as they were loaded")
             if each.document != source.document:
                 raise UsageError(
                     f"{source.table} has no {each.document}: its columns are {source.document}.KEY"
@@ -170,7 +170,7 @@ class Export:
         self.exported = Exported()
 
     def to_file(self, connection: Connection, rows: Range, target: Path) -> None:
-        """Write one file, or standard output. Raises OSError, LoaderError, psycopg.Error."""
+        """Write to one file or to standard output. Raises OSError, LoaderError, psycopg.Error."""
         if target == STDOUT:
             self._write(connection, rows, sys.stdout.buffer)
             return
@@ -182,7 +182,7 @@ class Export:
     def by_day(self, connection: Connection, rows: Range, target: Path, zone: tzinfo) -> None:
         """Write `day=2026-11-24/part.parquet` for each local day that has rows.
 
-        A file of a day that has none is removed: it is from an earlier export, before the rows were deleted.
+        The file of a day without rows is removed: it is from an earlier export, before the rows were deleted.
         """
         for day, part in self._days(connection, rows, zone):
             file = target / f"day={day}" / f"part.{self._form}"
@@ -230,7 +230,7 @@ class Export:
         return sql.SQL("SELECT {} FROM {} WHERE {}").format(parts, self._table(connection), rows.condition())
 
     def _ndjson(self, connection: Connection, rows: Range, file: IO[bytes]) -> None:
-        # JSON has no control character, so CSV with these two as quote and delimiter is the text itself.
+        # JSON has no control characters, so CSV with these two as quote and delimiter is the plain text.
         select = sql.SQL("SELECT row_to_json(line) FROM (SELECT {} FROM {} WHERE {}) AS line")
         query = select.format(self._source.line, self._table(connection), rows.condition())
         self._copy(connection, query, "FORMAT csv, QUOTE E'\\x01', ESCAPE E'\\x01', DELIMITER E'\\x02'", file)
@@ -269,7 +269,7 @@ class Export:
             self._write_groups(reader, file)
 
     def _write_groups(self, reader: Any, file: IO[bytes]) -> None:
-        """Write row groups of an even size, whatever the driver hands over."""
+        """Write row groups of equal size, regardless of the driver's pieces."""
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -301,7 +301,7 @@ def _grouped(reader: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _arrow(connection: Connection, snapshot: str, query: str) -> Iterator[Any]:
-    """Run a query on a connection of Arrow's driver, in the snapshot of ours. Raises LoaderError."""
+    """Run a query with Arrow's driver, in the snapshot of our connection. Raises LoaderError."""
     import adbc_driver_manager as adbc  # its module dbapi imports pandas and polars: 78 MiB
     import adbc_driver_postgresql
     import pyarrow as pa
@@ -328,14 +328,15 @@ def _arrow(connection: Connection, snapshot: str, query: str) -> Iterator[Any]:
                 with pa.RecordBatchReader.from_stream(stream) as reader:
                     yield reader
     except adbc.Error as error:
-        raise LoaderError(f"the export ended: {error}") from error
+        raise LoaderError(f"the export failed: {error}") from error
 
 
 def _pinned(connection: Connection) -> str:
-    """Return the DSN of the connection with a search path: the driver looks types up before we can set one.
+    """Return the connection's DSN with a search path, because the driver looks up types before we can set one.
 
-    Its query compares types that have no operator of their own, so that one planted in a schema of ours is a better
-    match (adbc-driver-postgresql 1.13). A pooler may refuse the parameter; then only CSV and NDJSON are possible.
+    Its query compares types without an exact operator, so an operator planted in one of the user's schemas
+    could match better (adbc-driver-postgresql 1.13). A pooler may refuse the parameter; then only CSV and
+    NDJSON are possible.
     """
     info = connection.info
     dsn = info.dsn

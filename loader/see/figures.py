@@ -1,4 +1,4 @@
-"""Figures as a person reads them, and as small pictures of text."""
+"""Formats figures for people, also as bars and sparklines of text."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, Final
 from uuid import UUID
 
 NONE: Final = "-"
-"""What stands for a value that does not exist, such as the rate of nothing."""
+"""Shown for a value that does not exist, such as a rate with a denominator of zero."""
 _LEVELS: Final = "▁▂▃▄▅▆▇█"
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉"
 
 
 def count(value: Decimal | float | None) -> str:
-    """A number of things: 1,234."""
+    """Format a count: 1,234."""
     return NONE if value is None else f"{round(value):,}"
 
 
 def share(value: Decimal | float | None, digits: int = 0) -> str:
-    """A part of a whole as a percentage; never rounded to all or nothing."""
+    """Format a share as a percentage; never rounded to 0 % or 100 %."""
     if value is None:
         return NONE
     shown = f"{value:.{digits}%}"
@@ -31,14 +31,14 @@ def share(value: Decimal | float | None, digits: int = 0) -> str:
 
 
 def change(now: float, before: float) -> str:
-    """The change against an earlier value: +12 %, or `new` if there was none."""
+    """Format the change from an earlier value: +12 %, or `new` if there was none."""
     if not before:
         return "new" if now else NONE
     return f"{now / before - 1:+.0%}"
 
 
 def duration(value: timedelta | None) -> str:
-    """A length of time in its largest sensible unit."""
+    """Format a duration in the largest suitable unit."""
     if value is None:
         return NONE
     seconds = value.total_seconds()
@@ -50,26 +50,26 @@ def duration(value: timedelta | None) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Milliseconds, with a digit after the point for small ones."""
+    """Format milliseconds, with a decimal for small values."""
     if value is None:
         return NONE
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def bucket(starts: date | datetime, where: tzinfo) -> str:
-    """The name of a bucket: its first day, or its local time."""
+    """Return the name of a bucket: its first day, or its local time."""
     if not isinstance(starts, datetime):
         return f"{starts:%Y-%m-%d}"
     return f"{starts.astimezone(where):%Y-%m-%d %H:%M}"
 
 
 def local_day(starts: date | datetime, where: tzinfo) -> date:
-    """The first day of a bucket of a day or more."""
+    """Return the first day of a bucket of a day or more."""
     return starts.astimezone(where).date() if isinstance(starts, datetime) else starts
 
 
 def draws_blocks() -> bool:
-    """Whether standard output has the characters of bars and sparklines."""
+    """Whether standard output can encode the characters of bars and sparklines."""
     try:
         _LEVELS.encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
@@ -78,7 +78,7 @@ def draws_blocks() -> bool:
 
 
 def spark(values: Sequence[float], width: int) -> str:
-    """A line of small columns; neighbours are added up if there are more of them than `width`."""
+    """Return a sparkline; neighbouring values are added up if there are more than `width`."""
     step = -(-len(values) // width) if values else 1
     columns = [sum(values[at : at + step]) for at in range(0, len(values), step)]
     peak = max(columns, default=0)
@@ -88,7 +88,7 @@ def spark(values: Sequence[float], width: int) -> str:
 
 
 def bar(value: float | Decimal, peak: float | Decimal, width: int) -> str:
-    """A bar of up to `width` characters."""
+    """Return a bar of up to `width` characters."""
     eighths = round(float(value) / float(peak) * width * 8) if peak else 0
     if not draws_blocks():
         return "#" * round(eighths / 8)
@@ -96,7 +96,7 @@ def bar(value: float | Decimal, peak: float | Decimal, width: int) -> str:
 
 
 def plain(value: Any, where: tzinfo) -> Any:
-    """A value for JSON and CSV: local time with its offset, lengths of time in seconds, ids as text."""
+    """Return a value for JSON and CSV: local time with its offset, durations in seconds, ids as text."""
     if isinstance(value, datetime):
         return value.astimezone(where).isoformat()
     if isinstance(value, timedelta):

@@ -1,6 +1,6 @@
-"""The report as one page that needs nothing else: no script, no request, and a policy that forbids both.
+"""Renders the report as one self-contained page without scripts or requests; its policy forbids both.
 
-Names of events and endpoints come from outside. The template escapes every value; charts never hold one.
+Names of events and endpoints are untrusted. The template escapes every value; charts never contain one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loader.see.report import FUNNEL_WITHIN, OTHERS, RETENTION_WEEKS, Report
 _ACTIVE: Final = ("1 day", "7 days", "28 days")
 _LIFECYCLE: Final = ("new", "retained", "resurrected", "dormant")
 _SLOW_LAG: Final = timedelta(minutes=1)
-"""A lag above this deserves a look: a segment is sealed after a second and loaded at once."""
+"""A lag above this is highlighted: a segment is sealed after a second and then loaded immediately."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Tile:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing and the figures in it."""
+    """A drawing and its figures."""
 
     drawing: Markup
     legend: Markup
     headings: Sequence[str]
     rows: Sequence[tuple[str, bool, Sequence[str]]]
-    """The name of each row, whether it is complete, and its cells."""
+    """The rows of the table: name, whether it is complete, and cells."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A line of the pipeline's health."""
+    """A line in the section on the pipeline's health."""
 
     name: str
     value: str
@@ -125,7 +125,7 @@ def _tiles(report: Report) -> Iterator[Tile]:
     note = (
         f"{figures.count(lag.rejected)} rejected, {figures.count(lost - lag.rejected)} dropped by an emitter"
     )
-    yield Tile("Lines not kept", figures.count(lost), note)
+    yield Tile("Lines not loaded", figures.count(lost), note)
 
 
 def _length(report: Report) -> str:
@@ -154,7 +154,7 @@ def _active(report: Report) -> Chart:
     values = [
         {"day": row[0], "name": name, "value": row[at]}
         for row in days
-        if row[5]  # a day that has not ended would look like a fall
+        if row[5]  # a day that has not ended would look like a decline
         for at, name in enumerate(_ACTIVE, 1)
     ]
     rows = [(_day(row[0]), row[5], [*map(figures.count, row[1:4]), figures.share(row[4])]) for row in days]
@@ -218,12 +218,12 @@ def _checks(report: Report) -> Iterator[Check]:
     yield Check(
         "Duplicates", figures.count(pipeline.duplicates), "lines whose row existed; harmless", good=True
     )
-    note = "set aside with a reason: loader rejects list" if pipeline.rejected else "every line was accepted"
+    note = "see `loader rejects list` for the reasons" if pipeline.rejected else "every line was accepted"
     yield Check("Rejected", figures.count(pipeline.rejected), note, good=not pipeline.rejected)
     dropped = sum(number for _, number in pipeline.drops)
     causes = ", ".join(f"{cause} {figures.count(number)}" for cause, number in pipeline.drops)
     yield Check(
-        "Dropped by emitters", figures.count(dropped), causes or "nothing was dropped", good=not dropped
+        "Dropped by emitters", figures.count(dropped), causes or "no line was dropped", good=not dropped
     )
     missing = pipeline.missing_segments
     note = (
@@ -235,12 +235,12 @@ def _checks(report: Report) -> Iterator[Check]:
     oldest = pipeline.oldest_touched
     note = f"the oldest: {oldest.astimezone(zone):%Y-%m-%d %H:%M}" if oldest else "the rollups are up to date"
     if pipeline.without_rollups:
-        note = "nothing was rolled up yet: every answer reads rows"
+        note = "no rollups were computed yet: every answer reads rows"
     yield Check("Hours to roll up", figures.count(pipeline.touched_hours), note, good=True)
 
 
 def _commands(report: Report) -> Mapping[str, str]:
-    """The command behind each part, to ask again."""
+    """Return the command for each part of the page, to repeat it."""
     zone = report.period.zone
     since, until = (
         quote(moment.astimezone(zone).isoformat(timespec="seconds"))

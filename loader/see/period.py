@@ -1,6 +1,6 @@
-"""The range of time of a question: half-open, between two instants, counted in days of one time zone.
+"""The time range of a question: half-open, between two instants, with days of one time zone.
 
-A date, and an age in days or weeks, is the local midnight in the zone; an age in hours or minutes is exact.
+A date, or an age in days or weeks, denotes local midnight in the zone; an age in hours or minutes is exact.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Period:
 
     @property
     def zone(self) -> tzinfo:
-        """The zone as Python's."""
+        """The time zone as a ZoneInfo."""
         return zone(self.tz)
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class Period:
 
 
 def period(since: str, until: str, tz: str, now: datetime | None = None) -> Period:
-    """Return the range between two moments as a person writes them. Raises UsageError."""
+    """Parse the range between two moments written by a user. Raises UsageError."""
     where, now = zone(tz), now or datetime.now(UTC)
     first, last = (
         instant(text, where, now, option) for text, option in ((since, "--since"), (until, "--until"))
@@ -55,15 +55,15 @@ def period(since: str, until: str, tz: str, now: datetime | None = None) -> Peri
 def zone(name: str) -> tzinfo:
     """Return a time zone by its IANA name. Raises UsageError."""
     if name == "UTC":
-        return UTC  # needs no time zone database
+        return UTC  # does not need a time zone database
     try:
         return ZoneInfo(name)
-    except (KeyError, ValueError, OSError):  # not there, not a name, a directory
+    except (KeyError, ValueError, OSError):  # missing, not a name, or a directory
         raise UsageError(f'"{name}" is not a time zone: give an IANA name, such as Europe/Berlin') from None
 
 
 def instant(text: str, where: tzinfo, now: datetime, option: str) -> datetime:
-    """Return the moment that a text names, in UTC. Raises UsageError, which names the option."""
+    """Parse a moment, and return it in UTC. Raises UsageError, which names the option."""
     try:
         return _instant(text.strip(), where, now).astimezone(UTC)
     except (ValueError, OverflowError):
@@ -83,21 +83,21 @@ def _instant(text: str, where: tzinfo, now: datetime) -> datetime:
     if _DATE.fullmatch(text):
         return midnight(date.fromisoformat(text), where)
     if not _DATE.match(text):
-        raise ValueError(text)  # fromisoformat also reads week dates and times without a dash
+        raise ValueError(text)  # fromisoformat also accepts week dates and dates without dashes
     moment = datetime.fromisoformat(text)
     return moment if moment.tzinfo else moment.replace(tzinfo=where)
 
 
 def midnight(day: date, where: tzinfo) -> datetime:
-    """The first moment of a day: 01:00 if clocks skip midnight, the first midnight if there are two."""
+    """Return the first moment of a day: 01:00 if clocks skip midnight, the first midnight if there are two."""
     return datetime.combine(day, time(), where)
 
 
 def duration(text: str, option: str) -> timedelta:
-    """Return a length of time such as 30m, 1d or 90s. Raises UsageError, which names the option."""
+    """Parse a duration such as 30m, 1d or 90s. Raises UsageError, which names the option."""
     parts = _DURATION.fullmatch(text)
     if parts is None or not int(parts[1]):
-        raise UsageError(f'{option} "{text}" is not a length of time: write 1d, 12h, 30m or 90s')
+        raise UsageError(f'{option} "{text}" is not a duration: write 1d, 12h, 30m or 90s')
     return timedelta(**{(_UNITS | {"s": "seconds"})[parts[2]]: int(parts[1])})
 
 

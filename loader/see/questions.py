@@ -1,7 +1,7 @@
-"""The questions that `loader ask` and the report put to the database: each is one statement.
+"""The questions of `loader ask` and the report: each is one SQL statement.
 
-They call the functions `analytics_*` of schema.sql, which define every figure. All of them read in one
-snapshot, in a transaction that cannot write.
+They call the functions `analytics_*` of schema.sql, which define every figure. All questions read in one
+snapshot, in a read-only transaction.
 """
 
 from __future__ import annotations
@@ -53,8 +53,7 @@ STATEMENTS: Final[Mapping[str, LiteralString]] = {
     ),
     "sessions": _SESSIONS.format("analytics_sessions(%(since)s, %(until)s)"),
     "sessions_by_gap": _SESSIONS.format("analytics_sessions_by_gap(%(since)s, %(until)s, %(gap)s)"),
-    # Percentiles of several buckets cannot be combined: what analytics_requests does, with the range as one
-    # bucket.
+    # As analytics_requests, but with the range as one bucket, because percentiles cannot be combined.
     "requests": (
         "WITH counts AS (SELECT labels->>'endpoint' AS endpoint, labels->>'method' AS method, sum(requests) "
         "AS requests, "
@@ -70,7 +69,7 @@ STATEMENTS: Final[Mapping[str, LiteralString]] = {
         "SELECT starts, endpoint, method, requests, errors, error_rate, p50, p95, p99, complete FROM "
         "analytics_requests(%(since)s, %(until)s, %(bucket)s, %(tz)s) ORDER BY 1, 2, 3"
     ),
-    # Adjacent hours of a type are one episode. An alarm is the second of two unusual hours.
+    # Adjacent hours of a type form one episode. An alarm is the second of two unusual hours.
     "anomalies": (
         "WITH hours AS (SELECT *, alarm OR coalesce(lead(alarm) OVER (PARTITION BY event_type ORDER BY "
         "hour), false) "
@@ -94,7 +93,7 @@ STATEMENTS: Final[Mapping[str, LiteralString]] = {
         "AND timestamp < %(until)s ORDER BY timestamp DESC, id DESC LIMIT %(limit)s) e ORDER BY timestamp, id"
     ),
 }  # fmt: skip
-"""Every question, by name."""
+"""The statement of each question, by name."""
 
 COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "trend": ("starts", "event_type", "events", "complete"),
@@ -114,13 +113,14 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "user": ("timestamp", "event_type", "session_id", "family_unit_id", "metadata"),
 }  # fmt: skip
-"""The columns of each answer: the names in JSON and CSV."""
+"""The columns of each answer, with the names used in JSON and CSV."""
 
 WHAT_ANOMALIES_MISS: Final = (
-    "Unusual: two hours in a row far from the same hours of the four weeks before. Half of all halvings, and "
-    "most of what happens below 10 events an hour, is not found; weeks with holidays raise false alarms."
+    "Unusual: two consecutive hours far from the same hours of the previous four weeks. About half of all "
+    "drops by half, and most changes below 10 events an hour, are not found; weeks with holidays cause "
+    "false alarms."
 )
-"""Measured on three data sets not used for tuning: found were outages 1.00, doublings .90, halvings .45."""
+"""Recall on three data sets not used for tuning: outages 1.00, doublings .90, halvings .45."""
 
 _TYPES: Final = (
     "WITH RECURSIVE t AS (SELECT min(event_type) AS name FROM analytics_events UNION ALL "
@@ -128,12 +128,12 @@ _TYPES: Final = (
     "NOT NULL) "
     "SELECT name FROM t WHERE name IS NOT NULL"
 )
-"""Reads one entry of the index per type, not every row."""
+"""Reads one index entry per type instead of every row."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Rows of one question, in the order of its columns."""
+    """The rows of an answer, in the order of its columns."""
 
     question: str
     period: Period
@@ -141,13 +141,13 @@ class Answer:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The name of each value of a row."""
+        """Return the names of the columns."""
         return COLUMNS[self.question]
 
 
 @contextlib.contextmanager
 def reading(dsn: str) -> Iterator[Connection]:
-    """Connect for reading only, in one snapshot. Raises LoaderError, psycopg.Error."""
+    """Open a read-only transaction with one snapshot. Raises LoaderError, psycopg.Error."""
     with connect(dsn) as connection:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         connection.read_only = True
@@ -169,7 +169,7 @@ def _explained() -> Iterator[None]:
     except psycopg.errors.QueryCanceled as error:
         raise LoaderError(f"{error.diag.message_primary}: choose a later --since") from error
     except (psycopg.DataError, psycopg.errors.RaiseException) as error:
-        raise UsageError(f"{error.diag.message_primary}: see --help for what is possible") from error
+        raise UsageError(f"{error.diag.message_primary}: see --help for valid values") from error
 
 
 def ask(connection: Connection, question: str, period: Period, **parameters: Any) -> Answer:
@@ -179,7 +179,7 @@ def ask(connection: Connection, question: str, period: Period, **parameters: Any
 
 
 def unknown_types(connection: Connection, names: Sequence[str]) -> Iterator[str]:
-    """Yield a sentence for each name that no event has, with the name that was probably meant."""
+    """Yield a message for each name without any event, with a suggested name."""
     known = [name for (name,) in fetch(connection, _TYPES)] if names else []
     for name in names:
         if name not in known:

@@ -1,4 +1,4 @@
-"""What the report shows: every figure of the page and of the summary in the terminal, from one snapshot."""
+"""The data of the report: every figure of the page and of the summary in the terminal, from one snapshot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loader.see.questions import Answer, ask
 
 FUNNEL_WITHIN: Final = timedelta(days=1)
 SHOWN_TYPES: Final = 5
-"""Event types with a colour of their own. More cannot be told apart; the others are one."""
+"""Number of event types with their own colour. More colours are hard to distinguish; the other types are combined."""
 OTHERS: Final = "(others)"
 RETENTION_WEEKS: Final = 8
 LIFECYCLE_WEEKS: Final = 12
@@ -25,8 +25,8 @@ _LONGEST_BY_DAY: Final = timedelta(days=93)
 _EVENTS: Final = (
     "SELECT count(*) FROM analytics_events WHERE timestamp >= %(since)s AND timestamp < %(until)s"
 )
-# The rows of a load have its NOW() as created_at, so that those from a writer's segment can be distinguished
-# from a backfill, whose delay says nothing about the pipeline.
+# The rows of a load have its NOW() as created_at. This distinguishes rows of a writer's segment from those of
+# a backfill, whose delay is unrelated to the pipeline.
 _LAG: Final = (
     "SELECT percentile_cont(ARRAY[0.5, 0.99]) WITHIN GROUP (ORDER BY created_at - timestamp), count(*) "
     "FROM analytics_events WHERE timestamp >= %(until)s - interval '1 day' AND timestamp < %(until)s AND "
@@ -47,7 +47,7 @@ _DROPS: Final = (
     "GROUP BY 1 ORDER BY 2 DESC, 1"
 )
 _MISSING: Final = "SELECT count(*), count(DISTINCT writer) FROM analytics_missing_segments"
-# -infinity: nothing was ever rolled up.
+# -infinity: no rollup was ever computed.
 _TOUCHED: Final = (
     "SELECT count(DISTINCT hour), min(hour) FILTER (WHERE isfinite(hour)), coalesce(bool_or(NOT "
     "isfinite(hour)), false) "
@@ -57,12 +57,12 @@ _TOUCHED: Final = (
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How the rows came here: the ledger's sums over the range, and what was lost before it."""
+    """The state of the pipeline: the ledger's totals over the range, and lines lost before loading."""
 
     lag_half: timedelta | None
-    """Half of the last day's events were in the table within this time; None if no segment was loaded."""
+    """The median time from emit to table for the last day's events; None if no segment was loaded."""
     lag_most: timedelta | None
-    """The same for 99%."""
+    """The 99th percentile of the same."""
     lines: int
     events: int
     metrics: int
@@ -70,26 +70,26 @@ class Pipeline:
     rejected: int
     last_loaded_at: datetime | None
     drops: Sequence[tuple[str, int]]
-    """Causes and counts of the lines that emitters dropped."""
+    """Causes and counts of lines dropped by emitters."""
     missing_segments: int
     missing_writers: int
     touched_hours: int
-    """Hours whose rows came after their rollup; answers read their rows."""
+    """Hours with rows loaded after their rollup was computed; answers read these rows."""
     oldest_touched: datetime | None
     without_rollups: bool
-    """Nothing was rolled up yet: every answer reads rows."""
+    """Whether no rollup was computed yet, so that every answer reads rows."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All figures of one report."""
+    """All figures of a report."""
 
     period: Period
     made_at: datetime
     bucket: str
     events: int
     events_before: int
-    """In the range of the same length before."""
+    """The same figure for the preceding range of equal length."""
     trend: Answer
     active: Answer
     lifecycle: Answer
@@ -100,7 +100,7 @@ class Report:
     pipeline: Pipeline
 
     def types(self) -> Sequence[str]:
-        """The types with a colour of their own, the most frequent first."""
+        """Return the types with their own colour, the most frequent first."""
         totals: Counter[str] = Counter()
         for _, kind, events, _ in self.trend.rows:
             totals[kind] += events
@@ -108,14 +108,14 @@ class Report:
         return named[:SHOWN_TYPES]
 
     def events_by(self) -> Mapping[tuple[date, str], int]:
-        """Events by bucket and shown type or OTHERS."""
+        """Return events by bucket and by shown type or OTHERS."""
         shown, found = set(self.types()), defaultdict[tuple[date, str], int](int)
         for starts, kind, events, _ in self.trend.rows:
             found[self._day(starts), kind if kind in shown else OTHERS] += events
         return found
 
     def buckets(self) -> Mapping[date, bool]:
-        """The buckets in order, and whether the range holds the whole of each."""
+        """Return the buckets in order, and whether each is completely inside the range."""
         return {self._day(starts): complete for starts, _, _, complete in self.trend.rows}
 
     def _day(self, starts: datetime) -> date:
@@ -125,7 +125,7 @@ class Report:
 def gather(
     connection: Connection, period: Period, steps: Sequence[str] = FUNNEL, made_at: datetime | None = None
 ) -> Report:
-    """Ask all questions. Raises psycopg.Error."""
+    """Run all questions. Raises psycopg.Error."""
     length = period.until - period.since
     bucket = "day" if length <= _LONGEST_BY_DAY else "week"
     before = replace(period, since=period.since - length, until=period.since)
@@ -158,14 +158,14 @@ def gather(
 
 
 def _whole_weeks(period: Period, weeks: int) -> Period:
-    """So many weeks from a Monday on; the last one is that of the end of the range."""
+    """Return the given number of whole weeks, of which the last contains the end of the range."""
     last = (period.until - timedelta(microseconds=1)).astimezone(period.zone).date()
     monday = last - timedelta(days=last.weekday(), weeks=weeks - 1)
     return replace(period, since=midnight(monday, period.zone).astimezone(UTC))
 
 
 def pipeline(connection: Connection, period: Period) -> Pipeline:
-    """Read how the rows came here. Raises psycopg.Error."""
+    """Read the state of the pipeline. Raises psycopg.Error."""
     values = {"since": period.since, "until": period.until}
     ((lag, _),) = fetch(connection, _LAG, values)
     ((lines, events, metrics, duplicates, rejected, last),) = fetch(connection, _LEDGER, values)

@@ -1,4 +1,4 @@
-"""Answers as tables of text, with bars and sparklines, for 80 columns and for more."""
+"""Renders answers as text tables with bars and sparklines, for terminals of 80 columns or more."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from loader.see.questions import Answer
 from loader.see.report import Report
 
 UNFINISHED: Final = "*"
-"""Marks a bucket that the range holds only in part: one that has not ended, or a cut first one."""
+"""Marks a bucket that is only partly inside the range: one that has not ended, or a cut-off first one."""
 _BAR: Final = 18
 _SPARK: Final = 36
 
 
 def trend(answer: Answer) -> Table:
-    """A row per event type: the sum, its share, and the course over the buckets."""
+    """Render a row per event type: total, share, and trend over the buckets."""
     buckets = sorted({row[0] for row in answer.rows})
     found: dict[str, dict[Any, int]] = defaultdict(dict)
     for starts, kind, events, _ in answer.rows:
@@ -40,7 +40,7 @@ def trend(answer: Answer) -> Table:
 
 
 def active(answer: Answer) -> Table:
-    """A row per day."""
+    """Render a row per day."""
     table = _table("day", ">1 day", ">7 days", ">28 days", ">1/28", "", title=_title(answer))
     peak = max((dau for _, dau, *_ in answer.rows), default=0)
     for day, dau, wau, mau, stickiness, complete in answer.rows:
@@ -52,7 +52,7 @@ def active(answer: Answer) -> Table:
 
 
 def lifecycle(answer: Answer) -> Table:
-    """A row per bucket; the bar is of those who were active."""
+    """Render a row per bucket; the bar shows active users."""
     table = _table("from", ">new", ">retained", ">resurrected", ">dormant", "active", title=_title(answer))
     peak = max((sum(row[1:4]) for row in answer.rows), default=0)
     for starts, new, retained, resurrected, dormant, complete in answer.rows:
@@ -65,7 +65,7 @@ def lifecycle(answer: Answer) -> Table:
 
 
 def retention(answer: Answer, width: int) -> Table:
-    """A row per cohort, a column for each period that fits."""
+    """Render a row per cohort, with a column for each period that fits."""
     cohorts: dict[Any, dict[int, tuple[Any, bool]]] = defaultdict(dict)
     sizes = {}
     for cohort, size, period, _, rate, complete in answer.rows:
@@ -87,14 +87,14 @@ def retention(answer: Answer, width: int) -> Table:
 
 
 def _cell(rate: Any, *, complete: bool) -> Text:
-    """A share with a background that is as strong as it is high."""
+    """Render a share with a background of matching intensity."""
     text = figures.share(rate) + ("" if complete else UNFINISHED)
     level = round(float(rate or 0) * 4)
     return Text(text, style="" if not complete else f"on grey{(0, 19, 27, 35, 42)[level]}" if level else "")
 
 
 def funnel(answer: Answer, *, broken_down: bool) -> Table:
-    """A row per step."""
+    """Render a row per step."""
     keys = ("by",) if broken_down else ()
     table = _table(
         *keys, "step", ">reached", ">of first", ">of last", ">half in", ">90% in", "", title=_title(answer)
@@ -111,7 +111,7 @@ def funnel(answer: Answer, *, broken_down: bool) -> Table:
 
 
 def sessions(answer: Answer) -> Table:
-    """A row per bucket of when the sessions began."""
+    """Render a row per bucket of session starts."""
     table = _table("from", ">sessions", ">users", ">events", ">half", ">90%", "", title=_title(answer))
     peak = max((row[1] for row in answer.rows), default=0)
     for starts, number, users, events, half, most, complete in answer.rows:
@@ -124,7 +124,7 @@ def sessions(answer: Answer) -> Table:
 
 
 def requests(answer: Answer, course: Answer) -> Table:
-    """A row per endpoint, with the course of its requests."""
+    """Render a row per endpoint, with the trend of its requests."""
     buckets = sorted({row[0] for row in course.rows})
     found: dict[tuple[str, str], dict[Any, int]] = defaultdict(dict)
     for starts, endpoint, method, number, *_ in course.rows:
@@ -140,7 +140,7 @@ def requests(answer: Answer, course: Answer) -> Table:
 
 
 def anomalies(answer: Answer) -> Table:
-    """A row per episode, the latest first."""
+    """Render a row per episode, the latest first."""
     table = _table("from", ">hours", "event", ">events", ">expected", ">z", title=_title(answer))
     for starts, ends, kind, events, expected, z in answer.rows:
         _row(
@@ -152,7 +152,7 @@ def anomalies(answer: Answer) -> Table:
 
 
 def interactions(answer: Answer) -> Table:
-    """A row per user and memory."""
+    """Render a row per user and memory."""
     table = _table("user", "memory", ">views", ">reac.", ">com.", ">weight", title=_title(answer))
     for user, memory, views, reactions, comments, _, weight, _ in answer.rows:
         _row(table, user, memory, *map(figures.count, (views, reactions, comments)), f"{weight:.1f}")
@@ -160,7 +160,7 @@ def interactions(answer: Answer) -> Table:
 
 
 def timeline(answer: Answer) -> Table:
-    """A row per event of one user; a blank line between sessions."""
+    """Render a row per event of one user, with a blank line between sessions."""
     table = _table("time", "event", "metadata", title=_title(answer))
     last = None
     for moment, kind, session, _, metadata in answer.rows:
@@ -188,7 +188,7 @@ def _table(*headings: str, title: str) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
         number = heading.startswith(">")
-        # A number is never cut: what a person cannot see whole is wrong.
+        # Numbers are never truncated, because a truncated number is wrong.
         table.add_column(
             heading.removeprefix(">"), justify="right" if number else "left", no_wrap=number or not heading,
             overflow="fold",
@@ -201,18 +201,18 @@ def _row(table: Table, *cells: object) -> None:
 
 
 def notes(answer: Answer) -> Iterable[str]:
-    """What a reader must know about an answer."""
+    """Return notes on the limitations of an answer."""
     if "complete" in answer.columns and not all(row[-1] for row in answer.rows):
         if answer.question != "trend":
-            yield f"{UNFINISHED} the range holds only a part of it"
+            yield f"{UNFINISHED} only partly inside the range"
         else:
-            yield "the first or last bucket is in the range only in part"
+            yield "the first or last bucket is only partly inside the range"
     if not answer.rows:
-        yield "nothing in this range"
+        yield "no data in this range"
 
 
 def rows(answer: Answer) -> Sequence[dict[str, Any]]:
-    """The rows by the names of their columns, for JSON."""
+    """Return the rows as objects with column names, for JSON."""
     where = answer.period.zone
     return [
         {name: figures.plain(value, where) for name, value in zip(answer.columns, row, strict=True)}
@@ -221,7 +221,7 @@ def rows(answer: Answer) -> Sequence[dict[str, Any]]:
 
 
 def summary(report: Report, width: int) -> Iterator[tuple[str, Table]]:
-    """The parts of the report with their titles."""
+    """Return the parts of the report with their titles."""
     yield "Events by type", trend(report.trend)
     yield "Active users", active(_tail(report.active, 7))
     yield "Lifecycle by week", lifecycle(_tail(report.lifecycle, 6))
@@ -260,7 +260,7 @@ def _pipeline(report: Report) -> Table:
 
 
 def report_facts(report: Report) -> dict[str, Any]:
-    """The whole report for JSON."""
+    """Return the whole report for JSON."""
     where = report.period.zone
     parts = ("trend", "active", "lifecycle", "requests", "retention", "funnel", "anomalies")
     facts = {name: figures.plain(value, where) for name, value in vars(report.pipeline).items()}

@@ -1,4 +1,4 @@
-"""A file that has its name once it is whole."""
+"""Writes a file that gets its name only once it is complete."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import IO, Final
 
 _MODE: Final = 0o640
-"""People's data: for its owner and group."""
+"""Personal data: readable by owner and group only."""
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that replaces `path` at the end; after an error `path` is as it was.
+    """Open a file for writing that replaces `path` at the end; after an error `path` is unchanged.
 
-    What is not a regular file, such as a pipe or /dev/stdout, is written directly. Raises OSError.
+    A `path` that is not a regular file, such as a pipe or /dev/stdout, is written directly. Raises OSError.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():

@@ -1,7 +1,8 @@
-"""Brings what writers state about themselves into the database, beside the load, in a thread of its own.
+"""Records the accounts of writers in the database, in a thread of its own beside the load.
 
-A living writer's statement is recorded at most once a minute, a dead one's as soon as it has changed; then its
-file is removed, once nothing of it waits. Drops that a dead writer had not reported are reported first.
+The account of a running writer is recorded at most once a minute, that of a dead writer as soon as it has
+changed. The file of a dead writer is removed once none of its lines wait. Drops that it had not reported are
+reported first.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ _STOP_SECONDS: Final = 2.0
 
 
 def settle(dsn: Callable[[], str], spool: Path, found: Sequence[tuple[Statement, bool]]) -> list[Stated]:
-    """Record statements, report the drops of dead writers, and remove files that are not needed any more.
+    """Record accounts, report the drops of dead writers, and remove files that are no longer needed.
 
-    Return what was recorded. Raises psycopg.Error, OSError, LoaderError.
+    Returns the recorded accounts. Raises psycopg.Error, OSError, LoaderError.
     """
     if not found:
         return []
     for statement, ended in found:
         if ended and (count := files.recover_drops(spool, statement)):
             log.info(
-                "%s had not reported %d dropped lines when it ended: reported now", statement.writer, count
+                "writer %s exited without reporting %d dropped lines: reported now", statement.writer, count
             )
     with closing(connect(dsn())) as connection, transaction(connection):
         stated = files.with_pending(spool, found)
@@ -58,7 +59,7 @@ def settle(dsn: Callable[[], str], spool: Path, found: Sequence[tuple[Statement,
 
 
 def settle_quietly(dsn: Callable[[], str], spool: Path) -> None:
-    """Settle all statements; a failure is logged, since the load itself does not depend on them."""
+    """Settle all accounts; a failure is only logged, because the load does not depend on them."""
     try:
         files.prepare(spool)
         settle(dsn, spool, files.statements(spool))
@@ -67,7 +68,7 @@ def settle_quietly(dsn: Callable[[], str], spool: Path) -> None:
 
 
 class Accounts:
-    """A thread that settles until `stop` is set. `dsn` is called at each connect."""
+    """A thread that settles the accounts until `stop` is set. `dsn` is called for each connection."""
 
     def __init__(self, dsn: Callable[[], str], spool: Path, signals: Signals, health: Health) -> None:
         self._dsn = dsn
@@ -82,7 +83,7 @@ class Accounts:
         self._thread.start()
 
     def close(self) -> None:
-        """Wait until the work in hand is done; what hangs is abandoned, and rolled back by the server."""
+        """Wait until the current work is done. Hanging work is abandoned, and the server rolls it back."""
         if self._thread.is_alive():
             self._thread.join(_STOP_SECONDS)
 
@@ -109,7 +110,7 @@ class Accounts:
         now = time.monotonic()
         self._recorded |= {each[0].writer: (now, each) for each in due}
 
-    def _is_due(self, statement: Statement, ended: bool) -> bool:  # noqa: FBT001  # a pair, as it was found
+    def _is_due(self, statement: Statement, ended: bool) -> bool:  # noqa: FBT001  # an unpacked pair
         if (before := self._recorded.get(statement.writer)) is None:
             return True
         recorded_at, recorded = before
@@ -117,7 +118,7 @@ class Accounts:
         return ended != recorded[1] or age >= (5 * _TICK_SECONDS if ended else _LIVING_SECONDS)
 
     def _report(self, problem: str) -> None:
-        """Log why statements are not recorded, once; an outage that the load logs is not logged again."""
+        """Log once why accounts are not recorded; an outage that the load logs is not logged again."""
         if problem != self._reported:
             self._reported = problem
             if problem:

@@ -1,4 +1,4 @@
-"""Groups the chunks of files into batches; a batch is loaded in one transaction."""
+"""Groups chunks of files into batches; a batch is loaded in one transaction."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from loader.service.run import Source
 
 BATCH_CHUNKS: Final = 256
-"""Most small files that share a transaction."""
+"""Maximum number of files in one transaction."""
 
 
 @dataclass(eq=False)
 class FileProgress:
-    """A file that is being loaded: how many of its chunks are read but not committed."""
+    """The progress of loading a file: how many of its chunks are read but not committed."""
 
     source: Source
     pending: int = 0
@@ -30,7 +30,7 @@ Batch = list[tuple[Chunk, FileProgress]]
 
 
 def batches(chunks: Iterable[tuple[Chunk, FileProgress]]) -> Iterator[Batch]:
-    """Yield batches that are no larger than the largest chunk, and of few enough files."""
+    """Yield batches, each at most as large as the largest chunk and of a limited number of files."""
     batch: Batch = []
     room, lines = CHUNK_BYTES, CHUNK_LINES
     for chunk, file in chunks:

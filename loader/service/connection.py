@@ -1,4 +1,4 @@
-"""A worker's connection: opened when it is needed, and again after it broke."""
+"""The connection of a worker, opened on demand and reopened after it broke."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from loader.load.sqlstate import is_lost
 
 _FIRST_WAIT: Final = 1.0
 _LONGEST_WAIT: Final = 30.0
-"""Seconds between two attempts to open one more connection."""
+"""Seconds between two attempts to open an additional connection."""
 
 
 class WorkerConnection:
-    """`connect` opens a connection; `connected` checks each new one. To be used by one thread, but `cut`."""
+    """A connection that is opened by `connect` and checked by `connected`. For one thread, except `cut`."""
 
     def __init__(self, connect: Callable[[], Connection], connected: Callable[[Connection], None]) -> None:
         self.failures = 0
-        """Attempts to connect that failed since one succeeded."""
+        """Failed attempts to connect since the last success."""
         self._connect = connect
         self._connected = connected
         self._connection: Connection | None = None
         self._due = 0.0
         self._duplicates = 0.0
-        """Share of duplicates in the last batch: a guess at that of the next."""
+        """Share of duplicates in the last batch, used as an estimate for the next."""
 
     @property
     def is_open(self) -> bool:
@@ -43,7 +43,7 @@ class WorkerConnection:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to try to connect again."""
+        """Whether the next attempt to connect is due."""
         return time.monotonic() >= self._due
 
     def connect(self) -> None:
@@ -58,10 +58,10 @@ class WorkerConnection:
         self.failures, self._due = 0, 0.0
 
     def load(self, batch: Sequence[Chunk], spool: Path) -> Loaded:
-        """Load a batch. Raises as `loader.load.batch.load`.
+        """Load a batch. Raises as `loader.load.batch.load` does.
 
-        A connection that was idle may have been closed by the server, a pooler or a firewall. That is not an
-        outage: it is opened again, once.
+        The server, a pooler or a firewall may have closed an idle connection. That is not an outage: the
+        connection is reopened once.
         """
         try:
             return self._load(batch, spool)
@@ -72,7 +72,7 @@ class WorkerConnection:
         return self._load(batch, spool)
 
     def _load(self, batch: Sequence[Chunk], spool: Path) -> Loaded:
-        assert self._connection is not None  # it was connected
+        assert self._connection is not None  # there was an open connection
         with self._closing_on_error():
             loaded = load(self._connection, batch, spool, self._duplicates)
         if lines := loaded.counts.lines:
@@ -88,13 +88,13 @@ class WorkerConnection:
     def close_if_lost(self) -> None:
         """Close an idle connection that the server ended, so that an outage is noticed while nothing is loaded.
 
-        A server sends an idle client its farewell, and otherwise only settings that were reloaded.
+        To an idle client a server sends only its last message, or reloaded settings.
         """
         if self._connection is not None and _is_readable(self._connection):
             self.close()
 
     def cut(self) -> None:
-        """Interrupt whatever the connection does, from another thread: its socket is shut down."""
+        """Interrupt the connection from another thread, by shutting down its socket."""
         connection = self._connection
         with contextlib.suppress(psycopg.Error, OSError):
             if connection is not None:
@@ -111,10 +111,10 @@ class WorkerConnection:
 
 
 def _is_readable(connection: Connection) -> bool:
-    """Whether the server has sent something, or closed the connection."""
+    """Whether the server has sent data or closed the connection."""
     poll = select.poll()
     try:
         poll.register(connection.fileno(), select.POLLIN)
-    except psycopg.Error:  # the driver noticed it already
+    except psycopg.Error:  # the driver has already noticed it
         return True
     return bool(poll.poll(0))

@@ -1,7 +1,7 @@
-"""The daemon: scan, load what is sealed, wait for more.
+"""The daemon: scan the spool, load sealed segments, wait for more.
 
-Hints come from inotify; because its queue can overflow without notice (watchfiles issue 348), the whole
-directory is scanned every RESCAN_SECONDS as well.
+inotify reports new segments. Because its queue can overflow silently (watchfiles issue 348), the whole
+directory is also scanned every RESCAN_SECONDS.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ log = logging.getLogger("loader")
 
 RESCAN_SECONDS: Final = 5.0
 UNWATCHABLE: Final = (OSError, RuntimeError)
-"""What watchfiles raises where the directory went away, or the kernel has no inotify watch left."""
+"""Errors of watchfiles if the directory was removed, or if the kernel has no inotify watch left."""
 _DEBOUNCE_MS: Final = 50
-"""Milliseconds that seals are gathered for; watchfiles' own 1,600 would be most of the lag."""
+"""Milliseconds for which events are collected; the default of watchfiles, 1,600, would be most of the lag."""
 _SETTLE_SECONDS: Final = 0.1
-"""Seconds between two looks at files that may still be written."""
+"""Seconds between two checks of files that may still be written."""
 _IDLE_MS: Final = 500
-"""Milliseconds after which a watch without changes returns, so that other work gets its turn."""
+"""Milliseconds after which a watch without changes returns, so that other work can be done."""
 
 
 class Daemon:
-    """Loads what is sealed in a spool until it is asked to stop, and reports its status."""
+    """Loads the sealed segments of a spool until a signal stops it, and reports its status."""
 
     def __init__(
         self, dsn: Callable[[], str], spool: Path, count: int, signals: Signals, archive: Path | None,
@@ -70,7 +70,7 @@ class Daemon:
         self._status_due = 0.0
 
     def run(self) -> None:
-        """Return when asked to stop. Raises LoaderError where another loader has the spool, OSError."""
+        """Run until a signal stops it. Raises LoaderError if another loader holds the spool, and OSError."""
         parts = (self._workers, self._parents, self._accounts, *self._upkeep)
         with exclusive(self._spool), contextlib.ExitStack() as ending:
             for part in reversed(parts):
@@ -95,12 +95,12 @@ class Daemon:
             self._report_problems({str(self._spool): f"could not be prepared: {error}"})
 
     def _load_all(self) -> None:
-        """Scan and load until a scan has found all there is: it is bounded."""
+        """Scan and load until a scan has found all files: one scan is bounded."""
         while not self._signals.stop.is_set() and self._scan_and_load():
             pass
 
     def _scan_and_load(self) -> bool:
-        """Load the oldest files. Return whether there are more."""
+        """Load the oldest files. Returns whether there are more."""
         self._reload()
         self.health.progressed()
         more = False
@@ -120,7 +120,7 @@ class Daemon:
         return more
 
     def _tick(self) -> None:
-        """While the workers load."""
+        """Do periodic work while the workers load."""
         self._tick_upkeep(busy=True)
         self._report_status()
 
@@ -129,7 +129,7 @@ class Daemon:
             kind.tick(busy=busy)
 
     def _reload(self) -> None:
-        """Reconnect, with the settings as they are now."""
+        """Reconnect with the current settings."""
         if self._reloads != self._signals.reloads:
             self._reloads = self._signals.reloads
             log.info("reloading: reconnecting")
@@ -137,13 +137,13 @@ class Daemon:
             self._workers.close()
 
     def _report_pass(self, found: Scan, report: Report) -> None:
-        """Log what a pass did."""
+        """Log the results of a pass."""
         untouched = {name: f"is skipped: {why}" for name, why in found.skipped.items()}
         self._report_problems({**untouched, **found.failures, **report.failures})
         for path in found.adopted:
-            log.info("sealed %s, whose writer is gone", path.name)
+            log.info("sealed %s: its writer has exited", path.name)
         if found.torn_bytes:
-            log.warning("%d bytes of lines that their writers did not finish were cut off", found.torn_bytes)
+            log.warning("cut off %d bytes of lines that their writers did not finish", found.torn_bytes)
         if report.files:
             self.health.files_done(report.files)
             facts = {"files": report.files, **report.loaded.facts()}
@@ -154,7 +154,7 @@ class Daemon:
             )  # fmt: skip
 
     def _report_problems(self, problems: dict[str, str]) -> None:
-        """Log what keeps a name from being loaded, once."""
+        """Log, once per name, why it cannot be loaded."""
         for name, why in problems.items():
             if self._reported.get(name) != why:
                 log.warning("%s %s", one_line(name), why)
@@ -162,7 +162,7 @@ class Daemon:
         self._reported = problems
 
     def _report_status(self) -> None:
-        """Send the status to systemd: at once if it changed, else as often as measuring it is cheap."""
+        """Send the status to systemd: immediately if it changed, otherwise as often as measuring it is cheap."""
         self._summary.tick()
         status, begun = (self.health.connected, self.health.waits_for), time.monotonic()
         if status == self._reported_status and begun < self._status_due:
@@ -177,7 +177,7 @@ class Daemon:
         self._status_due = time.monotonic() + max(1.0, 20 * (time.monotonic() - begun))
 
     def _hints(self) -> Iterator[None]:
-        """Yield when a segment was sealed, in the last pass too, after a while, or when a signal came."""
+        """Yield when a segment was sealed (also during the last pass), after a timeout, or on a signal."""
         watched = True
         while not self._signals.stop.is_set():
             try:
@@ -192,9 +192,9 @@ class Daemon:
             yield
 
     def _watch(self) -> Iterator[None]:
-        """Yield as `_hints`, and once the watch has begun, for what was sealed before; until a signal comes.
+        """Yield as `_hints` does, and once at the start of the watch for earlier seals, until a signal arrives.
 
-        Ends, too, when another directory has got the name. Raises OSError, RuntimeError (UNWATCHABLE).
+        Also ends if the directory was replaced by another one. Raises OSError, RuntimeError (UNWATCHABLE).
         """
         with _pinned(self._spool) as watched:
             look_at = 0.0
@@ -217,10 +217,10 @@ class Daemon:
 def once(
     spool: Path, workers: Workers, archive: Path | None, adopt: Sequence[str] = ()
 ) -> tuple[Scan, Report]:
-    """Load what is sealed now, the segments of dead writers too. Raises LoaderError, OSError.
+    """Load all sealed segments and those of dead writers. Raises LoaderError, OSError.
 
-    A file that may still be written is waited for, at most GRACE_SECONDS without a change; one that some
-    process has open for longer is loaded up to its last line and left.
+    Waits for a file that may still be written, at most GRACE_SECONDS without a change. If a process has it
+    open for longer, it is loaded up to its last line and kept.
     """
     files, all_found, total = SpoolFiles(spool, archive, adopt), Scan(), Report()
     until = time.monotonic() + GRACE_SECONDS + 1
@@ -241,14 +241,14 @@ def once(
             time.sleep(_SETTLE_SECONDS)
     for name in files.unsettled():
         total.failures.setdefault(
-            name, "is still being written: its lines so far are loaded, the rest the next time"
+            name, "is still being written: its lines so far are loaded, the rest will be loaded next time"
         )
     return all_found, total
 
 
 def describe(waiting: Backlog, health: Health) -> str:
     """Return the status of a loader in one line."""
-    parts = ["nothing waits"]
+    parts = ["no backlog"]
     if waiting.sealed_files:
         size, age = waiting.sealed_bytes / 1e6, waiting.lag_seconds
         parts = [f"{waiting.sealed_files} files ({size:.1f} MB) wait, the oldest for {age:.0f} s"]
@@ -265,7 +265,7 @@ def describe(waiting: Backlog, health: Health) -> str:
 
 @contextlib.contextmanager
 def _pinned(directory: Path) -> Iterator[os.stat_result]:
-    """Yield the status of a directory whose inode number is not reused in the block. Raises OSError."""
+    """Yield the status of a directory, whose inode number is not reused within the block. Raises OSError."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield os.fstat(descriptor)
@@ -274,7 +274,7 @@ def _pinned(directory: Path) -> Iterator[os.stat_result]:
 
 
 class _Asked:
-    """Set once a signal comes that the daemon has to answer."""
+    """An event that is set once the daemon has to react to a signal."""
 
     def __init__(self, signals: Signals) -> None:
         self._signals, self._reloads = signals, signals.reloads
@@ -284,7 +284,7 @@ class _Asked:
 
 
 def _is_hint(change: watchfiles.Change, path: str) -> bool:
-    """Whether a segment was sealed or begun."""
+    """Whether a change is a sealed or a new open segment."""
     if path.endswith(OPEN):
         return change is watchfiles.Change.added
     return change is not watchfiles.Change.deleted and path.endswith(SEALED)

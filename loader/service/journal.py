@@ -1,4 +1,4 @@
-"""Priorities of lines that systemd's journal reads from standard error: `<6>` before a line, sd-daemon(3)."""
+"""Priority prefixes for lines that systemd's journal reads from standard error, such as `<6>` (sd-daemon(3))."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DEBUG: Final = "<7>"
 
 
 def prefix(level: int) -> str:
-    """Return the mark of a level of `logging` if standard error is the journal, else an empty string."""
+    """Return the prefix for a `logging` level if standard error is the journal, otherwise an empty string."""
     if not _is_stderr():
         return ""
     return next((mark for least, mark in _PRIORITIES if level >= least), _DEBUG)
@@ -23,7 +23,7 @@ def prefix(level: int) -> str:
 
 @functools.cache
 def _is_stderr() -> bool:
-    """Whether JOURNAL_STREAM names standard error by device and inode: it is inherited, a redirection is not."""
+    """Whether standard error is the stream that JOURNAL_STREAM names, not a redirection (device and inode)."""
     try:
         status = os.fstat(_STDERR)
     except OSError:

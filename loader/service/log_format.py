@@ -1,6 +1,6 @@
-"""Log lines: for people on a terminal, else one JSON object each, with its priority in systemd's journal.
+"""Formats log lines: text on a terminal, otherwise one JSON object each, with a priority for systemd's journal.
 
-No byte of them steers a terminal.
+Control characters are always escaped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FIELDS: Final = {"asctime": "timestamp", "levelname": "level", "name": "logger"
 
 
 class _ToStderr(logging.StreamHandler[TextIO]):
-    """To standard error as it is now: a progress bar puts something in its place to stay below the lines."""
+    """Logs to the current `sys.stderr`: a progress bar replaces it to stay below the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -35,7 +35,7 @@ class _Readable(logging.Formatter):
 
 
 def to_stderr(level: int = logging.INFO) -> None:
-    """Send what the loader logs from a level on, and warnings of its libraries, to standard error."""
+    """Log to standard error: the loader's messages from a level on, and warnings of its libraries."""
     handler = _ToStderr()
     handler.setFormatter(
         _Readable("%(asctime)s %(levelname)s %(message)s") if sys.stderr.isatty() else _json()
@@ -45,7 +45,7 @@ def to_stderr(level: int = logging.INFO) -> None:
 
 
 def _json() -> logging.Formatter:
-    """In ASCII, so that control characters of any kind are escaped; times in UTC."""
+    """Return a JSON formatter: in ASCII, so that all control characters are escaped, with times in UTC."""
     formatter = JsonFormatter(
         "%(asctime)s %(levelname)s %(name)s %(message)s", "%Y-%m-%dT%H:%M:%SZ", rename_fields=_FIELDS
     )

@@ -1,6 +1,6 @@
-"""The status of a loader over HTTP, collected at each request; by default for this machine only.
+"""Serves the health and metrics of a loader over HTTP, by default on this machine only.
 
-/healthz            200 while rows can be loaded, else 503 with the reason in one line
+/healthz            200 while rows can be loaded, otherwise 503 with the reason in one line
 any other path      the metrics for Prometheus
 """
 
@@ -36,7 +36,7 @@ _HEALTH_PATH: Final = "/healthz"
 
 
 def serve(address: str, port: int, spool: Path, health: Health) -> None:
-    """Answer requests in threads of their own. Raises UsageError if the address or the port is not available."""
+    """Serve requests in separate threads. Raises UsageError if the address or the port is not available."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     registry.register(_LoaderCollector(spool, health))
@@ -52,7 +52,7 @@ def serve(address: str, port: int, spool: Path, health: Health) -> None:
 
 
 class _Application:
-    """Health under its path, and what prometheus_client answers under all others."""
+    """A WSGI application: /healthz, and prometheus_client's application for all other paths."""
 
     def __init__(self, registry: CollectorRegistry, health: Health) -> None:
         self._metrics = make_wsgi_app(registry)
@@ -69,7 +69,7 @@ class _Application:
 
 
 def _bound(address: str, port: int) -> _Server:
-    """Return a server for the first meaning of an address or a host name. Raises OSError."""
+    """Return a server bound to the first resolved address of a host name or address. Raises OSError."""
     family, *_, resolved = socket.getaddrinfo(
         address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
@@ -85,7 +85,7 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
     def server_bind(self) -> None:
-        """Bind without the reverse look-up of http.server, which may take seconds without a name server."""
+        """Bind without http.server's reverse lookup, which may take seconds without a name server."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
@@ -93,16 +93,16 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class _Silent(WSGIRequestHandler):
-    """Logs no request: a probe comes every few seconds."""
+    """Does not log requests: there is a probe every few seconds."""
 
-    timeout = 30  # seconds for a client that sends nothing
+    timeout = 30  # seconds to wait for a client that sends nothing
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the name of the standard library
         pass
 
 
 class _LoaderCollector(Collector):
-    """Collects the status of a loader and its spool."""
+    """Collects the metrics of a loader and its spool at each request."""
 
     def __init__(self, spool: Path, health: Health) -> None:
         self._spool = spool
@@ -146,7 +146,7 @@ class _LoaderCollector(Collector):
         try:
             waiting = backlog(self._spool)
         except OSError:
-            return  # what cannot be read has no value
+            return  # unreadable values are omitted
         for name, meaning, value in (
             ("backlog_files", "Sealed files that wait.", waiting.sealed_files),
             ("backlog_bytes", "Bytes of the sealed files that wait.", waiting.sealed_bytes),

@@ -1,10 +1,10 @@
-"""Notifications to systemd, over the socket that it names: sd_notify(3). Without one, nothing is sent.
+"""Notifications to systemd over the socket in NOTIFY_SOCKET (sd_notify(3)). Without it, nothing is sent.
 
-READY=1                 after the first scan of the spool, once the database answered, or once STATUS reports
+READY=1                 after the first scan of the spool, once the database has answered or STATUS reports
                         that the loader waits for it
 STATUS=                 backlog, rate, what the loader waits for
-WATCHDOG=1              only after progress: a commit, an attempt that failed and will be repeated, a scan of the
-                        spool; a loader that hangs sends nothing, and is restarted
+WATCHDOG=1              only after progress: a commit, a failed attempt that will be repeated, a scan of the
+                        spool; a hanging loader sends nothing and is restarted
 RELOADING=1, STOPPING=1
 """
 
@@ -23,7 +23,7 @@ _LONGEST_STATUS: Final = 400
 
 
 class Notifier:
-    """A line to systemd. Any thread may use it; it never raises and never waits."""
+    """Sends notifications to systemd. Any thread may use it; it never raises and never waits."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         address = environment.get("NOTIFY_SOCKET", "")
@@ -34,10 +34,10 @@ class Notifier:
         self._alive_at = 0.0
         watched = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog_seconds = int(environment.get("WATCHDOG_USEC", "0")) / 1e6 if watched else 0.0
-        """How long systemd waits for a sign of life; 0 if it does not."""
+        """The watchdog interval of systemd, or 0 if there is no watchdog."""
 
     def ready(self) -> None:
-        """Report that the loader is at work: once, and after a reload."""
+        """Report readiness: once after the start, and after each reload."""
         if not self._ready:
             self._ready = True
             self._send("READY=1")
@@ -50,14 +50,14 @@ class Notifier:
         self._send("STOPPING=1")
 
     def status(self, text: str) -> None:
-        """Report the status in one line, if it has changed."""
+        """Send the one-line status if it has changed."""
         text = one_line(text)[:_LONGEST_STATUS]
         if text != self._status:
             self._status = text
             self._send(f"STATUS={text}")
 
     def alive(self) -> None:
-        """Report progress, a few times per interval however often it is called."""
+        """Report progress, at most a few times per watchdog interval however often it is called."""
         now = time.monotonic()
         with self._lock:
             if not self.watchdog_seconds or now - self._alive_at < self.watchdog_seconds / 8:
@@ -73,4 +73,4 @@ class Notifier:
                 line.setblocking(False)
                 line.sendto(message.encode(), self._address)
         except OSError:
-            pass  # systemd will ask no more, or restart what it does not hear
+            pass  # systemd has exited or will restart a silent service

@@ -1,10 +1,10 @@
-"""Retries the rejects whose parent row did not exist yet: events that came before their user was committed.
+"""Retries rejects without a parent row: events that were loaded before their user was committed.
 
-A file with such rejects is retried with growing waits for an hour after it was written, beside the load: in a
-thread with a connection of its own, which is open during a retry only. What is loaded leaves the file and
-gets a ledger row. Afterwards `loader rejects retry` is left to a person. Rejects are written before the
-COMMIT of their chunk; a line that is loaded from here before that is a duplicate if its chunk has to be
-loaded again.
+A file with such rejects is retried with increasing waits for an hour after it was written. This runs beside
+the load, in a thread with its own connection, which is open only during a retry. Loaded lines are removed
+from the file and get a ledger row. After the hour, a person has to run `loader rejects retry`. Rejects are
+written before the COMMIT of their chunk: if a line is loaded from here before that, and the chunk has to be
+loaded again, the line is a duplicate.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ log = logging.getLogger("loader")
 
 _FIRST_WAIT: Final = 1.0
 _LONGEST_WAIT: Final = 300.0
-"""Seconds between two attempts: some 20 in an hour."""
+"""Seconds between two attempts, which makes about 20 in an hour."""
 _TICK_SECONDS: Final = 0.5
 _STOP_SECONDS: Final = 2.0
 
 
 @dataclass
 class _Waiting:
-    """A file with rejects that wait for a parent: seconds since 1970, and seconds."""
+    """A file with rejects that wait for a parent, with times in seconds since 1970 and waits in seconds."""
 
     until: float
     due: float
@@ -49,7 +49,7 @@ class _Waiting:
 
 
 class ParentRetries:
-    """A thread that retries until `stop` is set. `dsn` is called at each connect."""
+    """A thread that retries until `stop` is set. `dsn` is called for each connection."""
 
     def __init__(self, dsn: Callable[[], str], spool: Path, signals: Signals, health: Health) -> None:
         self._dsn = dsn
@@ -65,7 +65,7 @@ class ParentRetries:
         self._thread.start()
 
     def close(self) -> None:
-        """Wait until the file in hand is done; what hangs is abandoned, and rolled back by the server."""
+        """Wait until the current file is done. A hanging retry is abandoned, and the server rolls it back."""
         if self._thread.is_alive():
             self._thread.join(_STOP_SECONDS)
 
@@ -79,7 +79,7 @@ class ParentRetries:
                     self._report(str(reason))
 
     def _due(self) -> list[Path]:
-        """Return the files whose turn it is, and plan their next one."""
+        """Return the files that are due, and schedule their next attempt."""
         now, due = time.time(), []
         found = {path.name: (path, written) for path, written, _ in waiting(self._spool, self._seen)}
         self._files = {name: each for name, each in self._files.items() if name in found}
@@ -103,7 +103,7 @@ class ParentRetries:
         self._report("; ".join(problems))
 
     def _try_file(self, connection: Connection, path: Path) -> str | None:
-        """Retry a file; return why it could not be. Raises psycopg.Error for what concerns them all."""
+        """Retry a file; return the reason if it failed. Raises psycopg.Error if all files are affected."""
         try:
             with claimed(path) as is_ours:
                 if is_ours:
@@ -119,13 +119,13 @@ class ParentRetries:
     def _retry_file(self, connection: Connection, path: Path) -> None:
         begun = time.monotonic()
         loaded = retry(connection, path)
-        counts = replace(loaded.counts, rejected=0)  # which were counted before
+        counts = replace(loaded.counts, rejected=0)  # because they were counted when they were rejected
         if counts.lines:
             self._health.loaded(Loaded(counts), time.monotonic() - begun)
-            log.info("%d rejected lines of %s have their parent now and were loaded", counts.lines, path.name)
+            log.info("loaded %d rejected lines of %s, whose parent rows exist now", counts.lines, path.name)
 
     def _report(self, problem: str) -> None:
-        """Log why rejects are not retried, once; an outage that the load logs is not logged again."""
+        """Log once why rejects are not retried; an outage that the load logs is not logged again."""
         if problem != self._reported:
             self._reported = problem
             if problem:

@@ -1,9 +1,9 @@
 """The batches of a run, shared by its workers.
 
-A batch is in the hands of one worker at most. A worker that cannot load it at the moment gives it back, so
-that another one takes it; a worker without work waits for what the others may give back. A batch of which
-Postgres refuses every row is postponed to the next run, and the others go on. If that happens to all there
-are, or Postgres refuses to insert anything, then the configuration is at fault.
+At most one worker holds a batch. A worker that cannot load its batch at the moment returns it, so that
+another one takes it; a worker without work waits for batches returned by others. If Postgres refuses every
+row of a batch, the batch is postponed to the next run, and the other batches continue. If that happens to all
+batches, or if Postgres refuses every insert, the configuration is at fault.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loader.service.run import LoadRun
 
 
 class BatchQueue:
-    """Safe to use from any thread."""
+    """A queue of batches. Safe to use from any thread."""
 
     def __init__(self, run: LoadRun) -> None:
         self.refusal: psycopg.Error | LoaderError | None = None
@@ -29,13 +29,13 @@ class BatchQueue:
         self._run = run
         self._changed = threading.Condition()
         self._waiting: deque[Batch] = deque()
-        """Batches that were given back, and one that was read ahead."""
+        """Returned batches, and one read ahead."""
         self._in_hand = 0
         self._committed = False
         self._ended = False
 
     def wait(self, seconds: float) -> bool:
-        """Wait until a batch waits for a worker, at most so long. Return whether one does."""
+        """Wait until a batch is available, at most for the given seconds. Returns whether one is."""
         with self._changed:
             if not self._is_waiting() and not self._is_done():
                 self._changed.wait(seconds)
@@ -47,7 +47,7 @@ class BatchQueue:
             return not self._is_waiting() and self._is_done()
 
     def take(self) -> Batch | None:
-        """Return a batch, None if none waits."""
+        """Return a batch, or None if none is available."""
         with self._changed:
             if not self._is_waiting():
                 return None
@@ -55,13 +55,13 @@ class BatchQueue:
             return self._waiting.popleft()
 
     def give_back(self, batch: Batch) -> None:
-        """Let another worker take a batch that is not loaded."""
+        """Return an unloaded batch, so that another worker takes it."""
         with self._changed:
             self._waiting.appendleft(batch)
             self._put_down()
 
     def commit(self, batch: Batch, loaded: Loaded) -> None:
-        """Note that a batch is committed, and retire the files that this finished."""
+        """Record that a batch is committed, and retire the files that this completed."""
         with self._changed:
             self._committed = True
             if not self._ended:
@@ -71,7 +71,7 @@ class BatchQueue:
         self._run.retire_finished()
 
     def postpone(self, batch: Batch, error: psycopg.Error | LoaderError, reason: str) -> None:
-        """Note that all rows of a batch or its ledger rows were refused, or that nothing can be inserted."""
+        """Record that all rows of a batch or its ledger rows were refused, or that nothing can be inserted."""
         with self._changed:
             self._run.postpone(batch, f"waits: {reason}")
             every_batch = isinstance(error, psycopg.Error) and not isinstance(
@@ -84,13 +84,13 @@ class BatchQueue:
             self._put_down()
 
     def set_aside(self, batch: Batch, reason: str) -> None:
-        """Note that some chunks of a batch cannot be loaded at the moment; see `LoadRun.set_aside`."""
+        """Record that some chunks of a batch cannot be loaded at the moment; see `LoadRun.set_aside`."""
         with self._changed:
             self._run.set_aside(batch, reason)
             self._put_down()
 
     def give_up(self) -> None:
-        """Leave the remaining batches."""
+        """Abandon the remaining batches."""
         with self._changed:
             self._end()
 

@@ -1,8 +1,8 @@
-"""The retry policy: what a loader waits for, how long, and what it logs.
+"""The retry policy: which errors a loader waits out, for how long, and what it logs.
 
-A command that ends by itself waits for what recovers without help, up to its patience. The daemon waits for
-everything, also for what takes a person, forever. Waits are random below a bound that doubles, so that
-loaders do not come back in step.
+A one-off command waits, up to its patience, for errors that resolve by themselves. The daemon waits forever,
+also for errors that need a person. Waits are random below a bound that doubles, so that loaders do not retry
+in step.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ _FIRST_WAIT: Final = 0.2
 _LONGEST_WAIT: Final = 30.0
 """Seconds between two attempts."""
 _LONGEST_CONFLICT: Final = 1.0
-"""Seconds between two attempts if loaders got into each other's way."""
+"""Seconds between two attempts after a conflict with another loader."""
 _TICK_SECONDS: Final = 0.2
 _QUIET_CONFLICTS: Final = 5
-"""Attempts in which loaders may get into each other's way before that is logged."""
+"""Number of conflicts with other loaders before they are logged."""
 _TEMPORARY: Final = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO}
 )
-"""Errors of writing rejects that may go away by themselves."""
+"""Errors of writing rejects that may resolve by themselves."""
 
 Failure = psycopg.Error | OSError | LoaderError
-"""What an attempt to connect or load may raise."""
+"""Errors that an attempt to connect or load may raise."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class RetryPolicy:
-    """Repeats a call until it succeeds, waiting is pointless, `patience` seconds are over, or `stop` is set.
+    """Repeats a call until it succeeds, waiting is pointless, `patience` is over, or `stop` is set.
 
-    Without `patience` it waits forever.
+    `patience` is in seconds; without it, waits forever.
     """
 
     def __init__(self, signals: Signals, health: Health, patience: float | None) -> None:
@@ -56,7 +56,7 @@ class RetryPolicy:
         self._health = health
         self._forever = patience is None
         self._refusals = 0
-        """Runs in a row in which everything was refused."""
+        """Consecutive runs in which every row was refused."""
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(self._is_worth_waiting),
             wait=_wait,
@@ -70,13 +70,13 @@ class RetryPolicy:
         )
 
     def call(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return what `work` returns. Raises what its last attempt raised."""
+        """Call `work` and return its result. Raises the error of its last attempt."""
         return self._retrying(work, *args, **kwargs)
 
     def refused(self, error: psycopg.Error | LoaderError) -> None:
-        """Report that rows are refused whatever they are, and wait before all are tried again.
+        """Report that all rows are refused, and wait before they are tried again.
 
-        Raises the error if it is not waited for.
+        Raises the error if waiting is pointless.
         """
         if not self._forever:
             raise explain(error)
@@ -88,11 +88,11 @@ class RetryPolicy:
         """Log the end of a wait, if there was one."""
         self._refusals = 0
         if self._health.recovered():
-            log.info("loading goes on")
+            log.info("loading continues")
 
     def _is_worth_waiting(self, error: BaseException) -> bool:
         if isinstance(error, CannotWriteError):
-            return False  # the batch is set aside, so that the others go on
+            return False  # the batch is set aside, so that the others continue
         if self._forever:
             return isinstance(error, Failure)
         if isinstance(error, psycopg.Error):
@@ -100,21 +100,21 @@ class RetryPolicy:
         return isinstance(error, OSError) and error.errno in _TEMPORARY
 
     def _report(self, state: tenacity.RetryCallState) -> None:
-        """Log once that loading waits, and why."""
+        """Log once why loading waits."""
         error = state.outcome and state.outcome.exception()
         if not isinstance(error, Failure) or _is_conflict(error, state.attempt_number):
             return
         self._log(explain(error))
 
     def _log(self, reason: LoaderError) -> None:
-        # The message of an outage changes from attempt to attempt; that it is an outage does not.
+        # The message of an outage may change with each attempt, although it is the same outage.
         is_outage = isinstance(reason, OutOfReachError) and not isinstance(reason, LoginRefusedError)
         cause = str(reason).partition(":")[0] if is_outage else str(reason)
         if self._health.retrying(str(reason), cause):
             log.warning("%s; retrying with backoff, at most %g s apart", reason, _LONGEST_WAIT)
 
     def _sleep(self, seconds: float) -> None:
-        """Wait between two attempts, unless asked to stop or to reload, or another worker recovers."""
+        """Wait between two attempts, until a stop, a reload, or the recovery of another worker."""
         until, reloads = time.monotonic() + seconds, self._signals.reloads
         waits = self._health.waits_for is not None
         while (left := until - time.monotonic()) > 0 and self._signals.reloads == reloads:
@@ -137,7 +137,7 @@ def _wait(state: tenacity.RetryCallState) -> float:
 
 
 def _is_conflict(error: Exception, attempt: int) -> bool:
-    """Whether loaders only got into each other's way, which the next attempt or two settle."""
+    """Whether this is only a conflict between loaders, which one or two further attempts resolve."""
     return (
         isinstance(error, psycopg.Error)
         and (error.sqlstate or "").startswith("40")

@@ -1,8 +1,8 @@
-"""One run over some files: groups their chunks into batches and tracks which files are fully loaded.
+"""One run over a set of files: groups their chunks into batches and tracks which files are fully loaded.
 
 A file is loaded when it was read to its end and all its chunks are committed. Workers share a run: each takes
-a batch, loads it, commits it, and retires the files that this finished. Reading happens under the lock, so
-that chunks come in the order of the files; retiring, which may compress and sync, does not.
+a batch, loads and commits it, and retires the files that this completed. Reading is done under the lock, so
+that chunks are in the order of the files; retiring, which may compress and sync, is not.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from loader.service.batches import Batch, FileProgress, batches
 
 
 class Source(Protocol):
-    """A file to load."""
+    """A file to be loaded."""
 
     name: str
 
     def chunks(self, progressed: Callable[[], None]) -> Iterator[Chunk]:
-        """Yield its lines. Raises UNREADABLE, after the complete lines before.
+        """Yield its chunks. Raises UNREADABLE, after the complete lines before the error.
 
         `progressed` is called while a chunk takes long to read.
         """
 
     def retire(self, *, oversize: bool) -> None:
-        """Handle that all of it is committed; `oversize` means a line was too long to be kept as a reject.
+        """Handle a fully committed file. `oversize`: a line was too long to be kept as a reject.
 
         Raises OSError.
         """
 
     def postpone(self) -> None:
-        """Handle that some of it cannot be loaded at the moment."""
+        """Handle a file that cannot be loaded completely at the moment."""
 
 
 @dataclass
 class Report:
-    """What a run did; `failures` maps a file to why it was not loaded to its end, or not retired."""
+    """The result of a run. `failures` maps a file to the reason why it was not fully loaded, or not retired."""
 
     loaded: Loaded = field(default_factory=Loaded)
     files: int = 0
@@ -50,7 +50,7 @@ class Report:
 
 
 class LoadRun:
-    """The batches that are left of some files, and the report so far. Safe to use from any thread."""
+    """The remaining batches of some files, and the report so far. Safe to use from any thread."""
 
     def __init__(self, sources: Iterable[Source], progressed: Callable[[], None] = lambda: None) -> None:
         self.report = Report()
@@ -58,7 +58,7 @@ class LoadRun:
         self._progressed = progressed
         self._batches = batches(self._chunks(sources))
         self._divided: deque[Batch] = deque()
-        """Parts of batches that could not be loaded as a whole."""
+        """Halves of batches that could not be loaded as a whole."""
         self._finished: list[FileProgress] = []
 
     def take(self) -> Batch | None:
@@ -67,34 +67,34 @@ class LoadRun:
             return self._divided.popleft() if self._divided else next(self._batches, None)
 
     def give_up(self) -> None:
-        """Leave the remaining batches unread."""
+        """Abandon the remaining batches without reading them."""
         with self._lock:
             self._divided.clear()
             self._batches = iter(())
 
     def postpone(self, batch: Batch, reason: str) -> None:
-        """Leave the files of a batch to the next run."""
+        """Postpone the files of a batch to the next run."""
         with self._lock:
             for _, file in batch:
                 self._postpone(file.source, reason)
 
     def set_aside(self, batch: Batch, reason: str) -> None:
-        """Note that some chunks of a batch cannot be loaded at the moment.
+        """Record that some chunks of a batch cannot be loaded at the moment.
 
-        Their rejects cannot be written (on a full disk, loading the others is what frees space), or a row has
-        no partition. So the batch is halved until these chunks are alone; their files stay, to be loaded the
-        next time.
+        Either their rejects cannot be written (on a full disk, loading the others frees space), or a row has
+        no partition. The batch is halved until these chunks are isolated; their files are loaded the next
+        time.
         """
         with self._lock:
             if len(batch) > 1:
                 half = len(batch) // 2
-                self._divided.extendleft([batch[half:], batch[:half]])  # so that the order of the files stays
+                self._divided.extendleft([batch[half:], batch[:half]])  # keeps the order of the files
                 return
             ((_, file),) = batch
             self._postpone(file.source, f"waits: {reason}")
 
     def commit(self, batch: Batch, loaded: Loaded) -> None:
-        """Note that a batch is committed."""
+        """Record that a batch is committed."""
         with self._lock:
             self.report.loaded += loaded
             for _, file in batch:
@@ -102,7 +102,7 @@ class LoadRun:
                 self._finish(file)
 
     def retire_finished(self) -> None:
-        """Retire the files that are fully loaded by now."""
+        """Retire all files that are fully loaded."""
         with self._lock:
             finished, self._finished = self._finished, []
         for file in finished:

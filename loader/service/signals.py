@@ -1,4 +1,4 @@
-"""What a person or a service manager asks of a running command: to stop, or to look at its settings again."""
+"""Signals to a running command: to stop, or to reload its settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 
 class Signals:
-    """`stop` is set by SIGTERM, the first Ctrl-C and a closed terminal; `reloads` counts SIGHUPs."""
+    """The received signals. SIGTERM, the first Ctrl-C and a closed terminal set `stop`; `reloads` counts SIGHUPs."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
@@ -19,10 +19,10 @@ class Signals:
 
 @contextlib.contextmanager
 def until_signal() -> Iterator[Signals]:
-    """Note the signals that come; the second Ctrl-C ends the process at once.
+    """Record received signals within the block; a second Ctrl-C ends the process immediately.
 
-    SIGHUP means reload only under a service manager, which says so with NOTIFY_SOCKET (sd_notify(3)).
-    Elsewhere the terminal was closed: stop. Under nohup(1), which ignores it, it stays ignored.
+    SIGHUP means reload only under a service manager, recognized by NOTIFY_SOCKET (sd_notify(3)). Otherwise it
+    means that the terminal was closed: stop. If it is ignored, as under nohup(1), it remains ignored.
     """
     signals = Signals()
 
@@ -51,7 +51,7 @@ def until_signal() -> Iterator[Signals]:
 
 @contextlib.contextmanager
 def interrupted_by_hangup() -> Iterator[None]:
-    """Raise KeyboardInterrupt in the block for SIGTERM and a closed terminal, so that it is cleaned up."""
+    """Raise KeyboardInterrupt in the block on SIGTERM and a closed terminal, so that cleanup code runs."""
 
     def interrupt(_: int, __: object) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""One line at level info for all that was loaded in a minute: a line for each pass fills a journal."""
+"""Logs one line per minute at level info for all loaded files: a line for each pass would fill a journal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECONDS: Final = 60.0
 
 
 class Summary:
-    """Logs what the loader did since the last line, every so many seconds, if it loaded anything."""
+    """Logs, at an interval, the counts since the last line, if anything was loaded."""
 
     def __init__(self, spool: Path, health: Health, seconds: float = SECONDS) -> None:
         self._spool = spool
@@ -25,12 +25,12 @@ class Summary:
         self._begun = time.monotonic()
 
     def tick(self) -> None:
-        """Log a line if it is time."""
+        """Log a line if it is due."""
         if time.monotonic() - self._begun >= self._seconds:
             self.log()
 
     def log(self) -> None:
-        """Log what was not logged yet, if there is anything."""
+        """Log the counts that are not logged yet, if any."""
         seconds, self._begun = time.monotonic() - self._begun, time.monotonic()
         files, loaded = self._health.take_unlogged()
         if not files and not loaded.counts.lines and not loaded.known:
@@ -46,7 +46,7 @@ class Summary:
         )  # fmt: skip
 
     def _lag(self) -> float:
-        """Return the age of the oldest sealed file in seconds, 0 if none waits or none can be listed."""
+        """Return the age of the oldest sealed file in seconds, or 0 if there is none or the spool cannot be read."""
         try:
             return round(backlog(self._spool).lag_seconds, 1)
         except OSError:

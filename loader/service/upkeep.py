@@ -1,7 +1,7 @@
-"""Upkeep of the tables by the daemon, beside the load and not in its way: rollups and partitions.
+"""Maintenance of rollups and partitions by the daemon, without blocking the load.
 
-Each kind has a thread per run, with a connection of its own. A run that is cut off is rolled back, and the next
-one finds what it left undone.
+Each run has a thread with its own connection. An interrupted run is rolled back, and the next one finds the
+remaining work.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ log = logging.getLogger("loader")
 
 IDLE_SECONDS: Final = 60.0
 BUSY_SECONDS: Final = 300.0
-"""Seconds between refreshes; longer under load, where a backfill may touch the same hours again and again."""
+"""Seconds between refreshes; longer under load, when a backfill may touch the same hours repeatedly."""
 PARTITION_SECONDS: Final = 3600.0
 _PATIENCE_SECONDS: Final = 300.0
-"""How long an hour's run tries to get the locks that a partition takes; rows find one in the meantime."""
+"""Seconds for which an hourly run tries to get the locks for a partition; there is enough time, because it is
+created days ahead."""
 _STOP_SECONDS: Final = 2.0
 _OLDER_TABLES: Final = (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable)
 
@@ -35,9 +36,9 @@ Stopped = Callable[[], bool]
 
 
 class Upkeep:
-    """Calls `run` from time to time. To be used by one thread.
+    """Calls `run` periodically. To be used by one thread.
 
-    `seconds` between two runs depend on whether files are loaded.
+    The `seconds` between two runs depend on whether files are being loaded.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Upkeep:
         self._reported: str | None = None
 
     def tick(self, *, busy: bool) -> None:
-        """Start a run if one is due. Call it often; it returns at once."""
+        """Start a run if one is due. Call it often; it returns immediately."""
         running = self._thread is not None and self._thread.is_alive()
         due = self._last + self._seconds(busy)
         if not running and not self._stopped.is_set() and time.monotonic() >= due:
@@ -63,7 +64,7 @@ class Upkeep:
             self._thread.start()
 
     def close(self) -> None:
-        """Cut off a run that has not ended."""
+        """Interrupt a running run."""
         self._stopped.set()
         connection, thread = self._connection, self._thread
         if thread is not None and thread.is_alive():
@@ -80,7 +81,9 @@ class Upkeep:
         except (psycopg.errors.SerializationFailure, *_OLDER_TABLES):
             pass  # the next run finds the same work; tables of an earlier version have none
         except psycopg.OperationalError as error:
-            problem = None if is_lost(error) else one_line(str(error))  # the load itself reports an outage
+            problem = (
+                None if is_lost(error) else one_line(str(error))
+            )  # an outage is reported by the load itself
         except Exception as error:
             problem = one_line(str(error))
         finally:
@@ -92,17 +95,17 @@ class Upkeep:
 
 
 def refresher(dsn: Callable[[], str]) -> Upkeep:
-    """Return the upkeep of the rollups, which waits for no lock and holds none that a load wants."""
+    """Return the maintenance of the rollups, which waits for no lock and holds none that a load needs."""
     return Upkeep(dsn, "refresh the rollups", _refresh, lambda busy: BUSY_SECONDS if busy else IDLE_SECONDS)
 
 
 def partitioner(dsn: Callable[[], str]) -> Upkeep:
-    """Return the upkeep of the partitions: at the start, and each hour, for the days ahead."""
-    return Upkeep(dsn, "make partitions", _make_partitions, lambda _: PARTITION_SECONDS, at_once=True)
+    """Return the maintenance of the partitions: creates them for the next days, at the start and each hour."""
+    return Upkeep(dsn, "create partitions", _make_partitions, lambda _: PARTITION_SECONDS, at_once=True)
 
 
 def make_partitions_quietly(dsn: Callable[[], str]) -> None:
-    """Make the partitions of the coming days, for loads that end; rows find a place without them, too."""
+    """Create the partitions of the next days for a one-off load. If it fails, rows use the default partition."""
     with contextlib.suppress(psycopg.Error), connect(dsn()) as connection:
         partitions.make(connection, patience=1.0)
 
@@ -114,4 +117,4 @@ def _refresh(connection: Connection, stopped: Stopped) -> None:
 
 def _make_partitions(connection: Connection, stopped: Stopped) -> None:
     if made := partitions.make(connection, stopped=stopped, patience=_PATIENCE_SECONDS):
-        log.info("made %d partitions", made, extra={"partitions": made})
+        log.info("created %d partitions", made, extra={"partitions": made})

@@ -1,13 +1,13 @@
-"""Files through several connections: batches of chunks are read one by one and loaded side by side.
+"""Loads files over several connections: batches are read one after the other and loaded in parallel.
 
-A worker is a thread with a connection of its own. It takes a batch only when it has that connection
-(batches.py), loads it, commits and retires the finished files. One that cannot connect while another is
-connected tries again from time to time: the files are loaded with as many connections as there are, down to
-one. Without any, the workers wait as retry.py says.
+A worker is a thread with its own connection. Once connected, it takes a batch (batches.py), loads it,
+commits, and retires the completed files. A worker that cannot connect while another is connected retries
+periodically, so the files are loaded over as many connections as are available, at least one. Without any
+connection, the workers wait according to retry.py.
 
-Asked to stop, workers finish the batch in hand. One that cannot, because the server is stuck or gone, has its
-connection cut after FINISH_SECONDS, which rolls the batch back; one that still hangs, in an attempt to
-connect, is abandoned: nothing that a process leaves unfinished is lost.
+On a stop, workers finish their current batch. If a worker cannot, because the server hangs or is unreachable,
+its connection is cut after FINISH_SECONDS, which rolls the batch back. A worker that still hangs in an
+attempt to connect is abandoned: unfinished work is never lost.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ log = logging.getLogger("loader")
 
 FINISH_SECONDS: Final = 5.0
 _CUT_SECONDS: Final = 2.0
-"""Seconds that a worker has to notice that its connection was cut."""
+"""Seconds for a worker to notice that its connection was cut."""
 _TICK_SECONDS: Final = 0.2
 
 
 class Workers:
     """Loads files into one database. Not to be used by two threads at once.
 
-    `dsn` is called at each connect, so that a changed password is found; `tick` is called some times a second
-    while the workers are busy. Without `patience`, in seconds, an outage is waited out forever.
+    `dsn` is called for each connection, so that a changed password is used; `tick` is called several times a
+    second while the workers are busy. Without `patience`, in seconds, they wait forever for the end of an
+    outage.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Workers:
         self._reported_version = SCHEMA_VERSION
 
     def connect(self) -> None:
-        """Return once the database answers, or `stop` is set. Raises LoaderError if waiting did not help."""
+        """Wait until the database answers or `stop` is set. Raises LoaderError if waiting did not help."""
         for connection in self._connections:
             connection.close_if_lost()
         if any(connection.is_open for connection in self._connections):
@@ -75,22 +76,22 @@ class Workers:
             self._retry.recovered()
 
     def load(self, sources: Iterable[Source]) -> Report:
-        """Load files in their order and return once all are loaded, or `stop` is set.
+        """Load files in order; return once all are loaded or `stop` is set.
 
-        Raises LoaderError if waiting did not help; what was committed by then stays.
+        Raises LoaderError if waiting did not help; batches committed by then remain.
         """
         run = LoadRun(sources, self._health.progressed)
         batches = BatchQueue(run)
         self._run_in_threads([self._worker(batches, connection) for connection in self._connections])
-        run.retire_finished()  # files without a line
+        run.retire_finished()  # files without lines
         if batches.refusal is not None and not self._signals.stop.is_set():
             self._retry.refused(batches.refusal)
-            run.report.failures.clear()  # one reason for all of them, which was reported
+            run.report.failures.clear()  # all have the same reason, which was already reported
         return run.report
 
     @property
     def stopping(self) -> bool:
-        """Whether they were asked to stop."""
+        """Whether `stop` is set."""
         return self._signals.stop.is_set()
 
     def close(self) -> None:
@@ -113,7 +114,7 @@ class Workers:
             raise
 
     def _attempt(self, batches: BatchQueue, connection: WorkerConnection) -> None:
-        """Load a batch if there is one, and a connection. Raises what is worth waiting for."""
+        """Load a batch if there are one and a connection. Raises errors that are worth waiting for."""
         if not self._has_connection(connection) or not (batch := batches.take()):
             return
         try:
@@ -126,7 +127,7 @@ class Workers:
                 batches.set_aside(batch, str(explain(error)))
             else:
                 batches.postpone(batch, error, str(explain(error)))
-        except LoaderError as error:  # the ledger does not keep its rows
+        except LoaderError as error:  # the ledger does not store its rows
             batches.postpone(batch, error, str(error))
         except CannotWriteError as error:
             batches.set_aside(batch, f"its rejects could not be written: {error}")
@@ -144,7 +145,7 @@ class Workers:
         return loaded
 
     def _has_connection(self, connection: WorkerConnection) -> bool:
-        """Return whether a worker has its connection now; it may do without one while others have theirs."""
+        """Connect a worker if possible; return whether it is connected. It may be unconnected while others are."""
         if connection.is_open:
             return True
         if not any(other.is_open for other in self._connections):
@@ -156,7 +157,7 @@ class Workers:
         try:
             connection.connect()
         except (psycopg.Error, OSError, LoaderError) as error:
-            if connection.failures > 1:  # one failure may be an outage, which the others are about to notice
+            if connection.failures > 1:  # a single failure may be an outage that the others will notice soon
                 self._report_connections(f": {explain(error)}")
             return False
         if self._health.connections is not None:
@@ -164,7 +165,7 @@ class Workers:
         return True
 
     def _report_connections(self, why: str = "") -> None:
-        """Log once that there are fewer connections than workers, and when there are as many again."""
+        """Log once that there are fewer connections than workers, and once when all are connected again."""
         count, workers = sum(connection.is_open for connection in self._connections), len(self._connections)
         if self._health.limited_to(count if count < workers else None):
             level = logging.WARNING if count < workers else logging.INFO
@@ -174,7 +175,7 @@ class Workers:
         return connect(self._dsn(), self._health.progressed)
 
     def _check_version(self, connection: Connection) -> None:
-        """Log tables of another version. Raises psycopg.Error if there are none."""
+        """Log a warning if the schema version differs. Raises psycopg.Error if there are no tables."""
         with connection.transaction():
             version = schema_version(connection)
         if not version:
@@ -192,7 +193,7 @@ class Workers:
     # ---- threads ------------------------------------------------------------------------------------
 
     def _run_in_threads(self, tasks: Sequence[Callable[[], None]]) -> None:
-        """Run the tasks side by side; raise the error of the first that failed."""
+        """Run the tasks in parallel; raise the error of the first that failed."""
         failures: list[Exception] = []
 
         def run(task: Callable[[], None]) -> None:
@@ -210,11 +211,11 @@ class Workers:
             raise explain(error) if isinstance(error, Failure) else error
 
     def _join(self, threads: Sequence[threading.Thread]) -> None:
-        """Wait until all have ended; once asked to stop, no longer than it takes to cut their connections."""
+        """Wait until all have ended; after a stop, cut their connections and limit the wait."""
         self._wait(threads, lambda: not self._signals.stop.is_set())
         if self._wait_seconds(threads, FINISH_SECONDS):
             return
-        log.warning("a batch takes too long to finish: rolling it back")
+        log.warning("the current batch takes too long: rolling it back")
         for connection in self._connections:
             connection.cut()
         if not self._wait_seconds(threads, _CUT_SECONDS):
@@ -226,7 +227,7 @@ class Workers:
         return self._wait(threads, lambda: time.monotonic() < deadline)
 
     def _wait(self, threads: Sequence[threading.Thread], going_on: Callable[[], bool]) -> bool:
-        """Wait while any thread is alive and the condition holds. Return whether all have ended."""
+        """Wait while any thread is alive and the condition holds. Returns whether all have ended."""
         while alive := next((thread for thread in threads if thread.is_alive()), None):
             if not going_on():
                 return False

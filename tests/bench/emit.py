@@ -1,13 +1,13 @@
-"""What an emit costs, beside the floor and beside what people use instead, in one run.
+"""Benchmark of an emit against the floor and against alternatives, in one run.
 
     python -m tests.bench.emit [--repeats N] [--calls N] [--only WORD] [--situation WORD] [--directory DIR]
 
-The floor is `os.write` of `orjson.dumps` of a ready record. Each sink is measured in a process of its own, in
-turns with the floor, block by block, because a machine's speed drifts; ratios are medians over the blocks and
+The floor is `os.write` of `orjson.dumps` of a ready record. Each sink is measured in a separate process,
+alternating with the floor in blocks, because a machine's speed drifts; ratios are medians over the blocks and
 then over the repeats. Four situations: alone; with 3 CPU-bound threads in the process; from 4 threads; from 4
-processes. Then each sink is killed (SIGKILL) at a moment of its own and what outlived it is counted.
+processes. Then each sink is killed (SIGKILL) at a different moment, and the surviving records are counted.
 
-Peers come with the extra `bench`; one that is not installed is left out.
+The extra `bench` installs the alternatives; missing ones are skipped.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ BUSY_NS = 4_000_000_000
 """Bound of one sink beside busy threads, where a call may take a tenth of a second."""
 NEVER = 1 << 62
 SETTLE_SECONDS = 0.5
-"""What outlives a kill may still be on its way to a collector."""
+"""Seconds to wait for a collector, which may still be receiving records after the kill."""
 
 Block = Callable[[int], "array[int]"]
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one sink in one situation, in microseconds; `ratio` and `tail` are p50 and p99.9 by the floor's."""
+    """Results of one sink in one situation, in microseconds; `ratio` and `tail`: p50 and p99.9 over the floor's."""
 
     p50: float
     p99: float
@@ -65,7 +65,7 @@ class Figures:
 
 
 def timed(call: Call, prepare: Call, gap: int, bound: int) -> Block:
-    """Return what measures that many calls, one by one, in nanoseconds."""
+    """Return a function that measures that many calls, one by one, in nanoseconds."""
 
     def block(count: int) -> array[int]:
         taken = array("Q")
@@ -187,7 +187,7 @@ SITUATIONS: dict[str, Situation] = {
 
 
 def start(work: Callable[[], Samples]) -> Callable[[], Samples]:
-    """Run `work` in a forked process; return what waits for its samples. Raises RuntimeError if it failed."""
+    """Run `work` in a forked process; return a waiter for its samples. Raises RuntimeError if it failed."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -240,13 +240,13 @@ def part(ordered: Sequence[int], share: float) -> float:
 
 
 def middle(several: Sequence[Figures]) -> Figures:
-    """The median of each figure over the repeats."""
+    """Return the median of each figure over the repeats."""
     names = Figures.__dataclass_fields__
     return Figures(*(statistics.median(getattr(each, name) for each in several) for name in names))
 
 
 def killed(sink: Sink, moment: int) -> tuple[int, int]:
-    """Kill a process after it made some calls; return how many had returned, and how many outlived it."""
+    """Kill a process after some calls; return how many had returned, and how many records survived."""
     with tempfile.TemporaryDirectory() as directory, mmap.mmap(-1, 8) as returned:
         home = Path(directory)
         if (child := os.fork()) == 0:
@@ -263,7 +263,7 @@ def killed(sink: Sink, moment: int) -> tuple[int, int]:
                 raise RuntimeError("the sink failed")
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        time.sleep(SETTLE_SECONDS)  # no collector reports when it has read all
+        time.sleep(SETTLE_SECONDS)  # collectors do not report when they have read everything
         return struct.unpack("Q", returned)[0], sink.survivors(home)
 
 
@@ -273,7 +273,7 @@ def tried(sink: Sink, home: Path) -> Samples:
 
 
 def installed(sinks: Sequence[Sink]) -> list[Sink]:
-    """Those that can be made here, each tried in a process of its own."""
+    """Return the sinks that work here, each tried in a separate process."""
     found = []
     for sink in sinks:
         with tempfile.TemporaryDirectory() as directory, suppress(RuntimeError):

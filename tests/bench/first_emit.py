@@ -1,9 +1,10 @@
-"""What the first emit costs: of a process that prepared itself, of one that did not, and after a pause.
+"""Benchmark of the first emit: of a prepared process, of an unprepared one, and after a pause.
 
     python -m tests.bench.first_emit [--processes N] [--pauses N] [--seconds PAUSE]
 
-Each beside a steady emit and beside `os.write` of a ready record, alone and with 3 CPU-bound threads. A first
-emit can be measured once per process, so that each sample of it is a process of its own. Times in microseconds.
+Each is compared with a steady emit and with `os.write` of a ready record, alone and with 3 CPU-bound threads.
+A first emit can be measured only once per process, so each sample is a separate process. Times in
+microseconds.
 """
 
 from __future__ import annotations

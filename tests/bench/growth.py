@@ -1,4 +1,4 @@
-"""What loading costs as the table grows: the plain layout beside the partitioned one, in one run.
+"""Benchmark of loading into growing tables: the plain layout and the partitioned one, in one run.
 
     python -m tests.bench.growth [--rows 20000000] [--version 18] [--foreign-keys] [--home DIR]
 

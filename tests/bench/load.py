@@ -1,11 +1,11 @@
-"""How fast the loader is, beside psql's \\copy of a ready file and beside what people use instead.
+"""Benchmark of the loader against psql's \\copy of a ready file and against alternatives.
 
     python -m tests.bench.load [--rows N] [--dsn DSN] [--version 15|16|18] [--part NAME ...]
 
-The floor is \\copy of a text file that was made ready before into the same indexed table, `id` left to its
-default. Every figure is rows per second of a whole command, in a process of its own, and its ratio to the
-floor of the same repeat. Parts: rates (workers, duplicates, replay, foreign keys), peers (what is installed
-of the extra `bench`), memory, freshness, big (into a table of many rows).
+The floor is \\copy of a prepared text file into the same indexed table, with the default `id`. Every figure
+is rows per second of a whole command, in a separate process, and its ratio to the floor of the same repeat.
+Parts: rates (workers, duplicates, replay, foreign keys), peers (what is installed of the extra `bench`),
+memory, freshness, big (into a table of many rows).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TYPES = (
 
 
 def events(count: int, version: int, seed: int = 7) -> Iterator[bytes]:
-    """Events as an application makes them: few busy users and many quiet ones, three milliseconds apart."""
+    """Realistic events: few busy users and many quiet ones, three milliseconds apart."""
     chance = random.Random(seed)
     people = [str(uuid.UUID(int=chance.getrandbits(128), version=4)) for _ in range(20_000)]
     moment = datetime(2026, 1, 20, 12, tzinfo=UTC)
@@ -69,7 +69,7 @@ def events(count: int, version: int, seed: int = 7) -> Iterator[bytes]:
 
 
 class Bench:
-    """One server, one set of files."""
+    """A server and a set of files."""
 
     def __init__(self, dsn: str, home: Path, rows: int, versions: Sequence[int] = (7, 4)) -> None:
         self.dsn, self.home, self.rows = dsn, home, rows
@@ -86,7 +86,7 @@ class Bench:
         return path
 
     def ready(self, version: int) -> Path:
-        """The same rows as \\copy reads them."""
+        """Write the same rows in the format of \\copy."""
         path = self.home / f"v{version}.txt"
         if not path.exists():
             with path.open("w") as file:
@@ -107,7 +107,7 @@ class Bench:
             connection.execute("CHECKPOINT")
 
     def run(self, *command: object) -> float:
-        """Return the seconds that a command takes."""
+        """Return the run time of a command in seconds."""
         begin = time.perf_counter()
         ended = subprocess.run([str(word) for word in command], env=self.environment, capture_output=True)
         seconds = time.perf_counter() - begin
@@ -115,12 +115,12 @@ class Bench:
         return seconds
 
     def floor(self, version: int) -> float:
-        """Rows per second of \\copy."""
+        """Return the rows per second of \\copy."""
         copy = f"\\copy analytics_events ({COLUMNS}) from '{self.ready(version)}'"
         return self.rows / self.run("psql", "-q", self.dsn, "-c", copy)
 
     def backfill(self, *files: Path, workers: int = 1) -> float:
-        """Rows per second of `loader backfill`."""
+        """Return the rows per second of `loader backfill`."""
         return self.rows / self.run(*LOADER, "backfill", "--workers", workers, *files)
 
     def count(self) -> int:
@@ -130,7 +130,7 @@ class Bench:
 
 
 def duplicated(file: Path, share: float) -> Path:
-    """The same events with this share of them twice, the second time as other bytes, spread evenly."""
+    """Write the events with this share of them repeated with different bytes, spread evenly."""
     path = file.with_name(f"{file.stem}-{share}.ndjson")
     if not path.exists():
         chance = random.Random(share)
@@ -143,7 +143,7 @@ def duplicated(file: Path, share: float) -> Path:
 
 
 def other_bytes(file: Path) -> Path:
-    """The same events, so that the ledger does not know them."""
+    """Return the same events with different bytes, so that the ledger does not recognize them."""
     path = file.with_name(f"{file.stem}-again.ndjson")
     if not path.exists():
         with path.open("wb") as out:
@@ -186,7 +186,7 @@ def rates(bench: Bench, repeats: int) -> None:
 
 
 def with_users(file: Path) -> list[str]:
-    """The application's own tables, which schema.sql refers to where they are."""
+    """Create the application's own tables, to which schema.sql adds foreign keys."""
     rows = [orjson.loads(line) for line in file.open("rb")]
     users, families = ({row[key] for row in rows} for key in ("user_id", "family_unit_id"))
     return [
@@ -199,10 +199,9 @@ def with_users(file: Path) -> list[str]:
 
 
 def peak_mib(bench: Bench, *arguments: object) -> float:
-    """The most memory that `loader` with these arguments had, by the kernel's account (proc(5), VmHWM).
+    """Return the peak memory of `loader` with these arguments, as counted by the kernel (proc(5), VmHWM).
 
-    Not what wait4(2) says: that counts the parent's memory, too, which the child had until it became another
-    program.
+    The figure of wait4(2) includes the memory of the parent, which the child had until execve(2).
     """
     process = subprocess.Popen(
         [*LOADER, *map(str, arguments)], env=bench.environment, stdout=subprocess.DEVNULL
@@ -212,7 +211,7 @@ def peak_mib(bench: Bench, *arguments: object) -> float:
         for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
             if line.startswith("VmHWM"):
                 peak = max(peak, int(line.split()[1]))
-        time.sleep(0.01)  # it is read as long as the process lives
+        time.sleep(0.01)  # it is read while the process runs
     assert process.returncode in (0, 3)
     return peak / 1024
 
@@ -262,7 +261,7 @@ emitter.close()
 
 
 def freshness(bench: Bench, _: int, seconds: float = 20.0) -> None:
-    """From the call to a row that others see, at 1,000 events a second."""
+    """Measure the time from the call to a visible row, at 1,000 events a second."""
     print("\nFreshness at 1,000 events/s, seconds")
     for max_age in (1.0, 0.1):
         bench.reset()
@@ -271,7 +270,7 @@ def freshness(bench: Bench, _: int, seconds: float = 20.0) -> None:
             lags: list[float] = []
             seen = 0
             while seen < 1000 * seconds:
-                # Who polls sees a row at most a poll later than it was there: the figures are upper bounds.
+                # Polling detects a row at most one interval late: the figures are upper bounds.
                 found = connection.execute(
                     "SELECT extract(epoch FROM clock_timestamp() - timestamp)::float8 FROM analytics_events "
                     "ORDER BY event_id OFFSET %s", [seen],
@@ -300,7 +299,7 @@ def daemon(bench: Bench) -> Iterator[None]:
 
 
 def big(bench: Bench, _: int, rows: int = 10_000_000) -> None:
-    """Into a table that has ten million rows already, beside an empty one."""
+    """Load into a table with ten million rows, and into an empty one."""
     bench.reset()
     empty = bench.backfill(bench.file(7))
     bench.reset()

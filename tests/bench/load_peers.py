@@ -1,4 +1,4 @@
-"""What a Python developer would load the same file with. Each raises ImportError where it is missing."""
+"""Alternatives for loading the same file. Each raises ImportError if it is not installed."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def pandas_to_sql(dsn: str, file: Path) -> None:
 
 
 def dlt_merge(dsn: str, file: Path) -> None:
-    """Into a table of its own, with fewer indexes."""
+    """Load into a separate table, with fewer indexes."""
     import dlt
 
     at = conninfo_to_dict(dsn)

@@ -1,9 +1,9 @@
-"""What the middleware adds to a request of a bare Starlette or Flask application, beside what others add.
+"""Benchmark of the time that middlewares add to a request of a bare Starlette or Flask application.
 
     python -m tests.bench.middleware [--rounds N]
 
-Each application is called as a server calls it, in one process, block by block in turns; the figure is the
-difference of the medians to the bare application. Others come with the extra `bench`.
+Each application is called like by a server, in one process, in alternating blocks; the figure is the
+difference of the medians to the bare application. The extra `bench` installs the alternatives.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def wsgi_block(app: Any) -> list[int]:
 def measure_wsgi(rounds: int) -> dict[str, list[float]]:
     apps = {name: make() for name, make in WSGI_APPLICATIONS.items()}
     medians: dict[str, list[float]] = {name: [] for name in apps}
-    for _ in range(rounds + 1):  # the first warms up
+    for _ in range(rounds + 1):  # the first call warms up
         for name, app in apps.items():
             medians[name].append(statistics.median(wsgi_block(app)) / 1000)
     return {name: each[1:] for name, each in medians.items()}

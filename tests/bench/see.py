@@ -1,10 +1,10 @@
-"""What the questions cost, what a rollup saves, and what marking touched hours adds to a load.
+"""Benchmark of the questions, of the time that rollups save, and of marking touched hours.
 
     python -m tests.bench.see [--events N] [--version 15|18 ...] [--repeat N] [--part NAME ...]
 
 Parts: questions (each against `SELECT count(*)` over the same range in the same run, with the indexes of its
 plan), rollups (against plain SQL over rows), refresh, marks (the load with and without them). Times are CPU
-seconds of the server's process of our connection, which others on the machine change little; medians.
+seconds of the server process of our connection, which other processes affect little; medians.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def _settings(connection: Connection) -> None:
 
 
 def median(connection: Connection, statement: str, repeat: int, times: int = 1) -> float:
-    """CPU seconds of one run; `times` runs are measured together, because the clock has 10 ms."""
+    """Return the CPU seconds of one run; `times` runs are measured together, because the clock ticks in 10 ms."""
     measured = []
     for _ in range(repeat + 1):  # the first warms the cache
         before = used(connection)
@@ -231,7 +231,7 @@ def median(connection: Connection, statement: str, repeat: int, times: int = 1) 
 
 
 def plan_indexes(connection: Connection, statement: str) -> list[str]:
-    """Return the indexes that a run of the statement scanned, also within functions, and whole tables."""
+    """Return the indexes and whole tables that a run of the statement scanned, also within functions."""
     before = _scans(connection)
     with connection.transaction():
         connection.execute(statement.encode())
@@ -251,7 +251,7 @@ def _scans(connection: Connection) -> dict[str, int]:
 
 
 def used(connection: Connection) -> float:
-    """CPU seconds of the server's process so far."""
+    """Return the CPU seconds of the server process so far."""
     fields = Path(f"/proc/{connection.info.backend_pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
 
@@ -288,7 +288,7 @@ def _load(connection: Connection, data: bytes, *, marked: bool) -> float:
 
 
 def _count(self: outcome.Outcome, row: Row) -> None:
-    """As `Outcome.insert` without noting the hour."""
+    """Do as `Outcome.insert`, without recording the hour."""
     if row.table is EVENTS:
         self.events += 1
     else:

@@ -1,8 +1,8 @@
-"""What a Python developer would pick instead of the spool, each set up as its documentation says.
+"""Alternatives to the spool, each configured according to its documentation.
 
-A sink is made in an empty directory and gives two things: the call that is timed, and a count of the records
-that outlived the process, which another process asks after a SIGKILL. Network sinks get a collector on this
-host that always answers at once; what it received is what outlived.
+A sink is created in an empty directory and has two functions: the timed call, and a count of the surviving
+records, which another process calls after a SIGKILL. Network sinks have a collector on this host that
+responds immediately; the records it received have survived.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_UTC_Z
 
 
 def _nothing() -> None:
-    """What most sinks do before a call."""
+    """Do nothing, as most sinks before a call."""
 
 
 @dataclass(frozen=True)
 class Sink:
-    """`make(directory)` returns the call; `survivors(directory)` counts what is there afterwards."""
+    """`make(directory)` returns the call; `survivors(directory)` counts the records afterwards."""
 
     name: str
     make: Callable[[Path], Call]
     survivors: Callable[[Path], int]
     events: bool = True
-    """False where it only adds up numbers and keeps no records."""
+    """False if it only adds up numbers and keeps no records."""
     awaited: bool = False
     """Whether the call returns something to await."""
     prepare: Call = _nothing
@@ -96,7 +96,7 @@ def spool_awaited(home: Path) -> Call:
 
 
 def spool_many_users(home: Path) -> Call:
-    """As `spool_event`, each event for another user than the one before."""
+    """Return `spool_event` with a different user for each event."""
     from itertools import cycle
 
     from spool import Emitter
@@ -115,7 +115,7 @@ def spool_many_users(home: Path) -> Call:
 
 
 def spool_bound(home: Path) -> Call:
-    """As `spool_event`, with the ids, a role and a request id from the context; see `new_scope`."""
+    """Return `spool_event` with the ids, a role and a request id from the context; see `new_scope`."""
     from spool import Emitter
 
     emitter = Emitter(home / "spool")
@@ -282,7 +282,7 @@ def otel_log(home: Path) -> Call:
 
 
 def _to_file(home: Path, kind: str) -> Any:
-    """OpenTelemetry's own exporters that write a line per record or per metric."""
+    """Return OpenTelemetry's own exporters, which write a line per record or metric."""
     stream = (home / f"{kind}.ndjson").open("w", buffering=1)
     if kind == "logs":
         from opentelemetry.sdk._logs.export import ConsoleLogRecordExporter
@@ -294,7 +294,7 @@ def _to_file(home: Path, kind: str) -> Any:
 
 
 class _Collector(http.server.BaseHTTPRequestHandler):
-    """Counts what arrives in batches of JSON, in a file, so that another process can ask."""
+    """Counts received records of JSON batches in a file, so that another process can read the count."""
 
     protocol_version = "HTTP/1.1"
     arrived: Path
@@ -311,7 +311,7 @@ class _Collector(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b"{}")
 
     def log_message(self, *_: object) -> None:
-        """Nothing is printed."""
+        """Log nothing."""
 
 
 def _collector(home: Path) -> str:

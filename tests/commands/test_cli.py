@@ -1,4 +1,4 @@
-"""The command line: every mistake is one line that says what to do, with the exit code of its kind."""
+"""The command line: every error is one line with a remedy and the right exit code."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_backfill_reads_every_kind_of_file_and_changes_none(
     assert number(one_connection, EVENTS) == 50
 
 
-def test_backfill_of_a_damaged_file_loads_the_others_and_says_which_one(
+def test_backfill_of_a_damaged_file_loads_the_others_and_names_it(
     cli: Cli, one_connection: Connection, tmp_path: Path
 ) -> None:
     (tmp_path / "a.ndjson.gz").write_bytes(gzip.compress(joined(event(1)))[:-9])
@@ -79,7 +79,7 @@ def test_backfill_of_a_damaged_file_loads_the_others_and_says_which_one(
     assert number(one_connection, EVENTS) >= 1
 
 
-def test_status_tells_what_waits_and_what_was_loaded(cli: Cli) -> None:
+def test_status_reports_the_backlog_and_the_loaded_rows(cli: Cli) -> None:
     segment(cli.spool, 1, event(1), event(1), b"{broken")
     waiting = json.loads(cli("status", "--json"))
     assert waiting["spool"]["sealed_files"] == 1 and waiting["spool"]["lag_seconds"] > 0
@@ -101,8 +101,8 @@ def test_the_demo_finds_every_acknowledged_emit_once() -> None:
         [*LOADER, "demo"], env=environment(), capture_output=True, text=True, timeout=HANGS_AFTER
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "SIGKILL" in ended.stdout and "What arrived" in ended.stdout
-    (page,) = re.findall(r"a page without script: (\S+)", ended.stdout)
+    assert "SIGKILL" in ended.stdout and "Rows by event and metric" in ended.stdout
+    (page,) = re.findall(r"a page without scripts: (\S+)", ended.stdout)
     assert "Unusual hours" in Path(page).read_text("utf-8")
     Path(page).unlink()
 
@@ -153,7 +153,9 @@ def test_rejects_are_exported_as_they_were_repaired_and_dropped(
     assert number(one_connection, EVENTS) == 2
 
     assert "name the files" in cli("rejects", "drop", "--yes", code=2)
-    assert "1 lines would be removed" in cli("rejects", "drop", "--all", "--code", "invalid_name", code=2)
+    assert "1 lines would be deleted permanently" in cli(
+        "rejects", "drop", "--all", "--code", "invalid_name", code=2
+    )
     assert len(cli("rejects", "show", "--json").splitlines()) == 2
     assert (
         cli("rejects", "drop", "--all", "--code", "invalid_name", "--yes")

@@ -1,6 +1,6 @@
 """Every command: help with examples that run, completion in a shell, JSON, and what it prints.
 
-What the commands print in a small story is in transcript.txt; UPDATE_TRANSCRIPT=1 writes it again.
+transcript.txt has the output of a short session; UPDATE_TRANSCRIPT=1 rewrites it.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def test_the_list_of_commands_has_their_short_help() -> None:
 
 @pytest.mark.parametrize("name", main.COMMANDS)
 def test_the_options_of_a_command_are_known_without_a_driver(name: str) -> None:
-    """`--help`, completion and a wrong option answer at once."""
+    """`--help`, completion and an unknown option must respond quickly."""
     heavy = "{'psycopg', 'rich', 'pyarrow', 'vl_convert', 'jinja2'}"
     code = f"import loader.cli.{name}, sys; print(*{heavy} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == []
 
 
 EXAMPLES = {each for command in COMMANDS.values() for each in examples(command)}
-ELSEWHERE = {"loader demo", "loader demo --keep"}  # which have tests of their own
+ELSEWHERE = {"loader demo", "loader demo --keep"}  # they have separate tests
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES - ELSEWHERE))
@@ -100,7 +100,7 @@ def test_every_example_runs(cli: Cli, tmp_path: Path, example: str) -> None:
 
 
 def completed(cli: Cli, *words: str) -> set[str]:
-    """What bash offers for the last word."""
+    """Return bash's completions of the last word."""
     script = (
         'eval "$(_LOADER_COMPLETE=bash_source loader)"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); '
         '_loader_completion loader; printf "%s\\n" "${COMPREPLY[@]}"'
@@ -133,7 +133,7 @@ def test_every_command_that_prints_facts_answers_in_json(name: str) -> None:
 
 
 def story(cli: Cli, home: Path) -> Iterator[str]:
-    """Commands in the order of a first day; what they print depends on those before."""
+    """Yield commands in the order of a first session; their output depends on earlier ones."""
     cli.spool.chmod(0o2770)
     yield "init"
     yield "init --role analytics_loader --json"
@@ -173,7 +173,7 @@ VOLATILE = (
     (r"(touched +)[\d.]+ d\b", r"\1N d"),
     (r"[\d.]+ (s|min|h|d) ago", "N ago"),
     (r"[\d.]+ GB of [\d.]+ GB", "N GB of N GB"),
-    (r"\d+ instances and \d+ watches", "N instances and N watches"),
+    (r"\d+ instances, \d+ watches", "N instances, N watches"),
     (r"\S+:\S+, mode 2770", "OWNER:GROUP, mode 2770"),
     (r"[─━]+", "─"),
     (r"[┏┳┓┡╇┩┌┬┐└┴┘├┼┤]", "+"),
@@ -198,13 +198,13 @@ def test_what_the_commands_print(cli: Cli, tmp_path: Path) -> None:
 def on_a_terminal(
     cli: Cli, *arguments: str, interrupt_when: Callable[[], object] = lambda: False
 ) -> tuple[int, str]:
-    """Run a command whose output goes to a terminal; Ctrl-C once a condition holds."""
+    """Run a command with its output on a terminal; send Ctrl-C once a condition holds."""
     terminal, line = pty.openpty()
     environment = cli.owner().environment | {"TERM": "xterm", "COLUMNS": "120"}
     process = subprocess.Popen([*LOADER, *arguments], env=environment, stdin=line, stdout=line, stderr=line)
     os.close(line)
     text, interrupted = b"", False
-    with contextlib.suppress(OSError):  # EIO: the last one that had it open is gone
+    with contextlib.suppress(OSError):  # EIO: the last process that had it open has exited
         while True:
             if select.select([terminal], [], [], 0.01)[0]:
                 text += os.read(terminal, 4096)
@@ -252,7 +252,7 @@ def test_no_line_that_is_printed_as_it_is_steers_a_terminal(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("command", ["backfill", "run --once"])
-def test_an_interrupted_load_says_how_to_go_on_and_goes_on(
+def test_an_interrupted_load_reports_how_to_continue_and_can_continue(
     cli: Cli, one_connection: Connection, tmp_path: Path, command: str
 ) -> None:
     arguments = command.split()
@@ -264,7 +264,7 @@ def test_an_interrupted_load_says_how_to_go_on_and_goes_on(
             segment(cli.spool, n + 1, *[event(n * MANY // 20 + i) for i in range(MANY // 20)])
     begun = partial(number, one_connection, EVENTS)
     code, shown = on_a_terminal(cli, *arguments, "--workers", "1", interrupt_when=begun)
-    assert code == 1 and "run it again to go on" in shown, shown
+    assert code == 1 and "run the command again to continue" in shown, shown
     left = number(one_connection, EVENTS)
     assert 0 < left < MANY and f"events {left}" in shown
     cli(*arguments)

@@ -1,4 +1,4 @@
-"""What a command that lacks something says to install works where the package came from."""
+"""The install command that is printed for a missing extra works for every source of the package."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ GIT = "https://git.example.org/tools/analytics-spool.git"
         (None, "'analytics-spool[demo]'"),
     ],
 )
-def test_what_is_missing_is_installed_from_where_the_package_came_from(
+def test_a_missing_extra_is_installed_from_the_source_of_the_package(
     monkeypatch: pytest.MonkeyPatch, direct_url: object, source: str
 ) -> None:
     monkeypatch.setattr(extras, "distribution", lambda _: Installed(direct_url))

@@ -1,4 +1,4 @@
-"""What is printed names the cause where it is, shows no password, and can be printed on any terminal."""
+"""Messages name the source of the problem, show no password, and can be printed on any terminal."""
 
 from __future__ import annotations
 

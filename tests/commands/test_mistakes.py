@@ -1,4 +1,4 @@
-"""Every mistake a person can make is one line that names what and where, and says what to do."""
+"""Every user error is one line that names the problem, its place and the remedy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Prepare = Callable[[Cli, Connection], object]
 
 
 def nothing(_: Cli, __: Connection) -> None:
-    """All is as it should be but the command."""
+    """Prepare nothing: only the command is wrong."""
 
 
 def setting(name: str, value: str | None) -> Prepare:
@@ -42,7 +42,7 @@ def sql(statement: str) -> Prepare:
 
 
 def in_spool(name: str, data: bytes | None = None) -> Prepare:
-    """A file there, or a directory."""
+    """Create a file or directory in the spool."""
 
     def prepare(cli: Cli, _: Connection) -> None:
         path = cli.spool / name
@@ -124,8 +124,8 @@ MISTAKES: dict[str, tuple[Prepare, str, int, str]] = {
         "is not a directory: set SPOOL_DIR",
     ),
     "too few workers": (nothing, "run --workers 0", 2, "--workers"),
-    "workers that are no number": (setting("LOADER_WORKERS", "many"), "run", 2, "LOADER_WORKERS"),
-    "JSON of a daemon": (nothing, "run --json", 2, "--json goes with --once"),
+    "workers that are not a number": (setting("LOADER_WORKERS", "many"), "run", 2, "LOADER_WORKERS"),
+    "JSON of a daemon": (nothing, "run --json", 2, "--json requires --once"),
     "nothing to backfill": (nothing, "backfill", 2, "PATH"),
     "a file that is not there": (
         nothing,
@@ -137,7 +137,7 @@ MISTAKES: dict[str, tuple[Prepare, str, int, str]] = {
         in_spool("empty"),
         "backfill {home}/spool/empty",
         2,
-        "spool/empty has no file",
+        "spool/empty contains no file",
     ),
     "an open segment": (
         given(f"{STEM.format(1)}.open", b""),
@@ -146,7 +146,7 @@ MISTAKES: dict[str, tuple[Prepare, str, int, str]] = {
         "`loader run --once` seals",
     ),
     "no reject file of that name": (nothing, "rejects show x", 2, "see `loader rejects list`"),
-    "a file that is no reject file": (
+    "a file that is not a reject file": (
         in_spool("rejected/x.ndjson", b"{}\n"),
         "rejects list",
         1,
@@ -173,13 +173,13 @@ MISTAKES: dict[str, tuple[Prepare, str, int, str]] = {
 
 
 @pytest.mark.parametrize(("prepare", "command", "code", "says"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_line_that_says_what_to_do(
+def test_a_user_error_is_one_line_with_a_remedy(
     cli: Cli, one_connection: Connection, prepare: Prepare, command: str, code: int, says: str
 ) -> None:
     prepare(cli, one_connection)
     words = {"{dsn}": one_connection.info.dsn}
     arguments = command.replace("{home}", str(cli.spool.parent)).split()
-    if "{dsn}" in arguments:  # with what comes after it, up to an option
+    if "{dsn}" in arguments:  # with the following words, up to an option
         place = arguments.index("{dsn}")
         more = [word for word in arguments[place + 1 :] if "=" in word]
         arguments[place : place + 1 + len(more)] = [" ".join([words["{dsn}"], *more])]
@@ -206,7 +206,7 @@ def test_a_port_that_is_taken_is_named(cli: Cli) -> None:
 
 def test_a_password_on_the_command_line_is_warned_of(cli: Cli) -> None:
     printed = cli("run", "--once", "--dsn", f"{cli.dsn} password=sesame")
-    assert "shows its password" in printed and "sesame" not in printed
+    assert "exposes its password" in printed and "sesame" not in printed
 
 
 def test_what_the_demo_needs_is_named() -> None:
@@ -215,7 +215,7 @@ def test_what_the_demo_needs_is_named() -> None:
     assert ended.returncode == 1 and f"fastapi is not installed: {install_command('demo')}" in ended.stderr
 
 
-def test_a_database_that_goes_away_is_told_with_its_exit_code(cli: Cli, one_connection: Connection) -> None:
+def test_a_lost_database_is_reported_with_its_exit_code(cli: Cli, one_connection: Connection) -> None:
     name, dsn = one_connection.info.dbname, one_connection.info.dsn
     one_connection.close()
     with psycopg.connect(dsn, dbname="postgres", autocommit=True) as admin:

@@ -1,4 +1,4 @@
-"""What a person reads of `loader status`."""
+"""The units in the output of `loader status`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An emit with what every test has in common, and the lines that are in a spool."""
+"""An emit with default arguments, and the lines of a spool."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def emit(emitter: Emitter, **metadata: Any) -> str | None:
 
 @contextmanager
 def interrupted(emitter: Emitter, seconds: float = 0.0005, **metadata: Any) -> Iterator[list[str | None]]:
-    """Emit from a signal handler every so many seconds; give the ids of those emits."""
+    """Emit from a signal handler at an interval; yield the ids of these emits."""
     kept: list[str | None] = []
 
     def handler(*_: object) -> None:
@@ -52,7 +52,7 @@ def ids(directory: Path) -> list[str]:
 
 
 def recover_all(directory: Path) -> None:
-    """What the loader does with the segments of dead writers."""
+    """Seal the segments of dead writers, as the loader does."""
     for file in directory.glob("*.open"):
         recover(file)
     assert not list(directory.glob("*.open"))

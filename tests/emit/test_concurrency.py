@@ -1,4 +1,4 @@
-"""Threads, tasks, greenlets, handlers and finalizers emit at once: no deadlock, no line torn or lost."""
+"""Threads, tasks, greenlets, handlers and finalizers emit concurrently without a deadlock or a torn or lost line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOMS = tuple(str(path) for path in Path(spool.__file__).parent.glob("*.py"))
 
 @pytest.fixture(autouse=True)
 def no_deadlock() -> Iterator[None]:
-    """A test that hangs ends the run and says where."""
+    """Abort the run with a stack trace if a test hangs."""
     faulthandler.dump_traceback_later(120, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
@@ -91,7 +91,7 @@ def test_a_signal_handler_that_interrupts_emits(tmp_path: Path) -> None:
 
 
 def interrupt_at(wanted: int, interrupt: Callable[[], None]) -> Callable[[FrameType, str, Any], Any]:
-    """A trace function that calls `interrupt` before the so-manieth instruction of our own code."""
+    """Return a trace function that calls `interrupt` before the given instruction of our own code."""
     seen = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -112,7 +112,7 @@ def interrupt_at(wanted: int, interrupt: Callable[[], None]) -> Callable[[FrameT
 
 @pytest.fixture(params=["with housekeeping", "without"])
 def housekeeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Without a thread for it, as where the process has too many, whoever emits creates the segments."""
+    """Run with and without a housekeeping thread; without it the emitting thread creates the segments."""
     if request.param == "without":
 
         def refuse(*_: object) -> None:
@@ -131,7 +131,7 @@ LONG = "x" * 3000
 
 @TRACED
 def test_an_emit_at_every_instruction_of_an_emit_that_rotates(tmp_path: Path, housekeeping: str) -> None:
-    """What a handler or a finalizer could interrupt, tried one by one with the interpreter's own tracing."""
+    """A handler or finalizer runs before each instruction in turn, by the interpreter's own tracing."""
     emitter = Emitter(tmp_path, segment_bytes=4096, max_age=60)
     own: list[str | None] = []
     kept: list[str | None] = []
@@ -153,7 +153,7 @@ def test_an_emit_at_every_instruction_of_an_emit_that_rotates(tmp_path: Path, ho
 
 
 class Timeout(Exception):
-    """What a worker's signal handler raises."""
+    """An exception raised by a worker's signal handler."""
 
 
 @TRACED
@@ -162,14 +162,14 @@ class Timeout(Exception):
 def test_an_exception_before_every_instruction_of_an_emit_that_rotates(
     tmp_path: Path, housekeeping: str, mapped: bool
 ) -> None:
-    """No lock stays taken, every line of an emit that returned is there, and every segment is sealed."""
+    """No lock stays held, every line of a returned emit exists, and every segment is sealed."""
     emitter = Emitter(tmp_path, segment_bytes=4096, max_age=60, mapped=mapped)
     kept: list[str | None] = []
 
     def interrupt(*_: object) -> None:
         raise Timeout
 
-    previous = signal.signal(signal.SIGALRM, interrupt)  # what distinguishes it from an exception of our own
+    previous = signal.signal(signal.SIGALRM, interrupt)  # distinguishes it from an exception of our own
     try:
         for wanted in itertools.count(1):
             sys.settrace(interrupt_at(wanted, interrupt))
@@ -196,7 +196,7 @@ def test_an_exception_before_every_instruction_of_an_emit_that_rotates(
 
 
 def emits_in_another_thread(emitter: Emitter) -> str | None:
-    """Emit, for which a lock that stayed taken would be waited for without end."""
+    """Emit in another thread, which would wait forever for a lock that stayed held."""
     kept: list[str | None] = []
     thread = threading.Thread(target=lambda: kept.append(emit(emitter)), daemon=True)
     thread.start()
@@ -206,7 +206,7 @@ def emits_in_another_thread(emitter: Emitter) -> str | None:
 
 
 class Finalized:
-    """Emits when it is collected; part of a cycle, so that only the collector ends it."""
+    """Emits in its finalizer; part of a cycle, so that only the garbage collector frees it."""
 
     def __init__(self, emitter: Emitter, kept: list[str | None]) -> None:
         self.emitter, self.kept, self.cycle = emitter, kept, self

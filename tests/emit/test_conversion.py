@@ -1,4 +1,4 @@
-"""Ordinary values have a JSON form, anything else leaves the name of its type; neither costs the event."""
+"""Ordinary values have a JSON form, all others become the name of their type; neither loses the event."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Struct(msgspec.Struct):
 
 
 class Stamp(datetime):
-    """As pandas' Timestamp: a datetime that orjson does not write."""
+    """A datetime that orjson does not write, like pandas' Timestamp."""
 
 
 class Path2(type(Path())):  # type: ignore[misc]  # the class differs by platform
@@ -145,7 +145,7 @@ FORMS: list[tuple[Any, Any]] = [
 
 
 def kind_of(value: object) -> str:
-    """A name of a test that is the same in each process: sets have no order."""
+    """Return a test id that is equal in every process, although sets have no order."""
     return type(value).__name__
 
 
@@ -188,7 +188,7 @@ class Person:
 
 
 class Row2(Person):
-    """As an object of an ORM, which would query the database for a field."""
+    """An object of an ORM, which would query the database for a field."""
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(name)

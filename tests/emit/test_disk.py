@@ -1,4 +1,4 @@
-"""A disk that is full, a directory that goes away: no exception, no SIGBUS, drops are counted."""
+"""A full disk or a removed directory causes no exception and no SIGBUS, and drops are counted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAX_AGE = 0.2
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 16 MiB."""
+    """Yield a tmpfs of 16 MiB."""
     with disks.small_disk(tmp_path / "disk", "size=16m") as disk:
         yield disk
 
@@ -41,19 +41,19 @@ def reported(directory: Path) -> int:
 
 
 def removed(directory: Path) -> bool:
-    """Remove a directory; return whether it is gone, as its writer may write to it in between."""
+    """Remove a directory; return whether it succeeded, because its writer may write to it in between."""
     shutil.rmtree(directory, ignore_errors=True)
     return not directory.exists()
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Those about disks: other tests have left emitters that report drops of other causes."""
+    """Return the warnings about disks: emitters of other tests report drops of other causes."""
     return [record.levelname for record in caplog.records if "dropped (disk)" in record.message]
 
 
 def recovers(emitter: Emitter, directory: Path) -> None:
-    """Lines flow again within two `max_age`, and a metric says how many were dropped."""
-    deadline = time.monotonic() + 2 * MAX_AGE + 1.0  # a second for a busy machine
+    """Check that lines are written again within two `max_age`, and that a metric reports the drops."""
+    deadline = time.monotonic() + 2 * MAX_AGE + 1.0  # one second more for a busy machine
     while emit(emitter) is None:
         assert time.monotonic() < deadline
     eventually(lambda: reported(directory) == sum(emitter.stats().dropped.values()))
@@ -88,7 +88,7 @@ def test_lines_survive_the_removal_of_the_directory_under_a_living_emitter(
         kept = [emit(emitter) for _ in range(100)]
         eventually(lambda: removed(spool))
         if replaced:
-            spool.mkdir(exist_ok=True)  # the emitter may have made it again
+            spool.mkdir(exist_ok=True)  # the emitter may have recreated it
         kept += [emit(emitter) for _ in range(100)]
         assert emitter.seal()
         assert ids(spool) == kept
@@ -105,20 +105,20 @@ os.setuid(65534)
 emitter = Emitter(sys.argv[1], max_age=0.2)
 def emit():
     return emitter.emit_event(event_type="tick", user_id=user, family_unit_id=user)
-def say(*words):
+def report(*words):
     print(*words, flush=True)
     sys.stdin.readline()
-say("kept", emit())
+report("kept", emit())
 deadline = time.monotonic() + 20
 while emit():
     assert time.monotonic() < deadline
     emitter.seal()
-say("dropped", sum(emitter.stats().dropped.values()))
+report("dropped", sum(emitter.stats().dropped.values()))
 deadline = time.monotonic() + 1.4
 while not emit():
     assert time.monotonic() < deadline, "did not recover"
 emitter.close()
-say("dropped", sum(emitter.stats().dropped.values()))
+report("dropped", sum(emitter.stats().dropped.values()))
 """
 
 
@@ -156,7 +156,7 @@ def test_a_directory_that_cant_be_is_counted_and_forgotten_once_it_can(tmp_path:
     emitter.close()
 
 
-def test_drops_are_told_even_if_nothing_more_is_emitted(tmp_path: Path) -> None:
+def test_drops_are_reported_even_if_nothing_more_is_emitted(tmp_path: Path) -> None:
     blocked = tmp_path / "spool"
     blocked.write_text("a file, not a directory")
     emitter = Emitter(blocked, max_age=MAX_AGE)
@@ -167,7 +167,7 @@ def test_drops_are_told_even_if_nothing_more_is_emitted(tmp_path: Path) -> None:
 
 
 def measured(directory: Path) -> int:
-    """What the spool takes; a segment that is renamed in between is counted twice, so the least of some."""
+    """Return the size of the spool: the minimum of several, because a segment renamed in between counts twice."""
     return min(written_bytes(directory) for _ in range(5))
 
 
@@ -183,7 +183,7 @@ def test_a_spool_never_grows_beyond_its_limit(tmp_path: Path) -> None:
 
 
 def test_a_limit_counts_what_is_written_not_what_is_reserved(tmp_path: Path) -> None:
-    """Jobs that end by a signal leave 64 KiB each, most of it NUL bytes."""
+    """Each job that is killed by a signal leaves 64 KiB, mostly NUL bytes."""
     code = (
         "import os, sys, uuid\nfrom spool import Emitter\nemitter = Emitter(sys.argv[1])\n"
         "assert emitter.increment_counter(metric_name='jobs')\nos._exit(0)\n"
@@ -228,7 +228,7 @@ def test_an_unfinished_segment_of_a_dead_writer_is_removed_and_of_a_living_one_s
 
 @pytest.fixture
 def btrfs(tmp_path: Path) -> Iterator[Path]:
-    """A btrfs of 128 MiB in a file."""
+    """Yield a btrfs of 128 MiB in a file."""
     image, disk = tmp_path / "image", tmp_path / "btrfs"
     disk.mkdir()
     if shutil.which("mkfs.btrfs") is None:
@@ -292,7 +292,7 @@ def test_only_a_file_system_that_overwrites_in_place_is_mapped(
 
 
 def test_threads_that_write_at_once_do_not_wait_for_each_other(tmp_path: Path) -> None:
-    """Without a map, each takes a segment of its own."""
+    """Without a map, each thread uses a separate segment."""
     emitter = Emitter(tmp_path, mapped=False, max_age=0.2)
     kept: list[str | None] = []
     threads = [
@@ -309,7 +309,7 @@ def test_threads_that_write_at_once_do_not_wait_for_each_other(tmp_path: Path) -
 
 @pytest.fixture
 def no_maps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a file system that can't map answers; the fixture sees to it that somebody asked."""
+    """Simulate a file system that cannot map, and check that mapping was attempted."""
     asked = []
 
     def refuse(*_: object) -> None:
@@ -322,7 +322,7 @@ def no_maps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_maps")
-def test_where_files_cant_be_mapped_lines_are_written_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_if_files_cannot_be_mapped_lines_are_written_and_nothing_is_lost(tmp_path: Path) -> None:
     emitter = Emitter(tmp_path, segment_bytes=4096, max_age=0.05)
     with interrupted(emitter) as kept:
         own = [emit(emitter) for _ in range(3000)]

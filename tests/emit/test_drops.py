@@ -1,4 +1,4 @@
-"""A dropped line is counted by cause and name, logged, summed up at the end and reported by a metric."""
+"""A dropped line is counted by cause and name, logged, included in the final summary and reported by a metric."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.processes import environment, eventually
 
 
 def reported(directory: Path) -> Counter[tuple[str, str]]:
-    """The drops that metrics report, by cause and name; they have no other label."""
+    """Return the drops reported by metrics, by cause and name, which are their only labels."""
     found: Counter[tuple[str, str]] = Counter()
     for line in lines(directory):
         if line.get("metric_name") == DROPPED_METRIC:
@@ -32,7 +32,7 @@ def reported(directory: Path) -> Counter[tuple[str, str]]:
 
 
 def drop_some(emitter: Emitter) -> dict[tuple[str, str], int]:
-    """Drop lines on each way there is; return what is to be counted."""
+    """Drop lines in every possible way; return the expected counts."""
     user = uuid.uuid4()
     for _ in range(2):
         emitter.emit_event(event_type="seen", user_id="nobody", family_unit_id=user)

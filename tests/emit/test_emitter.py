@@ -87,7 +87,7 @@ def test_segments_are_numbered_without_gaps_across_rotation(tmp_path: Path) -> N
     assert emitter.stats().emitted == 500
 
 
-def test_a_segment_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
+def test_a_segment_of_a_running_writer_is_not_touched(tmp_path: Path) -> None:
     emitter = Emitter(tmp_path, max_age=60)
     emit(emitter)
     (file, *_) = sorted(tmp_path.glob("*.open"))

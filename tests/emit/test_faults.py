@@ -1,7 +1,7 @@
-"""Every system call that making, sealing and rotating segments takes is failed in turn: nothing raises into
-the application, and what was acknowledged is there once, whichever call it was.
+"""Each system call for creating, sealing and rotating segments fails in turn: nothing raises into the application,
+and each acknowledged event exists once.
 
-strace(1) fails them for real in a child process, from the moment it is attached.
+strace(1) injects the failures in a child process, from the moment it is attached.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The process belongs to the application: forks in C, closed descriptors, other users, raised exceptions.
 
-What an application or its server does to its own process must not lose, repeat or damage a line.
+Nothing that an application or its server does to its own process loses, repeats or damages a line.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def fork_in_c():
     keeper = emitter._housekeeper
     while running := keeper._running:
         asleep_until = running.asleep_until
-        time.sleep(0.01)  # gives up the GIL, so that it can go to sleep
+        time.sleep(0.01)  # releases the GIL, so that the thread can sleep
         if keeper.is_surely_asleep() and running.asleep_until == asleep_until > time.monotonic() + 0.01:
             break
     return ctypes.PyDLL(None).fork()
@@ -47,7 +47,7 @@ def emit(emitter, **metadata):
 
 
 def run(code: str, *arguments: str | Path, timeout: float = 60) -> str:
-    """Run it in a process of its own, which must end well; return what it printed."""
+    """Run code in a separate process, which must succeed; return its output."""
     command = [sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
     child = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert child.returncode == 0, child.stderr
@@ -113,7 +113,7 @@ os.kill(os.getpid(), 9)
     parent.communicate()
 
 
-def test_a_fork_is_noticed_where_the_kernel_clears_no_page(tmp_path: Path) -> None:
+def test_a_fork_is_noticed_if_the_kernel_clears_no_page(tmp_path: Path) -> None:
     code = """
 import spool.fork
 emitter = Emitter(sys.argv[1], max_age=60)
@@ -314,7 +314,7 @@ def test_what_was_written_before_privileges_were_dropped_is_loadable_while_the_p
 
 
 class SoftTimeLimitExceeded(Exception):
-    """As Celery has it."""
+    """An exception like Celery's."""
 
 
 @pytest.fixture
@@ -394,7 +394,7 @@ print(dict(emitter.stats().dropped))
 def test_an_exception_of_an_unknown_kind_is_the_applications_unless_a_value_raised_it(
     place: str, foreign: bool
 ) -> None:
-    """One that another thread set may be raised in the standard library, which an emit calls."""
+    """An exception set by another thread may be raised in the standard library, which an emit calls."""
     with pytest.raises(SoftTimeLimitExceeded) as raised:
         exec(compile("raise error", place, "exec"), {"error": SoftTimeLimitExceeded()})  # noqa: S102  # ends there
     raised.value.__traceback__ = raised.tb.tb_next
@@ -510,8 +510,8 @@ print(emitter.stats())
     assert not list(tmp_path.iterdir())
 
 
-def test_where_space_cannot_be_reserved_lines_are_written(tmp_path: Path) -> None:
-    """As on macOS, which has no posix_fallocate."""
+def test_if_space_cannot_be_reserved_lines_are_written(tmp_path: Path) -> None:
+    """For example on macOS, which has no posix_fallocate."""
     code = """
 emitter = Emitter(sys.argv[1], max_age=0.05)
 print(*[emit(emitter) for _ in range(1000)])
@@ -524,7 +524,7 @@ emitter.close()
     assert sorted(ids(tmp_path)) == sorted(kept.stdout.split()), kept.stderr
 
 
-def test_no_thread_is_left_at_a_fork_and_housekeeping_goes_on_in_the_parent(tmp_path: Path) -> None:
+def test_no_thread_is_left_at_a_fork_and_housekeeping_continues_in_the_parent(tmp_path: Path) -> None:
     """Python 3.12 and later warn about a fork of a process with threads."""
     code = """
 import warnings
@@ -590,7 +590,7 @@ def test_a_prepared_process_has_a_segment_and_a_thread_before_its_first_emit(tmp
     if (child := os.fork()) == 0:
         deadline = time.monotonic() + 20
         while not list(tmp_path.glob(f"*-{os.getpid()}-*.open")) and time.monotonic() < deadline:
-            time.sleep(0.01)  # gives up the GIL, so that it can go to sleep
+            time.sleep(0.01)  # releases the GIL, so that the thread can sleep
         os._exit(not list(tmp_path.glob(f"*-{os.getpid()}-*.open")))
     assert os.waitpid(child, 0)[1] == 0
     emitter.close()

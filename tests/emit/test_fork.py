@@ -1,4 +1,4 @@
-"""Children of a process that emits: every line is there, ids are distinct, the parent keeps its segment."""
+"""Forked children of an emitting process: no line is lost, ids are distinct, the parent keeps its segment."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ os.kill(os.getpid(), 9)
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert parent.stdout
-    assert parent.stdout.readline() == b"forked\n"  # so the child has let go of what it inherited
+    assert parent.stdout.readline() == b"forked\n"  # so the child has released the inherited segment
     parent.wait()
     recover_all(tmp_path)
     assert len(lines(tmp_path)) == 1
@@ -109,7 +109,7 @@ def test_a_prefork_pool_as_celery_has_it(tmp_path: Path) -> None:
         pool.close()
         pool.join()
     _forked.close()
-    recover_all(tmp_path)  # of children that ended without a chance to seal
+    recover_all(tmp_path)  # of children that were killed before they could seal
     assert sorted(ids(tmp_path)) == sorted(filter(None, [own, *kept]))
 
 

@@ -1,9 +1,9 @@
-"""A model of the emitter: whatever happens to its process, its disk and its directory, in any order, the
-spool holds exactly the events whose emit returned an id.
+"""A model of the emitter: whatever happens to its process, disk and directory, in any order, the spool contains
+exactly the events whose emit returned an id.
 
-The emitter is in a process of its own, which takes orders and answers with the ids it was given, so
-that it can be killed between any two steps (tests/emit/test_sigkill.py kills in the middle of them). The disk
-is a tmpfs where mounting one is allowed.
+The emitter runs in a separate process, which executes commands and replies with the returned ids, so that it
+can be killed between any two steps (tests/emit/test_sigkill.py kills in the middle of them). The disk is a
+tmpfs where mounting one is allowed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def serve(spool: Path, orders: Connection) -> None:
-    """The process of the emitter. Each order is answered with the ids of what was kept, None for a drop."""
+    """Run the emitter's process: reply to each command with the ids of the written events, None for a drop."""
     emitter = Emitter(spool, max_age=MAX_AGE, segment_bytes=SEGMENT_BYTES)
     while True:
         order, *arguments = orders.recv()
@@ -76,7 +76,7 @@ def fork_in_c(emitter: Emitter) -> int:
 
 
 def scan_for_ever(spool: Path) -> None:
-    """A loader that scans at every moment: it adopts the segments of dead writers."""
+    """Scan continuously, like a loader, and adopt the segments of dead writers."""
     while True:
         with suppress(FileNotFoundError):
             scan(spool)
@@ -95,7 +95,7 @@ def emit_in_a_child(emitter: Emitter, fork: Callable[[], int], count: int, close
 
 
 class EmitterModel(RuleBasedStateMachine):
-    disk: Path  # a file system of its own, or just a directory
+    disk: Path  # a separate file system, or just a directory
     small = False
 
     @initialize()
@@ -144,7 +144,7 @@ class EmitterModel(RuleBasedStateMachine):
     @precondition(lambda self: not self.filler.exists())
     @rule()
     def age(self) -> None:
-        """Every line is in a sealed file soon, though nobody emits any more."""
+        """Wait until every line is in a sealed file, although nothing is emitted any more."""
         eventually(lambda: set(self.kept) <= set(self.loaded) | set(self.found()) or recover_dead(self))
 
     @rule()
@@ -166,7 +166,7 @@ class EmitterModel(RuleBasedStateMachine):
 
     @rule()
     def load(self) -> None:
-        """What the loader does: sealed files go, and they were never changed since they were sealed."""
+        """Remove sealed files like the loader, and check that they did not change after they were sealed."""
         for file in self.spool.glob("*.ndjson"):
             data = file.read_bytes()
             assert data.endswith(b"\n") and b"\0" not in data
@@ -215,7 +215,7 @@ class EmitterModel(RuleBasedStateMachine):
 
 
 def recover_dead(model: EmitterModel) -> bool:
-    """What the loader does with the segments of dead writers; those of the living stay."""
+    """Seal the segments of dead writers like the loader; those of running writers are not touched."""
     for file in model.spool.glob("*.open"):
         try:
             recover(file)
@@ -238,7 +238,7 @@ def write(fd: int, size: int) -> bool:
 
 @contextmanager
 def a_disk(parent: Path) -> Iterator[tuple[Path, bool]]:
-    """A tmpfs of 4 MiB, or just a directory where mounting is not allowed."""
+    """Yield a tmpfs of 4 MiB, or just a directory if mounting is not allowed."""
     command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(parent)]
     if subprocess.run(command, capture_output=True).returncode:
         yield parent, False

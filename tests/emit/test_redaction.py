@@ -211,7 +211,7 @@ def recorder(emitter: Emitter) -> Iterator[Recorder]:
 
 
 def written(emitter: Emitter, metadata: Any) -> Any:
-    """What of metadata reaches the spool, also as labels and as a part of a value."""
+    """Return the metadata as written to the spool; check that labels and nested values are written the same."""
     with record(emitter) as recorder:
         for wrapped in (metadata, {"deep": [metadata]}):
             assert emitter.emit_event(event_type="odd", user_id=USER, family_unit_id=FAMILY, metadata=wrapped)

@@ -1,7 +1,7 @@
-"""An emit that returned survives SIGKILL at any later instant, and a line that was cut is never loaded.
+"""An emit that returned survives SIGKILL at any later instant, and a partial line is never loaded.
 
-The child acknowledges each emit by counting up a number in shared memory, which no kill can take back. Events
-carry ids that are made from that number, so what was acknowledged is known without a further channel.
+The child acknowledges each emit by incrementing a number in shared memory, which survives a kill. Event ids
+are derived from that number, so the acknowledged events are known without another channel.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def event_id(thread: int, number: int) -> str:
 
 
 def emit_for_ever(spool: Path, threads: int, acknowledged: mmap.mmap) -> None:
-    """What the child does until it is killed: several threads emit and acknowledge."""
+    """Emit and acknowledge in several threads until the process is killed."""
     emitter = Emitter(spool, segment_bytes=32768, max_age=0.02)
 
     def work(thread: int) -> None:
@@ -70,7 +70,7 @@ def kill_at(spool: Path, threads: int, moment: int) -> list[int]:
 
 
 def rows(spool: Path) -> list[str]:
-    """The ids of all lines, each of which must be loadable."""
+    """Return the ids of all lines, each of which must be loadable."""
     found = []
     for file in spool.glob("*.ndjson"):
         for line in file.read_bytes().splitlines():

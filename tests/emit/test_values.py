@@ -1,4 +1,4 @@
-"""What an application may hand over: each is exactly one valid line that the loader reads, or refused."""
+"""Each value that an application may pass becomes exactly one valid line for the loader, or is refused."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def kept(emitter: Emitter) -> Kept:
 
 
 def only_row(lines: list[bytes]) -> dict[str, Any]:
-    """The one line there is, which the loader makes a row of."""
+    """Return the row of the only line, as decoded by the loader."""
     (line,) = lines
     assert isinstance(decode(line), Row), line
     record: dict[str, Any] = orjson.loads(line)
@@ -75,7 +75,7 @@ def only_row(lines: list[bytes]) -> dict[str, Any]:
 
 
 class Text(str):
-    """A string that says it is something else."""
+    """A string whose methods pretend that it is a different one."""
 
     def __str__(self) -> str:
         return 'x"\n'
@@ -111,7 +111,7 @@ class Identifier(uuid.UUID):
 
 
 class Mapping(dict[str, Any]):
-    """A dictionary that shows nothing of what it holds."""
+    """A dictionary whose methods hide its contents."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(())
@@ -184,7 +184,7 @@ objects = st.dictionaries(st.sampled_from(["a", "b", "role", "password"]) | st.t
 
 @settings(
     max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)  # one emitter for all examples: what it remembers of one must not matter for the next
+)  # one emitter for all examples, so that memos of one would affect the next
 @given(objects | objects.map(Mapping) | values, st.booleans())
 def test_metadata_and_labels_are_one_valid_line_or_refused(
     emitter: Emitter, kept: Kept, value: Any, bound: bool
@@ -209,7 +209,7 @@ def check(lines: list[bytes], acknowledged: str | None) -> None:
     record = only_row(lines)
     assert record["event_id"] == acknowledged
     assert b"hunter2" not in lines[0]
-    assert len(orjson.dumps(record)) == len(lines[0].rstrip(b"\n"))  # no key twice, no blanks
+    assert len(orjson.dumps(record)) == len(lines[0].rstrip(b"\n"))  # no duplicate key, no spaces
 
 
 @pytest.mark.parametrize("fragment", FRAGMENTS)
@@ -275,7 +275,7 @@ NOT_IDS = [
 
 
 class Liar:
-    """Equal to everything, and found wherever the UUID of number 1 is."""
+    """An object that equals everything and has the hash of the UUID with number 1."""
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -379,7 +379,7 @@ def test_a_timestamp_is_written_in_utc_within_the_years_1_to_9999(
 
 
 class Carrier(str):
-    """A string with a load, which a memo must not keep alive."""
+    """A string that references a large object, which a memo must not keep alive."""
 
     load: bytes
 
@@ -437,7 +437,7 @@ def test_a_full_memo_is_a_few_mebibytes(emitter: Emitter) -> None:
 
 
 class SoftTimeLimit(Exception):
-    """As Celery's, which a signal handler raises in whatever runs at the moment."""
+    """An exception like Celery's, which a signal handler raises at an arbitrary instruction."""
 
 
 @pytest.mark.parametrize(
@@ -451,13 +451,13 @@ def test_what_a_signal_handler_raises_during_an_emit_reaches_the_application(
 
     def busy() -> None:
         end = time.monotonic() + 5
-        while time.monotonic() < end:  # values that take the long way, where an alarm most often comes
+        while time.monotonic() < end:  # values that take the slow path, in which an alarm is most likely
             emitter.emit_event(
                 event_type="odd", user_id=uuid.uuid4(), family_unit_id=FAMILY, metadata={"a": {"b": "\n"}}
             )
 
     emitter.emit_event(event_type="odd", user_id=USER, family_unit_id=FAMILY)
-    gc.disable()  # a callback or finalizer that runs in between may not raise
+    gc.disable()  # a callback or finalizer that runs in between must not raise
     previous = signal.signal(signal.SIGALRM, handler)
     try:
         for delay in range(100):

@@ -1,4 +1,4 @@
-"""Lines, chunks and what became of them."""
+"""Helpers for lines, chunks and their outcome."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def chunk(*lines: bytes, file: str = "s.ndjson") -> Chunk:
 
 
 def segment(spool: Path, number: int, *lines: bytes) -> Path:
-    """A sealed segment with these lines."""
+    """Create a sealed segment with these lines."""
     path = spool / f"{STEM.format(number)}.ndjson"
     path.write_bytes(joined(*lines))
     return path
 
 
 def as_owner(connection: Connection, statement: str) -> None:
-    """Do and commit what the loader's role may not."""
+    """Do and commit work that the loader's role may not do."""
     connection.execute("RESET ROLE")
     connection.execute(statement.encode())
     connection.execute("SET ROLE analytics_loader")
@@ -58,7 +58,7 @@ def as_owner(connection: Connection, statement: str) -> None:
 
 
 def rows(connection: Connection, statement: str) -> list[tuple[Any, ...]]:
-    """What a statement gives now, in a transaction of its own."""
+    """Return the rows of a statement, run in a separate transaction."""
     with connection.transaction():
         return connection.execute(statement.encode()).fetchall()
 
@@ -74,23 +74,23 @@ def is_number(connection: Connection, query: str, expected: int) -> bool:
 
 
 def waits_for_events(connection: Connection) -> bool:
-    """Whether somebody waits for a lock on the events, asked from within a transaction, too."""
+    """Whether a session waits for a lock on the events; can be called inside a transaction."""
     waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'analytics_events'::regclass"
     return number(connection, waiting) > 0
 
 
 def wait_for_events(connection: Connection, count: int) -> None:
-    """Wait until the table has so many events, at least."""
+    """Wait until the table has at least the given number of events."""
     eventually(lambda: number(connection, "SELECT count(*) FROM analytics_events") >= count)
 
 
 def rejected(spool: Path) -> list[tuple[str, int, str]]:
-    """File, line and code of each reject."""
+    """Return file, line and code of each reject."""
     return [(each.file, each.line, each.code) for path in rejects.files(spool) for each in rejects.read(path)]
 
 
 def ledger_agrees(connection: Connection, spool: Path) -> None:
-    """The ledger's counts are those of the tables and of the reject files, where nothing was tried again."""
+    """Whether the ledger's counts match the tables and the reject files, if nothing was retried."""
     counts = "SELECT coalesce(sum(events), 0), coalesce(sum(metrics), 0), coalesce(sum(rejected), 0) FROM {}"
     tables = "(SELECT count(*) FROM analytics_events), (SELECT count(*) FROM analytics_metrics)"
     ((events, metrics, refused),) = rows(connection, counts.format("analytics_loads"))

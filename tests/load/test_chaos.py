@@ -1,5 +1,5 @@
-"""Emitters, a loader and a Postgres of their own; any of them is killed, cut off, locked out, refused, timed out or
-left without room at random moments. In the end every event whose emit returned is a row, and the ledger agrees with the table.
+"""Emitters, a loader and Postgres are killed, disconnected, locked out, refused, timed out or left without
+disk\nspace at random moments. In the end every event whose emit returned is a row, and the ledger matches the table.
 
 The seed is printed; SEED in the environment repeats a run's choices (not its timing).
 """
@@ -39,12 +39,12 @@ while True:
     time.sleep(0.0005)  # some 2,000 events a second, not as many as possible
 """
 SETTLE_SECONDS = 0.4
-"""How long a fault lasts at most before it is mended."""
+"""Maximum duration of a fault before it is repaired."""
 ROLE = "chaos_loader"
 
 
 class Chaos:
-    """What runs, and what can happen to it. Each fault leaves everything running again, but not at rest."""
+    """The running processes, and the possible faults. After each fault everything runs again, but is not idle."""
 
     def __init__(self, cluster: embedded.Cluster, spool: Path, home: Path, seed: int) -> None:
         self.cluster = cluster
@@ -67,7 +67,7 @@ class Chaos:
         return subprocess.Popen([*LOADER, "run"], env=variables, stderr=self.log)
 
     def pause(self) -> None:
-        """Let things go on for a random while: the moment of the next fault is what is random here."""
+        """Let everything run for a random time, to randomize the moment of the next fault."""
         time.sleep(self.chance.random() * SETTLE_SECONDS)
 
     def admin(self, *statements: str) -> None:
@@ -108,7 +108,7 @@ class Chaos:
 
     @contextmanager
     def of_the_role(self, change: str, undo: str) -> Iterator[None]:
-        """Let a change of the role take effect on all of the loader's connections, and mend it after a while."""
+        """Let a change of the role affect all connections of the loader, and revert it after a while."""
         self.admin(f"ALTER ROLE {ROLE} {change}")
         self.terminate_backends()
         yield
@@ -156,14 +156,15 @@ class Chaos:
     # ---- the end ------------------------------------------------------------------------------------
 
     def end(self) -> set[str]:
-        """Stop everything but the server, let a last loader drain, return what was acknowledged."""
+        """Stop everything except the server, load the rest, and return the acknowledged events."""
         for process in (*self.emitters, self.loader):
             process.kill()
             process.wait()
         self.log.close()
         cli = Cli(self.spool, self.dsn)
         cli("run", "--once")
-        # A writer that was killed before it locked its new file leaves that: it has no line, and no loader's name.
+        # A writer killed before it locked its new file leaves the file: it has no line, and loaders ignore
+        # its name.
         left = [path for path in self.spool.glob("2*") if path.suffix in (".open", ".ndjson")]
         assert not left, cli("status")
         return {line for path in self.acknowledged if path.exists() for line in path.read_text().splitlines()}
@@ -171,7 +172,7 @@ class Chaos:
 
 @contextmanager
 def spool_directory(where: Path) -> Iterator[Path]:
-    """On a small disk, if this user may mount one."""
+    """Return a spool on a small disk, if this user may mount one."""
     if os.geteuid() == 0:
         with disks.small_disk(where, "size=16m,mode=770") as disk:
             yield disk

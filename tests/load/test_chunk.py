@@ -1,4 +1,4 @@
-"""Chunks are whole lines, in order, and nothing is left out whatever the bytes."""
+"""Chunks are whole lines, in order and complete, whatever the bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file is what its bytes are, whatever its name: each line loads, and what cannot be read is named."""
+"""Files are read by their content, whatever their name: each line is loaded, and unreadable files are reported."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ packed = pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS)
 
 
 def lines(first: int, last: int) -> bytes:
-    """Events whose metadata no compressor makes much smaller."""
+    """Return events with incompressible metadata."""
     noise = random.Random(first)
     return joined(*[event(n, metadata={"noise": noise.randbytes(40).hex()}) for n in range(first, last)])
 
 
 def whole_lines(compressed: bytes, pack: str) -> int:
-    """Lines that are complete in what a decompressor that is fed byte by byte gets out of the bytes."""
+    """Return the complete lines that a decompressor yields if it is fed byte by byte."""
     out = b""
     decompressors = {
         "gzip": lambda: __import__("zlib").decompressobj(31),
@@ -206,7 +206,7 @@ def test_a_first_line_that_is_broken_does_not_keep_the_others_out(
 
 
 def test_a_bomb_is_read_in_bounded_memory(cli: Cli, tmp_path: Path) -> None:
-    """A zstd block of 4 bytes can become 128 KiB."""
+    """A zstd block of 4 bytes can expand to 128 KiB."""
     frame = zstandard.ZstdCompressor(level=19).compress(b"x" * (1 << 28))
     (tmp_path / "bomb").write_bytes(zstandard.compress(lines(0, 2)) + frame)
     command = ["bash", "-c", 'ulimit -v 900000; exec "$@"', "-", *LOADER, "backfill", "--dry-run"]

@@ -1,6 +1,4 @@
-"""The line contract as a law: whatever bytes a line has, it ends as a row, a duplicate or a reject, once, and
-the ledger adds up.
-"""
+"""The line contract: whatever its bytes, each line becomes one row, duplicate or reject, and the ledger adds up."""
 
 from __future__ import annotations
 
@@ -31,13 +29,13 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 
 
 def dumps(value: object) -> bytes:
-    """As Python's own json does: it also writes what JSON has not (NaN), and halves of surrogate pairs."""
+    """Encode with Python's json, which also writes NaN and lone surrogates."""
     return json.dumps(value).encode()
 
 
 @st.composite
 def near_valid(draw: st.DrawFn) -> bytes:
-    """A good event or metric with some fields changed, left out, added, or written otherwise."""
+    """Return a valid event or metric with some fields changed, omitted, added, or in another form."""
     record = dict(draw(st.sampled_from([EVENT, METRIC])))
     record["event_id"] = f"0190163d-8694-739b-aea5-{draw(st.integers(0, 5)):012x}"
     for key in draw(st.sets(st.sampled_from([*EVENT, *METRIC, "more"]), max_size=2)):
@@ -80,7 +78,7 @@ def test_every_line_ends_in_exactly_one_place(
     after = counted(one_connection)
     written = sum(
         1 for line in given_lines if line.removeprefix(codecs.BOM_UTF8).strip()
-    )  # a blank line is no line
+    )  # a blank line is not counted
     assert tally.counts.lines == written or tally.known == len(given_lines)
     assert (after[0] - before[0], after[1] - before[1]) == (tally.counts.events, tally.counts.metrics)
     kept = [each for path in rejects.files(spool) for each in rejects.read(path)]

@@ -1,4 +1,4 @@
-"""A file that is copied into a spool, with pauses: no line is lost, whatever the loader did in between."""
+"""Copying a file into a spool, with pauses, loses no line, whatever the loader does in between."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def data(first: int, last: int) -> bytes:
 def test_a_copy_that_pauses_is_loaded_at_once_and_removed_when_it_is_done(
     cli: Cli, one_connection: Connection, cut: int
 ) -> None:
-    """With a cut in the middle of a line, too: half a line is not a reject."""
+    """Also with a pause in the middle of a line: half a line is not a reject."""
     path = cli.spool / f"{STEM.format(1)}.ndjson"
     whole = data(0, 30)
     end = len(data(0, 10)) + cut
     with cli.daemon(), path.open("wb", buffering=0) as copy:
         copy.write(whole[:end])
         eventually(lambda: number(one_connection, EVENTS) == 10)
-        segment(cli.spool, 2, event(100))  # what follows is not held up
+        segment(cli.spool, 2, event(100))  # the following files are not blocked
         eventually(lambda: number(one_connection, EVENTS) == 11)
         assert path.exists()
         copy.write(whole[end : end + 500])
@@ -55,7 +55,7 @@ def test_a_copy_that_pauses_is_loaded_at_once_and_removed_when_it_is_done(
     assert number(one_connection, LEDGER) == 31  # each line was counted once
 
 
-def test_an_append_to_a_file_that_ends_in_the_middle_of_a_line_is_waited_for(
+def test_a_scan_waits_for_an_append_to_a_file_that_ends_in_the_middle_of_a_line(
     cli: Cli, one_connection: Connection
 ) -> None:
     path = cli.spool / f"{STEM.format(1)}.ndjson"
@@ -79,7 +79,7 @@ def test_a_file_that_ends_in_the_middle_of_a_line_is_rejected_in_the_end(
     assert len(rejected(cli.spool)) == 1 and not path.exists()
 
 
-def test_a_last_line_that_is_whole_without_its_newline_is_not_waited_for(
+def test_a_last_line_that_is_whole_without_its_newline_is_loaded(
     cli: Cli, one_connection: Connection
 ) -> None:
     (cli.spool / f"{STEM.format(1)}.ndjson").write_bytes(data(0, 2)[:-1])
@@ -105,7 +105,7 @@ def test_what_is_appended_between_load_and_retire_is_loaded(tmp_path: Path) -> N
 def test_a_file_that_cannot_be_leased_stays_until_it_has_not_changed_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a file of another user, whose lease is refused (fcntl(2): EACCES)."""
+    """Such as a file of another user, whose lease is refused (fcntl(2): EACCES)."""
     path = segment(tmp_path, 1, event(1))
     pretended = 0.0
     monkeypatch.setattr("loader.files.writing.fcntl.F_SETLEASE", 99999)
@@ -122,7 +122,7 @@ def test_a_file_that_cannot_be_leased_stays_until_it_has_not_changed_for_a_while
 
 @as_root
 def test_a_segment_of_another_user_is_removed_at_once_if_it_was_seen_open(tmp_path: Path) -> None:
-    """Its lease is refused. A file that got its sealed name otherwise may be a copy that goes on."""
+    """Its lease is refused. A file that got its sealed name in another way may be a copy in progress."""
     reachable_by_others(tmp_path)
     os.chown(tmp_path, -1, NOBODY)
     tmp_path.chmod(0o2777)
@@ -166,7 +166,7 @@ def test_a_segment_of_another_user_is_removed_at_once_if_it_was_seen_open(tmp_pa
 def test_an_open_segment_that_nobody_has_locked_is_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a copy of one that is made under the same name, and then renamed by somebody."""
+    """Such as a copy that is created under the same name, and then renamed."""
     monkeypatch.setattr("loader.files.writing.fcntl.F_SETLEASE", 99999)
     path = tmp_path / f"{STEM.format(1)}.open"
     path.write_bytes(joined(event(1)))
@@ -237,7 +237,7 @@ NAME = "20260120T120000.000000Z-{host}-{boot}-42-deadbeef-000001.open"
     [(HOST, BOOT, True), ("a-b.c", BOOT, True), (HOST, "00000000", True), ("a-b.c", "00000000", False)],
 )
 @pytest.mark.parametrize("network", ["nfs", None])
-def test_a_segment_of_another_host_is_adopted_only_where_its_lock_would_be_seen(
+def test_a_segment_of_another_host_is_adopted_only_if_its_lock_would_be_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, boot: str, adopted: bool, network: str | None
 ) -> None:
     monkeypatch.setattr(scanning, "network_type", lambda _: network)
@@ -259,7 +259,7 @@ int statfs(const char *path, void *out) { memset(out, 0, 120); *(long *)out = 0x
 
 @pytest.fixture
 def nfs(tmp_path: Path) -> dict[str, str]:
-    """An environment in which flock succeeds whoever holds it, and each file system is NFS."""
+    """Return an environment in which flock always succeeds, and each file system is NFS."""
     (tmp_path / "nfs.c").write_text(PRELOAD)
     try:
         subprocess.run(["gcc", "-shared", "-fPIC", "-o", "nfs.so", "nfs.c"], check=True, cwd=tmp_path)
@@ -277,7 +277,7 @@ def test_a_living_writer_on_another_host_keeps_its_segment(
         printed = cli("run", "--once", variables=nfs)
         assert "loader run --once --adopt elsewhere" in printed and path.stat().st_size > 1 << 20
         mapped.seek(len(data(0, 1)))
-        mapped.write(data(1, 2))  # SIGBUS where it was cut
+        mapped.write(data(1, 2))  # SIGBUS at the cut
     doctor = cli("doctor", variables=nfs, code=None)
     assert "elsewhere" in doctor
     assert "events 2" in cli("run", "--once", "--adopt", "elsewhere", variables=nfs)

@@ -1,4 +1,4 @@
-"""A connection that breaks at any byte, before, in and after COMMIT: every line is stored once."""
+"""A connection breaks at any byte before, during or after COMMIT: every line is stored once."""
 
 from __future__ import annotations
 

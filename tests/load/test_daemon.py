@@ -1,4 +1,4 @@
-"""The daemon, a process of its own: nothing is lost or there twice, and nothing stops it."""
+"""The daemon as a separate process: nothing is lost or stored twice, and nothing stops it."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def test_what_is_sealed_during_a_load_is_loaded_right_after_it(cli: Cli, one_con
         eventually(lambda: number(one_connection, EVENTS) == 3, RESCAN_SECONDS / 2 * slowness())
 
 
-def test_a_spool_that_is_made_anew_is_watched_as_the_old_one_was(
-    cli: Cli, one_connection: Connection
-) -> None:
+def test_a_recreated_spool_is_watched_like_the_old_one(cli: Cli, one_connection: Connection) -> None:
     with cli.daemon():
         segment(cli.spool, 1, event(1))
         eventually(lambda: number(one_connection, EVENTS) == 1)
@@ -96,10 +94,10 @@ def test_segments_of_dead_writers_are_loaded_by_once(cli: Cli, one_connection: C
     assert not list(cli.spool.glob("2*"))
 
 
-def test_a_second_loader_says_who_has_the_directory(cli: Cli) -> None:
+def test_a_second_loader_reports_the_holder_of_the_directory(cli: Cli) -> None:
     with cli.daemon() as process:
         eventually(lambda: (cli.spool / ".loader.lock").exists())
-        eventually(lambda: f"has a loader already: pid {process.pid}" in cli("run", "--once", code=1))
+        eventually(lambda: f"already has a loader: pid {process.pid}" in cli("run", "--once", code=1))
     cli("run", "--once")
 
 
@@ -183,7 +181,9 @@ def test_an_outage_rejects_nothing_and_is_waited_out(cli: Cli, one_connection: C
     assert not rejects.files(cli.spool)
 
 
-def test_missing_tables_are_waited_for_and_the_remedy_is_named(cli: Cli, one_connection: Connection) -> None:
+def test_the_daemon_waits_for_missing_tables_and_names_the_remedy(
+    cli: Cli, one_connection: Connection
+) -> None:
     one_connection.execute("DROP TABLE analytics_loads CASCADE")
     one_connection.commit()
     segment(cli.spool, 1, event(1))
@@ -214,7 +214,7 @@ def test_a_number_that_was_never_loaded_is_named(cli: Cli, one_connection: Conne
     assert rows(one_connection, "SELECT number FROM analytics_missing_segments") == [(3,)]
 
 
-def test_loader_in_an_environment_without_its_dependencies_says_what_to_install(tmp_path: Path) -> None:
+def test_loader_in_an_environment_without_its_dependencies_reports_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "click.py").write_text("raise ModuleNotFoundError('No module named click', name='click')")
     ended = subprocess.run(
         LOADER, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True

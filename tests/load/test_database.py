@@ -1,4 +1,4 @@
-"""A row is there once, and a duplicate is silent only if it is equal."""
+"""A row is stored once, and a duplicate is accepted silently only if it is equal."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def test_the_schema_is_safe_to_apply_again(connection: Connection) -> None:
     apply_schema(connection)
 
 
-def test_a_lock_that_is_held_for_long_is_told_and_not_waited_for_in_silence(connection: Connection) -> None:
+def test_a_lock_that_is_held_for_long_is_reported(connection: Connection) -> None:
     with connection.transaction():
         prepare(connection)
         assert connection.execute("SHOW lock_timeout").fetchone() == ("1min",)
     reason = explain(psycopg.errors.LockNotAvailable("canceling statement due to lock timeout"))
     assert (reason.exit_code, str(reason)) == (
         4,
-        "the database can't load now: canceling statement due to lock timeout",
+        "the database cannot load at the moment: canceling statement due to lock timeout",
     )
 
 

@@ -106,7 +106,7 @@ TIMESTAMPS = {
 
 @pytest.mark.parametrize(("text", "utc"), TIMESTAMPS.items())
 def test_emitter_and_loader_take_the_same_text_for_a_time(text: str, utc: str | None) -> None:
-    decode(orjson.dumps(EVENT))  # names and ids that are known take another way
+    decode(orjson.dumps(EVENT))  # known names and ids take a different path
     for known in (EVENT, EVENT | {"session_id": CANONICAL.upper()}):
         row = decode(orjson.dumps(known | {"timestamp": text}))
         assert (row.copy.split("\t")[3] if isinstance(row, Row) else None) == utc
@@ -114,7 +114,7 @@ def test_emitter_and_loader_take_the_same_text_for_a_time(text: str, utc: str | 
 
 
 def emitted(**change: Any) -> dict[str, Any]:
-    """What the emitter makes of an event, empty if it was refused."""
+    """Return the line that the emitter writes for an event, empty if it was refused."""
     event = {key: EVENT[key] for key in ("event_type", "user_id", "family_unit_id")}
     emitter = Emitter("/nowhere")
     with record(emitter, strict=False) as recorder:

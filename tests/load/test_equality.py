@@ -1,4 +1,4 @@
-"""What makes two lines with one event_id duplicates: what the application gave, not what the emitter adds."""
+"""Lines with one event_id are duplicates if the application's values are equal, whatever the emitter adds."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_same_call_twice_with_the_callers_event_id_is_one_row(
 
 
 def exported(connection: Connection) -> list[bytes]:
-    """Each row of the two tables as a JSON object of its columns."""
+    """Return each row of the two tables as a JSON object."""
     return [
         orjson.dumps(row)
         for table in ("analytics_events", "analytics_metrics")

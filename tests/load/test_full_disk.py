@@ -1,4 +1,4 @@
-"""A spool on a full disk: what can be loaded is, which frees space, and then the rest is."""
+"""A spool on a full disk: loadable files are loaded, which frees space, and then the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVENTS = "SELECT count(*) FROM analytics_events"
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A spool on a file system of its own of 1 MiB."""
+    """Return a spool on a separate file system of 1 MiB."""
     with disks.small_disk(tmp_path / "small", "size=1m,nr_inodes=60,mode=770") as spool:
         yield spool
 
@@ -45,7 +45,7 @@ def test_files_whose_rejects_cannot_be_written_hold_up_no_others(
 
 
 @as_root
-def test_rejects_that_never_fit_keep_their_files_and_say_so(
+def test_rejects_that_never_fit_keep_their_files_and_are_reported(
     cli: Cli, one_connection: Connection, small_disk: Path
 ) -> None:
     cli = Cli(small_disk, cli.dsn)
@@ -71,8 +71,8 @@ def test_a_loader_starts_although_its_lock_file_cannot_be_written(small_disk: Pa
                 (small_disk / f"{n}").touch()
     with lock.exclusive(small_disk):
         if inodes:
-            (small_disk / "1").unlink()  # now there is room for a lock file
-        with pytest.raises(LoaderError, match="has a loader already"), lock.exclusive(small_disk):
+            (small_disk / "1").unlink()  # now there is space for a lock file
+        with pytest.raises(LoaderError, match="already has a loader"), lock.exclusive(small_disk):
             pass
     with lock.exclusive(small_disk):
         pass

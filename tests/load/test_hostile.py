@@ -1,4 +1,4 @@
-"""A spool directory in which anything may lie: what is no segment is reported once and left alone."""
+"""A spool directory with arbitrary entries: each entry that is not a segment is reported once and ignored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def named(spool: Path, at: int) -> Path:
 @contextmanager
 def bound(path: Path) -> Iterator[None]:
     with socket.socket(socket.AF_UNIX) as listening:
-        directory = os.open(path.parent, os.O_RDONLY)  # a socket's path may have 107 bytes only
+        directory = os.open(path.parent, os.O_RDONLY)  # the path of a socket may have only 107 bytes
         listening.bind(f"/proc/self/fd/{directory}/{path.name}")
         os.close(directory)
         yield
@@ -50,7 +50,7 @@ def test_what_is_no_segment_is_reported_once_and_the_rest_loads(
     (cli.spool / ("x" * 240 + ".ndjson")).write_bytes(joined(event(98)))
     (cli.spool / "evil\n\x1b[31m.ndjson").write_bytes(joined(event(97)))
     with bound(named(cli.spool, 4)), cli.daemon() as process:
-        for n in range(3):  # three looks at the directory, at least
+        for n in range(3):  # at least three scans of the directory
             segment(cli.spool, 10 + n, event(n))
             wait_for_events(one_connection, n + 1)
         process.send_signal(signal.SIGTERM)
@@ -106,7 +106,7 @@ def test_a_file_without_read_permission_is_reported_and_the_rest_loads(
 def test_without_inotify_the_daemon_looks_by_itself(
     cli: Cli, one_connection: Connection, call: str, error: str
 ) -> None:
-    """What a limit of no watches does, or one of no instances (inotify_add_watch(2), inotify_init(2))."""
+    """With a limit of zero watches, or of zero instances (inotify_add_watch(2), inotify_init(2))."""
     command = [*failing(call, error), *LOADER, "run"]
     process = subprocess.Popen(command, env=cli.environment, stderr=subprocess.PIPE)
     try:
@@ -119,7 +119,7 @@ def test_without_inotify_the_daemon_looks_by_itself(
     assert log.count(b"cannot watch") == 1
 
 
-def test_an_outage_is_told_once_and_its_end_too(cli: Cli, one_connection: Connection) -> None:
+def test_an_outage_is_reported_once_and_its_end_too(cli: Cli, one_connection: Connection) -> None:
     name, dsn = one_connection.info.dbname, one_connection.info.dsn
     one_connection.close()
     with psycopg.connect(dsn, dbname="postgres", autocommit=True) as admin, cli.daemon() as process:
@@ -129,7 +129,7 @@ def test_an_outage_is_told_once_and_its_end_too(cli: Cli, one_connection: Connec
             segment(cli.spool, n + 1, event(n))
         assert process.stderr is not None
         reported = next(line for line in iter(process.stderr.readline, b"") if b"out of reach" in line)
-        assert not select.select([process.stderr], [], [], 3)[0]  # several tries, and not a word
+        assert not select.select([process.stderr], [], [], 3)[0]  # several attempts without a message
         admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
         eventually(lambda: not list(cli.spool.glob("2*")))
         process.send_signal(signal.SIGTERM)
@@ -160,7 +160,7 @@ def test_an_outage_is_told_once_and_its_end_too(cli: Cli, one_connection: Connec
     ],
     ids=["permission", "table", "read-only"],
 )
-def test_a_mistake_of_the_configuration_keeps_the_spool_says_what_to_do_and_recovers(
+def test_a_configuration_error_keeps_the_spool_names_the_remedy_and_recovers(
     cli: Cli, one_connection: Connection, harm: str, mend: str, words: str
 ) -> None:
     role = "role_" + one_connection.info.dbname[-12:]

@@ -1,6 +1,6 @@
-"""The JSON Schema of a line and the loader agree: what is valid loads, and what it forbids is a reject.
+"""The JSON Schema of a line and the loader agree: valid lines are loaded, invalid lines are rejected.
 
-The loader takes more than it asks of others, such as a UUID in braces: those lines are in test_decode.py.
+The loader accepts more than the schema, such as a UUID in braces; test_decode.py has those lines.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Each line ends as a row, a counted duplicate or a reject with its reason, once, whatever is tried."""
+"""Each line becomes exactly one row, counted duplicate or reject with a reason."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_two_loaders_at_once_load_each_row_once(connection: Connection, tmp_path
 
 @pytest.fixture
 def strict_users(connection: Connection) -> Connection:
-    """A table of users that events refer to, with one user."""
+    """Create a table of users, referenced by events, with one user."""
     as_owner(connection, "CREATE SCHEMA auth; CREATE TABLE auth.users (id UUID PRIMARY KEY)")
     as_owner(connection, "ALTER TABLE analytics_events ADD FOREIGN KEY (user_id) REFERENCES auth.users (id)")
     as_owner(connection, f"INSERT INTO auth.users VALUES ('{EVENT['user_id']}')")

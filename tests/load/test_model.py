@@ -1,6 +1,5 @@
-"""A model of the loader: whatever lies in the spool, is copied, torn, met again, refused or tried again, in
-any order, each line is in one place in the end, and the tables, the ledger and the rejects are what a
-dictionary and two counters say.
+"""A model of the loader: files are copied, torn, repeated, refused or retried in any order; in the end each line is
+in exactly one place, and the tables, the ledger and the rejects match a dictionary and two counters.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ some_lines = st.lists(a_line, max_size=8)
 
 
 class Expected:
-    """What the lines that were loaded so far have become."""
+    """The expected outcome of the lines loaded so far."""
 
     def __init__(self) -> None:
         self.taken: dict[bytes, bytes] = {}
@@ -70,7 +69,7 @@ class Expected:
         self.forbids = True
 
     def lines(self, lines: Sequence[bytes]) -> list[bytes]:
-        """Take lines in; return those that are rejected."""
+        """Add lines; return the rejected ones."""
         refused = []
         for line in lines:
             if not line:
@@ -91,7 +90,7 @@ class Expected:
                 self.rejected.update(self.lines(split(data)))
 
     def file_without_rejects(self, data: bytes) -> bool:
-        """Take a file in unless one of its lines is rejected; return whether it was taken."""
+        """Add a file unless one of its lines is rejected; return whether it was added."""
         after = self.copy()
         after.files([data])
         if after.rejected != self.rejected:
@@ -148,20 +147,20 @@ class LoaderModel(RuleBasedStateMachine):
 
     @rule(data=contents)
     def meet_again(self, data: bytes) -> None:
-        """A copy of a file that waits, or that was loaded and came back."""
+        """Add a copy of a file that waits, or that was loaded before."""
         self.put(f"{self.name()}.ndjson", data)
 
     @rule(target=contents, first=contents, second=contents)
     def join(self, first: bytes, second: bytes) -> bytes:
-        """The same lines in another file."""
+        """Add the same lines in another file."""
         self.put(f"{self.name()}.ndjson", first + second)
         return first + second
 
     @rule(lines=some_lines, tail=st.sampled_from([b"", b'{"cut', b"\0" * 50, b'{"c\0\0\0']))
     def leave_behind(self, lines: list[bytes], tail: bytes) -> None:
-        """A segment whose writer died: its whole lines count."""
+        """Add a segment of a dead writer: its whole lines count."""
         stem = self.name()
-        whole = joined(*[line for line in lines if line])  # an empty line is none a writer made
+        whole = joined(*[line for line in lines if line])  # writers never write an empty line
         (self.spool / f"{stem}.open").write_bytes(whole + tail)
         self.waiting[f"{stem}.ndjson"] = whole
 
@@ -180,7 +179,7 @@ class LoaderModel(RuleBasedStateMachine):
 
     @rule()
     def load_while_rejects_cant_be_written(self) -> None:
-        """Each file without a reject is loaded, the others stay."""
+        """Load while rejects cannot be written: files without a reject are loaded, the others stay."""
         (self.spool / rejects.DIRECTORY).mkdir(exist_ok=True)
         (self.spool / rejects.DIRECTORY).rename(self.spool / "aside")
         (self.spool / rejects.DIRECTORY).write_bytes(b"")
@@ -201,7 +200,7 @@ class LoaderModel(RuleBasedStateMachine):
         path.write_bytes(gzip.compress(data) if packed else data)
         with closing(self.workers()) as workers:
             report = workers.load(backfill.find([str(path)]).files)
-        if report.failures:  # what begins with other things than an object is not lines, in a backfill
+        if report.failures:  # a backfill refuses a file that does not start with an object
             assert not any(line.startswith(b"{") for line in split(data))
         else:
             self.expected.files([data])
@@ -267,7 +266,7 @@ def test_the_loader_does_what_a_dictionary_and_two_counters_say(
 
 
 @pytest.mark.long
-def test_the_loader_does_what_a_dictionary_and_two_counters_say_in_many_histories(
+def test_the_loader_matches_a_dictionary_and_two_counters_in_many_histories(
     one_connection: Connection, tmp_path: Path
 ) -> None:
     check(one_connection, tmp_path, 400)

@@ -1,4 +1,4 @@
-"""A model of partitions that are created, dropped and missing, beside loads of ids of every kind.
+"""A model of partitions that are created, dropped and missing, during loads of ids of every kind.
 
 Every line is a row once, a duplicate or a reject, or it waits in the spool; none is rejected because a partition
 is missing.
@@ -118,7 +118,7 @@ class PartitionModel(RuleBasedStateMachine):
 
     @rule(kind=st.sampled_from(["events", "metrics"]), choice=st.integers(0, 100))
     def drop_a_partition(self, kind: str, choice: int) -> None:
-        """As a prune does, with its rows."""
+        """Drop a partition with its rows, like a prune."""
         divided = [name for (name, low, high) in self.covered()[kind] if low and high]
         if divided:
             name = divided[choice % len(divided)]

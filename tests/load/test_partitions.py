@@ -1,4 +1,4 @@
-"""The partitioned layout: each row has a place whatever its id is, and nobody waits for a partition to be made."""
+"""The partitioned layout: each row is stored whatever its id is, and no session waits for a new partition."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ USERS = "CREATE SCHEMA auth; CREATE TABLE auth.users (id UUID PRIMARY KEY, name 
 
 
 def id_of(moment: datetime, n: int = 0) -> str:
-    """A UUIDv7 of a moment."""
+    """Return a UUIDv7 of a moment."""
     milliseconds = int(moment.timestamp() * 1000)
     return str(uuid.UUID(int=milliseconds << 80 | 7 << 76 | 2 << 62 | n))
 
@@ -63,7 +63,7 @@ IDS: dict[str, Callable[[int], str]] = {
 
 @pytest.fixture
 def partitioned(server: str) -> Iterator[Connection]:
-    """The owner's connection."""
+    """Yield the owner's connection."""
     with fresh_database(server, "partitioned") as dsn, psycopg.connect(dsn) as connection:
         yield connection
         connection.rollback()
@@ -101,7 +101,7 @@ def test_a_row_of_any_id_is_stored_once(partitioned: Connection, tmp_path: Path,
     assert number(partitioned, "SELECT count(*) FROM analytics_events") == len(IDS)
 
 
-def test_rows_lie_where_their_ids_say(one_partitioned: Connection, tmp_path: Path) -> None:
+def test_rows_are_in_the_partitions_of_their_ids(one_partitioned: Connection, tmp_path: Path) -> None:
     lines = [event(0, event_id=make(n)) for n, make in enumerate(IDS.values())]
     load(one_partitioned, [chunk(*lines)], tmp_path)
     found = rows(
@@ -125,7 +125,7 @@ def test_rows_lie_where_their_ids_say(one_partitioned: Connection, tmp_path: Pat
     moments=st.lists(st.integers(0, 10**9), max_size=20),
 )  # fmt: skip
 def check_bounds(connection: Connection, calls: list[tuple[str, int, int]], moments: list[int]) -> None:
-    """Whatever was made in whatever order and width: what was asked for is covered, once."""
+    """Check that the requested range is covered exactly once, in whatever order and width partitions are created."""
     with connection.transaction(force_rollback=True):
         for width, first, days in calls:
             connection.execute(

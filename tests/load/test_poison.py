@@ -1,4 +1,4 @@
-"""What only Postgres can find: the offending rows are rejected with its own words, and no other row is."""
+"""Errors that only Postgres can detect: the offending rows are rejected with its message, and no other row."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_another_unique_index_is_a_reason_to_reject_not_a_duplicate(
 def test_the_same_id_with_another_payload_is_a_collision_wherever_the_other_one_is(
     connection: Connection, tmp_path: Path, duplicates: float
 ) -> None:
-    """In the table, in another chunk of the batch, above in the same chunk; an equal one is a duplicate."""
+    """In the table, in another chunk of the batch, or earlier in the same chunk; an equal one is a duplicate."""
     load(connection, [chunk(event(1, metadata={"is": "stored"}), metric(1), file="before")], tmp_path)
     batch = [
         chunk(event(2, metadata={"is": "above"}), event(3), metric(2), file="one.ndjson"),

@@ -1,4 +1,4 @@
-"""What Postgres refuses or does not keep: that row is rejected and counted, whatever the cause."""
+"""A row that Postgres refuses or does not store is rejected and counted, whatever the cause."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAYS = pytest.mark.parametrize("duplicates", [0.0, 0.1, 1.0], ids=["direct", "de
 
 
 def trigger(body: str, *, when: str = "BEFORE", table: str = "analytics_events") -> str:
-    """A trigger on each row, named `picky`."""
+    """Create a trigger for each row, named `picky`."""
     return (
         f"CREATE FUNCTION picky() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} END $$; "
         f"CREATE TRIGGER picky {when} INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION picky()"
@@ -221,7 +221,7 @@ def test_a_permission_that_is_missing_rejects_no_row(connection: Connection, tmp
 
 
 def test_an_error_that_only_copy_has_leads_to_the_staged_way(connection: Connection, tmp_path: Path) -> None:
-    """As on Citus, where each error of a worker in a COPY is an XX000; and with row-level security."""
+    """On Citus each error of a worker in a COPY is an XX000; row-level security is another case."""
     as_owner(
         connection,
         trigger(

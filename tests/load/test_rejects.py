@@ -1,4 +1,4 @@
-"""A reject is bounded by its line, its file belongs to one chunk, and the tools read what was written."""
+"""A reject is bounded by its line, its file belongs to one chunk, and the commands read what was written."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_reason_is_bounded(tmp_path: Path) -> None:
 def test_a_line_of_control_characters_as_long_as_a_chunk_can_be_read_again(
     cli: Cli, one_connection: Connection
 ) -> None:
-    """Each of its bytes is six in a reject file."""
+    """Each of its bytes takes six bytes in a reject file."""
     line = b"\x01" * (CHUNK_BYTES - 2)
     segment(cli.spool, 1, line, event(1))
     cli("run", "--once", code=3)
@@ -67,7 +67,7 @@ def test_a_line_of_control_characters_as_long_as_a_chunk_can_be_read_again(
 
 @pytest.mark.long
 def test_a_reject_file_larger_than_a_gibibyte_is_read(tmp_path: Path, cli: Cli) -> None:
-    """As an older loader wrote them."""
+    """Older loaders wrote such files."""
     (cli.spool / "rejected").mkdir()
     line = Rejected("a", 1, "collision", "r", b"x" * 30_000_000).encode()
     with (cli.spool / "rejected" / "a-0.ndjson").open("wb") as file:
@@ -174,7 +174,7 @@ BIG: Final = 1_000_000
 
 
 def big_rejects(spool: Path, count: int, big: int = BIG) -> Path:
-    """A reject file that has more than one piece, all of whose lines can be loaded now."""
+    """Return a reject file of more than one piece, whose lines can all be loaded now."""
     path = spool / "rejected" / "a-0.ndjson"
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
@@ -226,7 +226,7 @@ def test_a_piece_that_fails_stays_with_all_that_follow(connection: Connection, t
 
 
 def test_what_is_retried_and_cannot_be_kept_is_not_loaded(connection: Connection, tmp_path: Path) -> None:
-    """As on a full disk: the lines that stay rejected have no room."""
+    """On a full disk there is no space for the lines that stay rejected."""
     load(connection, [chunk(event(1), b"{broken")], tmp_path)
     (path,) = rejects.files(tmp_path)
     before = path.read_bytes()

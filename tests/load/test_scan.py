@@ -1,4 +1,4 @@
-"""A scan is bounded, whatever lies in the spool, and takes the oldest files first."""
+"""A scan is bounded, whatever the spool contains, and returns the oldest files first."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def touch(directory: Path, numbers: range) -> None:
         (directory / f"{STEM.format(n)}.ndjson").touch()
 
 
-def test_a_scan_returns_the_oldest_and_says_that_there_are_more(tmp_path: Path) -> None:
+def test_a_scan_returns_the_oldest_and_reports_that_there_are_more(tmp_path: Path) -> None:
     touch(tmp_path, range(999, 0, -1))
     found = scan(tmp_path, limit=10)
     assert [path.name for path in found.sealed] == [f"{STEM.format(n)}.ndjson" for n in range(1, 11)]
@@ -84,8 +84,8 @@ def test_a_sparse_file_takes_no_time_and_is_kept(cli: Cli, one_connection: Conne
     assert (cli.spool / "rejected" / f"{path.stem}.whole").stat().st_size == 30 << 30
 
 
-def test_a_hole_has_the_digest_of_the_zeros_it_stands_for(tmp_path: Path) -> None:
-    """So that a copy that is not sparse is known to the ledger."""
+def test_a_hole_has_the_digest_of_its_zeros(tmp_path: Path) -> None:
+    """So the ledger recognizes a copy that is not sparse."""
     size = 5 * CHUNK_BYTES + 12345
     content = b"x" * 10 + bytes(size) + b"y\n" + event(1) + b"\n"
     sparse, full = tmp_path / f"{STEM.format(1)}.ndjson", tmp_path / f"{STEM.format(2)}.ndjson"

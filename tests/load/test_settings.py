@@ -55,7 +55,7 @@ SETTINGS = {
 
 
 def as_role(connection: Connection, settings: dict[str, str]) -> Connection:
-    """A new connection of a role whose settings are these in this database."""
+    """Return a new connection of a role with these settings in this database."""
     name = sql.Identifier(connection.info.dbname)
     connection.execute("RESET ROLE")
     for setting, value in settings.items():
@@ -69,7 +69,7 @@ def as_role(connection: Connection, settings: dict[str, str]) -> Connection:
 
 
 def load_everything(wire: Connection, spool: Path, duplicates: float = 0.0) -> None:
-    """New rows, duplicates, a collision, rejects of both kinds, a ledger that knows, a retry."""
+    """Load new rows, duplicates, a collision, rejects of both kinds, known chunks, and a retry."""
     lines = [event(n, metadata={"family": "家族 é", "n": n}) for n in range(9000)]
     broken = [b"{broken \xe5\xae\xb6 %d" % n for n in range(3000)]
     first = chunk(*lines[:6000], metric(1), *broken, file="first.ndjson")
@@ -100,7 +100,7 @@ def test_a_transaction_has_the_settings_that_it_depends_on(one_connection: Conne
     one_connection.execute(f"GRANT USAGE ON SCHEMA elsewhere TO {ROLE}".encode())
     given, expected = SETTINGS[name]
     wire = as_role(one_connection, {name: given})
-    for _ in range(2):  # with settings that are looked up, and with remembered ones
+    for _ in range(2):  # with looked-up settings, and with cached ones
         with database.transaction(wire):
             ((value,),) = wire.execute(f"SHOW {name}".encode()).fetchall()
             assert value == expected
@@ -121,7 +121,7 @@ def test_a_commit_is_durable_and_a_stronger_setting_stays(
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_rows_whose_file_is_removed_survive_a_crash_of_the_server(tmp_path: Path, version: int) -> None:
-    """With asynchronous commit and a log writer that sleeps, what is committed is in memory for 10 s."""
+    """With asynchronous commit and a sleeping WAL writer, committed rows stay in memory for 10 s."""
     with embedded.cluster(version, "-c", "wal_writer_delay=10s") as cluster:
         with psycopg.connect(cluster.dsn) as owner:
             schema.apply_schema(owner, role=ROLE)
@@ -139,7 +139,7 @@ def test_rows_whose_file_is_removed_survive_a_crash_of_the_server(tmp_path: Path
 
 
 def _processes_of(cluster: embedded.Cluster) -> str:
-    """The server's children, which end by themselves when they notice that it is gone."""
+    """Return the server's child processes, which exit when they notice that it has exited."""
     home = str(psycopg.conninfo.conninfo_to_dict(cluster.dsn)["host"])
     return subprocess.run(["pgrep", "-f", f"{home}/data"], capture_output=True, text=True).stdout
 
@@ -200,7 +200,9 @@ def test_no_command_uses_the_settings_or_the_functions_of_other_people(
     changed["idle_in_transaction_session_timeout"] = "500ms"  # which a slow machine needs for a BEGIN
     changed["IntervalStyle"] = "sql_standard"
     if command in ANSWERS:
-        del changed["statement_timeout"]  # a reader's limit, which protects the server from questions
+        del changed[
+            "statement_timeout"
+        ]  # a reader's limit, which protects the server from expensive questions
     as_role(one_connection, changed).close()
     one_connection.execute("RESET ROLE")
     one_connection.execute("GRANT DELETE ON ALL TABLES IN SCHEMA public TO analytics_loader")
@@ -236,7 +238,9 @@ def test_init_with_every_setting_changed_does_what_it_does_without(
     segment(cli.spool, 1, event(1), metric(1))
     cli("run", "--once")
     findings = json.loads(cli("doctor", "--json").splitlines()[0])
-    assert {each["finding"] for each in findings if each["check"] == "tables"} == {"as the loader needs them"}
+    assert {each["finding"] for each in findings if each["check"] == "tables"} == {
+        "compatible with the loader"
+    }
 
 
 def test_the_tables_are_found_in_their_schema_whatever_the_search_path_is(
@@ -265,7 +269,7 @@ def test_nothing_of_the_settings_is_left_behind_in_a_session_that_a_pooler_share
     def settings() -> list[tuple[str, str]]:
         of_session = "SELECT name, setting FROM pg_settings WHERE source = 'session' ORDER BY name"
         found = rows(connection, of_session)
-        return [each for each in found if each[0] != "transaction_isolation"]  # which each BEGIN resets
+        return [each for each in found if each[0] != "transaction_isolation"]  # each BEGIN resets it
 
     before = settings()
     load(connection, [chunk(event(1), event(1))], tmp_path)
@@ -316,7 +320,7 @@ LOADERS = f"SELECT count(*) FROM pg_stat_activity WHERE datname = current_databa
 
 
 def test_a_lost_connection_is_one_whatever_psycopg_raises(one_connection: Connection) -> None:
-    """As ValueError, when the server died at the end of a COPY and the connection has no socket any more."""
+    """Also a ValueError, after the server crashed at the end of a COPY and the connection has no socket."""
     wire = database.connect(one_connection.info.dsn)
     with pytest.raises(psycopg.OperationalError, match="the connection was lost"), database.transaction(wire):
         wire.close()

@@ -1,4 +1,4 @@
-"""Only a segment is touched, whatever else lies in the spool; a file that changed is never removed."""
+"""Only segments are touched, whatever else the spool contains; a changed file is never removed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_sealed_segments_come_oldest_first_and_a_dead_writers_is_adopted(tmp_pat
     assert found.adopted[0].read_bytes() == b"{}\n"
 
 
-def test_a_living_writers_segment_is_left_alone(tmp_path: Path) -> None:
+def test_a_running_writers_segment_is_not_touched(tmp_path: Path) -> None:
     emitter = Emitter(tmp_path, max_age=60)
     emitter.emit_event(event_type="kept", user_id=uuid.uuid4(), family_unit_id=uuid.uuid4())
     assert not scan(tmp_path).sealed

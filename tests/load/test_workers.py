@@ -1,4 +1,4 @@
-"""No worker and no batch that cannot proceed holds up the others, and loaders do not hold up each other."""
+"""A worker or batch that cannot proceed does not block the others, and loaders do not block each other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVENTS = "SELECT count(*) FROM analytics_events"
 
 @pytest.fixture
 def role(cli: Cli, one_connection: Connection) -> str:
-    """The command line's role, which no other test has."""
+    """Return the role of the command line, used by no other test."""
     name = "role_" + one_connection.info.dbname[-12:]
     apply_schema(one_connection, role=name)
     one_connection.commit()
@@ -31,7 +31,7 @@ def role(cli: Cli, one_connection: Connection) -> str:
 
 
 def many_segments(spool: Path, count: int) -> None:
-    """More than a batch takes."""
+    """Create more segments than fit into a batch."""
     for n in range(count):
         segment(spool, n + 1, event(n))
 

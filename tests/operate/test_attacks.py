@@ -1,4 +1,4 @@
-"""Whoever may write to the spool gets nothing outside of it touched, and nothing past a terminal."""
+"""A user with write access to the spool can neither make the loader touch other files nor control a terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GROUP = 2000
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """A directory with a file that must stay as it is."""
+    """Return a directory with a file that must not change."""
     directory = tmp_path / "outside"
     directory.mkdir()
     (directory / "precious").write_bytes(joined(event(1)) + b"and more")
@@ -69,7 +69,7 @@ def test_backfill_of_a_directory_does_not_follow_a_link_in_it(
     printed = cli("backfill", archive, code=1)
     assert "a.ndjson could not be read" in printed and "b.ndjson could not be read" in printed
     assert number(one_connection, EVENTS) == 1
-    assert "events 1" in cli("backfill", archive / "a.ndjson", code=3)  # a link that a person names
+    assert "events 1" in cli("backfill", archive / "a.ndjson", code=3)  # a link named by the user
 
 
 @pytest.mark.parametrize("plant", ["symlink", "hard link", "pipe"])
@@ -112,7 +112,7 @@ def test_a_reject_file_that_is_a_link_is_neither_read_nor_replaced(cli: Cli, out
     assert state(outside) == before
 
 
-def test_a_name_with_a_newline_and_escape_codes_is_told_in_one_plain_line(cli: Cli) -> None:
+def test_a_name_with_a_newline_and_escape_codes_is_reported_in_one_plain_line(cli: Cli) -> None:
     name = "\x1b[2J\x9b31m\nERROR all is lost\u202e.ndjson"
     (cli.spool / name).write_bytes(joined(event(1)))
     (cli.spool / os.fsdecode(b"\xff\xfe.ndjson")).write_bytes(b"")
@@ -149,7 +149,7 @@ def test_a_spool_of_another_user_that_everyone_may_write_to_is_refused(cli: Cli)
     cli("run", "--once")
     os.chown(cli.spool, NOBODY, NOBODY)
     printed = cli("run", "--once", code=2)
-    assert "everyone may write" in printed and "chmod o-w" in printed and printed.count("\n") == 1
+    assert "world-writable" in printed and "chmod o-w" in printed and printed.count("\n") == 1
     assert not (cli.spool / ".loader.lock").is_symlink()
     cli.spool.chmod(0o2770)
     cli("run", "--once")
@@ -199,7 +199,7 @@ def test_a_segment_that_the_loader_may_only_read_is_sealed_as_a_copy(tmp_path: P
 
 @pytest.fixture
 def shared_spool(tmp_path: Path) -> Path:
-    """A spool of a group, as on a host where application and loader are users of their own."""
+    """Return a group's spool, as on a host with different users for application and loader."""
     reachable_by_others(tmp_path)
     spool = tmp_path / "spool"
     spool.mkdir()

@@ -80,13 +80,13 @@ os._exit(0)
 
 @pytest.fixture
 def watched(cli: Cli) -> Cli:
-    """The command line, with a spool that a loader has seen."""
+    """Return the command line, with a spool in which a loader has run."""
     cli("run", "--once")
     return cli
 
 
 def run_emitters(cli: Cli, home: Path, chance: random.Random) -> Counter[str]:
-    """Run some emitters to their end, half of them killed; return what they counted."""
+    """Run some emitters to their end, half of them killed; return their counts."""
     processes = []
     for place in range(4):
         result = home / f"counts-{uuid.uuid4().hex}"
@@ -104,7 +104,7 @@ def run_emitters(cli: Cli, home: Path, chance: random.Random) -> Counter[str]:
 def lose_a_segment(
     spool: Path, connection: Connection, chance: random.Random
 ) -> tuple[str, list[dict[str, object]]]:
-    """Remove a sealed segment of which its writer has stated the lines; return its name and its lines."""
+    """Remove a sealed segment that is in its writer's account; return its name and its lines."""
     # A loader that was killed may have committed a segment and not removed it.
     loaded = {file for (file,) in rows(connection, "SELECT file FROM analytics_loads")}
     stated = {statement.writer: statement.segments for statement, _ in writers.statements(spool)}
@@ -146,7 +146,7 @@ def test_under_chaos_the_sums_of_the_view_are_what_the_test_counted(
     reports = number(one_connection, REPORTS) + sum(
         line.get("metric_name") == DROPPED_METRIC for line in lost
     )
-    # A loader that is killed while it recovers drops makes the same lines again, which are duplicates.
+    # A loader that was killed while it recovered drops writes the same lines again, which are duplicates.
     recovered_again = number(one_connection, RECOVERED_AGAIN)
     lines_emitted = sum(counted.values()) + reports + recovered_again
     ((emitted, stored, duplicates, rejects, dropped_sum, pending, missing),) = rows(one_connection, SUMS)
@@ -235,7 +235,7 @@ def test_drops_of_a_killed_writer_are_reported_once(watched: Cli, one_connection
 
 @as_root
 def test_a_loader_reports_and_removes_what_a_dead_writer_of_another_user_stated(tmp_path: Path) -> None:
-    """As a service does that runs as a user of its own, in the group of those who emit."""
+    """The loader runs as a different user, in the group of the emitters."""
     group, writer_user, loader_user = 54321, 54322, 54323
     spool = tmp_path / "spool"
     spool.mkdir()
@@ -267,7 +267,7 @@ def test_a_loader_reports_and_removes_what_a_dead_writer_of_another_user_stated(
 def test_a_report_that_was_announced_and_written_is_not_repeated(
     watched: Cli, one_connection: Connection
 ) -> None:
-    """SIGKILL between the line that reports drops and the note that it did."""
+    """SIGKILL between writing the line that reports drops and recording that in the account."""
     code = (
         "import os, signal; from tests.emit.lines import emit; from spool import Emitter\n"
         "from spool.account import Account\n"

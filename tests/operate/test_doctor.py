@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong, says what to type, and changes nothing."""
+"""`loader doctor` finds each problem, suggests a command, and changes nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_all_is_well_while_a_loader_runs_as_its_own_role(cli: Cli) -> None:
         eventually(lambda: (cli.spool / ".loader.lock").exists())
         eventually(lambda: "pid" in cli("doctor"))
         findings = examined(cli)
-    durability = findings.pop("durability")  # the tests' servers do without fsync
+    durability = findings.pop("durability")  # the test servers run without fsync
     assert durability["verdict"] == "warning" and "full_page_writes is off" in durability["finding"]
     assert {finding["verdict"] for finding in findings.values()} == {"ok"}, findings
     assert set(findings) == {
@@ -189,9 +189,9 @@ def test_what_is_wrong_is_found_and_the_remedy_named(
     assert says in finding["finding"] + finding["remedy"]
 
 
-def test_the_owner_of_the_tables_is_told_that_less_would_do(cli: Cli) -> None:
+def test_excessive_privileges_of_the_tables_owner_are_reported(cli: Cli) -> None:
     finding = examined(cli.owner())["privileges"]
-    assert finding["verdict"] == "warning" and "may do more than load" in finding["finding"]
+    assert finding["verdict"] == "warning" and "more privileges than loading needs" in finding["finding"]
 
 
 @needs_strace
@@ -227,12 +227,12 @@ BUSY_SECONDS = 10.0
 
 
 def test_nothing_is_wrong_beside_a_daemon_that_is_busy(cli: Cli, one_connection: Connection) -> None:
-    """Files are sealed, retired, rejected and retried at any time; no command takes that for a fault."""
+    """Files are sealed, retired, rejected and retried all the time; no command reports that as a problem."""
     cli.spool.chmod(0o2770)
     stop = threading.Event()
 
     def emit() -> None:
-        for n in itertools.count(1):  # without a gap: a segment that is missing is a fault
+        for n in itertools.count(1):  # without a gap, because a missing segment is reported
             while len(os.listdir(cli.spool)) > 500 and not stop.is_set():
                 stop.wait(0.01)
             if stop.is_set():
@@ -253,7 +253,7 @@ def test_nothing_is_wrong_beside_a_daemon_that_is_busy(cli: Cli, one_connection:
             while time.monotonic() < until:
                 findings = examined(cli)
                 for check in ("durability", "rejects"):
-                    findings.pop(check)  # the servers of the tests do without fsync; there are rejects
+                    findings.pop(check)  # the test servers run without fsync; there are rejects
                 unwell = [finding for finding in findings.values() if finding["verdict"] != "ok"]
                 assert not unwell
                 for command in ("status", "rejects list", "rejects show"):
@@ -271,10 +271,10 @@ def test_an_old_version_that_still_runs_after_an_upgrade_is_noticed(cli: Cli, le
             lambda: lock.exists() and lock.read_text().endswith(f", version {version('analytics-spool')}\n")
         )
         assert examined(cli)["loader"]["verdict"] == "ok"
-        lock.write_text(left.format(process.pid))  # as the release before left it
+        lock.write_text(left.format(process.pid))  # as written by the previous release
         finding = examined(cli)["loader"]
         assert finding["verdict"] == "warning" and "restart" in finding["remedy"]
-        assert "still runs" in finding["finding"] and version("analytics-spool") in finding["finding"]
+        assert "is running, but" in finding["finding"] and version("analytics-spool") in finding["finding"]
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_a_file_of_the_service_that_may_not_be_read_is_named_with_the_command(tm
 
 @as_root
 def test_doctor_takes_the_database_of_the_service_if_none_is_set(cli: Cli, tmp_path: Path) -> None:
-    """In a mount namespace of its own, in which the test's directory is /etc."""
+    """In a separate mount namespace, in which the test's directory is /etc."""
     (tmp_path / "etc" / "analytics-loader").mkdir(parents=True)
     (tmp_path / "etc" / "analytics-loader" / "dsn").write_text(cli.dsn)
     del cli.environment["LOADER_DSN"]

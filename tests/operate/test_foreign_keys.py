@@ -1,4 +1,4 @@
-"""Foreign keys: the choice is remembered, nobody waits for them for long, and one that is impossible stops nothing."""
+"""Foreign keys: the choice is remembered, no session waits long for them, and an impossible key stops nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def application(one_connection: Connection) -> Connection:
 
 @contextmanager
 def locked(connection: Connection, table: str) -> Iterator[None]:
-    """Another session that updates the table for as long as the block lasts."""
+    """Run another session that keeps the table locked by an update during the block."""
     with psycopg.connect(connection.info.dsn) as other:
         other.execute(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE".encode())
         yield
@@ -115,7 +115,7 @@ def test_rows_without_their_parent_leave_a_key_for_new_rows(cli: Cli, one_connec
     one_connection.execute(f"{USERS}; {FAMILIES}; INSERT INTO family_units VALUES ('{ID}')".encode())
     one_connection.commit()
     printed = cli.owner()("init")
-    assert "holds for new rows only" in printed and "violates foreign key constraint" in printed
+    assert "applies to new rows only" in printed and "violates foreign key constraint" in printed
     assert rows(one_connection, KEYS) == [("auth.users", False), ("family_units", True)]
     one_connection.execute(f"INSERT INTO auth.users VALUES ('{ID}')".encode())
     one_connection.commit()
@@ -145,7 +145,7 @@ def test_a_missing_privilege_on_a_parent_is_a_warning(one_server: str, applicati
 def test_init_lets_the_application_write_while_it_waits_for_a_lock(
     cli: Cli, application: Connection, parent: str
 ) -> None:
-    """A lock that is requested blocks all that come after it: the wait must be short, and init goes on after it."""
+    """A requested lock blocks all later requests, so each wait must be short; init then continues."""
     with locked(application, parent):
         init = subprocess.Popen([*LOADER, "init"], env=cli.owner().environment, stdout=subprocess.PIPE)
         waiting = f"SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{parent}'::regclass"
@@ -173,7 +173,7 @@ def test_applying_again_needs_no_lock_that_a_load_holds(application: Connection)
         assert schema.apply_schema(application, patience=0.0).warnings == []
 
 
-def test_loading_goes_on_while_a_key_is_validated(application: Connection) -> None:
+def test_loading_continues_while_a_key_is_validated(application: Connection) -> None:
     """VALIDATE CONSTRAINT does not conflict with writers, unlike ADD FOREIGN KEY."""
     application.execute(
         "INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id) "

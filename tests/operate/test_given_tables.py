@@ -1,4 +1,4 @@
-"""Tables that somebody else created: what would make rows wrong is refused, what would stop them is named."""
+"""Tables created by other tools: differences that would corrupt rows are refused, others are reported."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
     "late uniqueness": ((("event_id UUID UNIQUE", "event_id UUID UNIQUE DEFERRABLE"),), "is deferrable"),
     "late primary key": ((("id UUID PRIMARY KEY", "id UUID PRIMARY KEY DEFERRABLE"),), "is deferrable"),
     "metrics without a key": ((("id UUID PRIMARY KEY", "id UUID"),), 'does not ensure that "id" is unique'),
-    "partitioned": (PARTITIONED, "partitioned by something else"),
+    "partitioned": (PARTITIONED, "partitioned by another column"),
     "a missing column": ((("session_id UUID,", ""),), 'lacks the column "session_id"'),
     "computed": (
         (("session_id UUID,", "session_id UUID GENERATED ALWAYS AS (user_id) STORED,"),), 'computes the column "session_id"',
@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
 
 @pytest.fixture
 def owner(one_connection: Connection) -> Connection:
-    """The owner's connection to a database without our tables."""
+    """Yield the owner's connection to a database without our tables."""
     one_connection.execute(f"DROP TABLE {ALL_TABLES} CASCADE".encode())
     one_connection.execute("CREATE DOMAIN two_places AS NUMERIC(10,2)")
     one_connection.commit()
@@ -93,7 +93,7 @@ def create(connection: Connection, changes: tuple[tuple[str, str], ...]) -> None
 
 
 def statements(text: str) -> Iterator[str]:
-    """The SQL that a message names."""
+    """Return the SQL in a message."""
     for found in re.findall(r"((?:ALTER|DROP|REINDEX) [^;]*;)", text):
         yield found
 

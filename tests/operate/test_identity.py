@@ -1,4 +1,4 @@
-"""Identity as applications have it: their own keys as UUIDs, and events without a person or a family."""
+"""Identity: the application's own keys as UUIDs, and events without a person or a family."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_mapping_never_changes() -> None:
 @pytest.mark.parametrize("key", [True, 1.5, b"1", object()])
 def test_a_key_of_another_type_is_an_error(key: object) -> None:
     with pytest.raises(TypeError, match="must be an integer or a text"):
-        analytics_uuid("user", key)  # type: ignore[call-overload]  # what a type checker refuses, too
+        analytics_uuid("user", key)  # type: ignore[call-overload]  # also refused by type checkers
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What Prometheus reads, read as it does."""
+"""The metrics as read by Prometheus."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.load.lines import event, metric, rows, segment
 from tests.processes import Cli, eventually, free_port
 
 LISTEN = "0A"
-EVERYWHERE = "0.0.0.0"  # noqa: S104  # what a probe from outside a container needs
+EVERYWHERE = "0.0.0.0"  # noqa: S104  # needed for a probe from outside the container
 
 
 def scrape(port: int) -> dict[str, float]:
-    """Every sample by its name and labels."""
+    """Return every sample by its name and labels."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             text = answer.read().decode()
@@ -125,7 +125,7 @@ def test_what_an_emitter_drops_reaches_every_place(cli: Cli, one_connection: Con
 
 
 def probe(port: int, host: str = "127.0.0.1") -> tuple[int, str]:
-    """The status and the text of /healthz; 0 while nobody listens."""
+    """Return the status and the text of /healthz; status 0 if nothing is listening."""
     try:
         with urllib.request.urlopen(f"http://{host}:{port}/healthz") as answer:
             return answer.status, answer.read().decode()

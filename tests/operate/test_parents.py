@@ -54,7 +54,7 @@ def test_events_of_a_user_who_is_committed_later_are_loaded(cli: Cli, users: Con
     assert status["spool"]["waiting_for_parents"] == 0 and status["database"]["retried"] == 3
 
 
-def test_a_restarted_daemon_goes_on_to_retry(cli: Cli, users: Connection) -> None:
+def test_a_restarted_daemon_continues_to_retry(cli: Cli, users: Connection) -> None:
     segment(cli.spool, 1, event(1))
     cli("run", "--once", code=3)
     register(users)

@@ -1,7 +1,7 @@
-"""Whoever may create objects in the tables' schema gets nothing called with the rights of whoever runs `loader init`.
+"""Objects that other roles create in the tables' schema are never called with the privileges of `loader init`.
 
-The planted functions and operators are better matches than those of pg_catalog wherever an argument's type is not
-exactly that of an operator or function there: then the search path does not matter, only a qualified name does.
+The planted functions and operators match better than those of pg_catalog if an argument's type is not exactly
+that of an operator or function there. Then only a qualified name helps, not the search path.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ PLANT = """
 
 
 def called(text: str) -> set[str]:
-    """The names that look like calls of a function."""
+    """Return the names that look like function calls."""
     return set(re.findall(r"\b([a-z_]+)\(", text)) - {"exists", "in", "values", "any", "varchar"}
 
 
@@ -74,7 +74,7 @@ NAMES = {name for script in SCRIPTS for name in called(script.read_text()) if no
 
 
 def new_role(connection: Connection) -> str:
-    """A role that is never dropped: one transaction has not enough locks for all that it plants."""
+    """Create a role that is never dropped: one transaction does not have enough locks for all its objects."""
     name = f"mallory_{uuid.uuid4().hex}"
     connection.execute(f"CREATE ROLE {name} LOGIN".encode())
     return name
@@ -88,7 +88,7 @@ QUESTIONS = (
 
 @pytest.fixture
 def planted(one_connection: Connection) -> Connection:
-    """The owner's connection to a database without our tables, where mallory planted what she could."""
+    """Yield the owner's connection to a database without our tables, in which mallory has planted objects."""
     one_connection.execute(
         "DROP TABLE analytics_events, analytics_metrics, analytics_loads, analytics_schema, analytics_settings CASCADE"
     )
@@ -109,7 +109,7 @@ def planted(one_connection: Connection) -> Connection:
 
 
 def test_a_planted_operator_is_found_by_a_name_that_is_not_qualified(planted: Connection) -> None:
-    """The attack works."""
+    """Verify that the attack works without qualified names."""
     with pytest.raises(psycopg.errors.RaiseException, match="planted"):
         planted.execute("SELECT 'a'::varchar = 'a'")
 

@@ -1,4 +1,4 @@
-"""Prune goes on after what is in its way, and trusts the server's clock alone."""
+"""Prune continues after obstacles, and trusts only the server's clock."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_deadlock_and_a_lock_that_takes_long_do_not_end_it(cli: Cli, one_conne
         "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%prune_hour%'"
     )
     with psycopg.connect(one_connection.info.dsn) as other:
-        other.execute("SET deadlock_timeout = '60s'")  # so that prune is the one that is ended
+        other.execute("SET deadlock_timeout = '60s'")  # so that prune is the deadlock victim
         other.execute(lock_row.format(10).encode())
         pruning = subprocess.Popen(
             [*LOADER, "prune", "--older-than", "1d", "--json"],
@@ -43,14 +43,14 @@ def test_a_deadlock_and_a_lock_that_takes_long_do_not_end_it(cli: Cli, one_conne
             stdout=subprocess.PIPE,
         )
         eventually(lambda: number(one_connection, waits))
-        other.execute("UPDATE analytics_events SET metadata = '{}'")  # rows that prune has locked
+        other.execute("UPDATE analytics_events SET metadata = '{}'")  # rows locked by prune
         assert pruning.poll() is None
     assert json.loads(pruning.communicate(timeout=60)[0])["events"] == 20
     assert number(one_connection, EVENTS) == 0
 
 
 @pytest.mark.parametrize("name", ["20200101", "20200101.txt", "٢٠٢٠٠١٠١", "2020010\udcff"])
-def test_a_file_in_the_archive_that_is_not_a_day_is_left_alone(cli: Cli, tmp_path: Path, name: str) -> None:
+def test_a_file_in_the_archive_that_is_not_a_day_is_skipped(cli: Cli, tmp_path: Path, name: str) -> None:
     archive = tmp_path / "archive"
     (archive / "20200102").mkdir(parents=True)
     old = archive / "20200102" / "a.ndjson.zst"

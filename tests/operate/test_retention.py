@@ -1,4 +1,4 @@
-"""What is loaded may be kept, what is old may go, and what is kept is loaded again."""
+"""Loaded files can be archived, old data can be pruned, and archived files can be loaded again."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_writers_ledger_goes_together_so_that_no_segment_seems_to_be_missing(
     for writer in ("deadbeef-000001", "0badcafe"):
         one_connection.execute(f"{AGE_LOADS} WHERE file LIKE '%{writer}%'".encode())
     one_connection.commit()
-    assert pruned(cli)["loads"] == 2  # of the writer that is gone; the other one's segment 3 is new
+    assert pruned(cli)["loads"] == 2  # of the writer that has exited; segment 3 of the other one is new
     assert number(one_connection, missing) == 0
     one_connection.execute(AGE_LOADS.encode())
     one_connection.commit()
@@ -141,7 +141,7 @@ def test_prune_deletes_in_batches_while_the_loader_loads(cli: Cli, one_connectio
     assert number(one_connection, EVENTS) == 20
 
 
-def test_prune_that_is_interrupted_says_how_to_go_on(cli: Cli, one_connection: Connection) -> None:
+def test_an_interrupted_prune_reports_how_to_continue(cli: Cli, one_connection: Connection) -> None:
     one_connection.execute(
         "INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id) "
         "SELECT gen_random_uuid(), 'old', '2020-01-01', gen_random_uuid(), gen_random_uuid() "
@@ -156,7 +156,7 @@ def test_prune_that_is_interrupted_says_how_to_go_on(cli: Cli, one_connection: C
     pruning.send_signal(signal.SIGINT)
     printed, errors = (part.decode() for part in pruning.communicate(timeout=HANGS_AFTER))
     left = number(one_connection, EVENTS)
-    assert pruning.returncode == 1 and "run it again to go on" in errors
+    assert pruning.returncode == 1 and "run the command again to continue" in errors
     assert f"events {100_000 - left}" in printed and left > 0
     cli.owner()("prune", "--older-than", "1d")
     assert number(one_connection, EVENTS) == 0

@@ -1,4 +1,4 @@
-"""The tables change version without a hand on the loader, and its role may load and nothing else."""
+"""The tables are upgraded while the loader runs, and its role has only the privileges for loading."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ EVENTS = "SELECT count(*) FROM analytics_events"
         (9, "newer than this loader's 5: upgrade the loader"),
     ],
 )
-def test_tables_of_another_version_are_told_and_loaded_into(
+def test_tables_of_another_version_are_reported_and_loaded_into(
     cli: Cli, one_connection: Connection, version: int, words: str
 ) -> None:
-    if version == 1:  # which wrote no version down
+    if version == 1:  # that version did not record itself
         one_connection.execute("DROP TABLE analytics_schema; DROP INDEX analytics_loads_loaded_at")
     else:
         one_connection.execute("INSERT INTO analytics_schema (version) VALUES (9)")
@@ -52,7 +52,7 @@ def test_the_role_gets_what_a_strict_database_took_from_everybody(
     cli.owner()("init", "--role", "analytics_loader")
     segment(cli.spool, 1, *[event(n) for n in range(10)])
     cli("run", "--once")
-    segment(cli.spool, 2, *[event(n) for n in range(12)])  # most are there, and are compared
+    segment(cli.spool, 2, *[event(n) for n in range(12)])  # most rows exist and are compared
     assert "events 2, metrics 0, duplicates 10" in cli("run", "--once")
 
 

@@ -1,4 +1,4 @@
-"""The daemon under systemd, of which a socket is enough: what the daemon notifies it of, and that it ends in time."""
+"""The daemon under a simulated systemd (a socket): its notifications, and that it stops in time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STOP_SECONDS = 10.0
 
 
 class Systemd:
-    """The socket, what came on it, and the daemon that notifies it."""
+    """The socket, the received messages, and the daemon that sends them."""
 
     def __init__(self, cli: Cli, line: socket.socket, *arguments: str) -> None:
         interval = str(int(WATCHDOG_SECONDS * 1e6))
@@ -46,7 +46,7 @@ class Systemd:
             )
 
     def read(self, seconds: float = 0.0) -> list[str]:
-        """Return the lines that came since the last time, waiting for the first."""
+        """Return the lines received since the last call, waiting for the first."""
         new: list[str] = []
         self._line.settimeout(seconds or None)
         try:
@@ -58,7 +58,7 @@ class Systemd:
             return new
 
     def during(self, seconds: float) -> list[str]:
-        """Return what comes in that time."""
+        """Return the lines received in the given time."""
         until, new = time.monotonic() + seconds, []
         while (left := until - time.monotonic()) > 0:
             new += self.read(left)
@@ -68,7 +68,7 @@ class Systemd:
         eventually(lambda: any(words in message for message in [*self.messages, *self.read(0.2)]), seconds)
 
     def stop(self) -> float:
-        """End it as systemd does; return how long that took, or would have taken on a free processor."""
+        """Stop it as systemd does; return the duration, scaled to an idle processor."""
         begun = time.monotonic()
         self.process.terminate()
         assert self.process.wait(timeout=STOP_SECONDS * slowness()) == 0
@@ -88,7 +88,7 @@ def under_systemd(cli: Cli, *arguments: str) -> Iterator[Systemd]:
 
 
 def backend(connection: Connection) -> int:
-    """The server's process for the loader that is busy in this database."""
+    """Return the pid of the server process that works for the loader in this database."""
     busy = (
         "SELECT max(pid) FROM pg_stat_activity WHERE datname = current_database() "
         "AND application_name = 'analytics-loader' AND state = 'active'"
@@ -96,20 +96,22 @@ def backend(connection: Connection) -> int:
     return eventually(lambda: number(connection, busy))
 
 
-def test_it_is_ready_after_the_first_look_with_a_connection(cli: Cli, one_connection: Connection) -> None:
+def test_it_is_ready_after_the_first_scan_with_a_connection(cli: Cli, one_connection: Connection) -> None:
     segment(cli.spool, 1, event(1))
     with under_systemd(cli) as systemd:
         systemd.until("READY=1")
         before = systemd.messages[: systemd.messages.index("READY=1")]
         assert any(message.startswith("STATUS=") for message in before)
-        systemd.until("STATUS=nothing waits")
+        systemd.until("STATUS=no backlog")
         assert number(one_connection, EVENTS) == 1
         systemd.stop()
         systemd.until("STOPPING=1")
         assert systemd.messages.count("READY=1") == 1
 
 
-def test_a_database_that_is_down_is_waited_for_and_the_status_says_so(cli: Cli, tmp_path: Path) -> None:
+def test_the_daemon_waits_for_an_unavailable_database_and_its_status_reports_it(
+    cli: Cli, tmp_path: Path
+) -> None:
     cli.environment["LOADER_DSN"] = f"host={tmp_path} dbname=x user=u password=sesame"
     with under_systemd(cli) as systemd:
         systemd.until("READY=1")
@@ -117,10 +119,10 @@ def test_a_database_that_is_down_is_waited_for_and_the_status_says_so(cli: Cli, 
         assert status.startswith("STATUS=waiting: the database is out of reach")
         assert systemd.messages.index(status) < systemd.messages.index("READY=1")
         systemd.messages.clear()
-        systemd.until("WATCHDOG=1")  # a loader that waits is alive
+        systemd.until("WATCHDOG=1")  # a waiting loader is alive
         assert systemd.stop() < STOP_SECONDS / 2
     log = systemd.log.read_text()
-    assert "sesame" not in log + "".join(systemd.messages) and "goes on" not in log
+    assert "sesame" not in log + "".join(systemd.messages) and "loading continues" not in log
 
 
 def test_an_outage_at_the_start_is_over_once_the_database_answers(cli: Cli, tmp_path: Path) -> None:
@@ -131,19 +133,19 @@ def test_an_outage_at_the_start_is_over_once_the_database_answers(cli: Cli, tmp_
     with under_systemd(cli) as systemd:
         systemd.until("STATUS=waiting")
         file.write_text(good)
-        systemd.until("STATUS=nothing waits")
+        systemd.until("STATUS=no backlog")
         systemd.stop()
-        assert "goes on" in systemd.log.read_text()
+        assert "loading continues" in systemd.log.read_text()
 
 
-def test_status_tells_backlog_rate_and_what_is_waited_for(cli: Cli, one_connection: Connection) -> None:
+def test_status_reports_backlog_rate_and_the_cause_of_a_wait(cli: Cli, one_connection: Connection) -> None:
     with under_systemd(cli) as systemd:
         systemd.until("READY=1")
         with one_connection.transaction():
             one_connection.execute("LOCK TABLE analytics_events IN ACCESS EXCLUSIVE MODE")
             segment(cli.spool, 1, *[event(n) for n in range(1000)])
             systemd.until("STATUS=1 files (0.3 MB) wait, the oldest for")
-        systemd.until("STATUS=nothing waits")
+        systemd.until("STATUS=no backlog")
         (cli.spool / "stray.ndjson").write_bytes(b"")
         segment(cli.spool, 2, event(1))
         systemd.until("last error")
@@ -178,7 +180,7 @@ def test_an_abort_by_the_watchdog_leaves_what_each_thread_was_at_in_the_log(
 
 
 def test_the_watchdog_hears_of_a_load_that_is_slow(cli: Cli, one_connection: Connection) -> None:
-    """One batch that takes longer than the watchdog waits."""
+    """One batch takes longer than the watchdog interval."""
     one_connection.execute(
         "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS "
         "'BEGIN PERFORM pg_sleep(0.004); RETURN NEW; END';"
@@ -238,9 +240,7 @@ def test_sigterm_while_connecting_to_a_host_that_does_not_answer_ends_in_time(cl
             systemd.stop()
 
 
-def test_sighup_connects_anew_with_the_dsn_as_it_is_now(
-    cli: Cli, one_connection: Connection, tmp_path: Path
-) -> None:
+def test_sighup_reconnects_with_the_current_dsn(cli: Cli, one_connection: Connection, tmp_path: Path) -> None:
     file = tmp_path / "dsn"
     file.write_text("host=/nowhere dbname=x\n")
     good = cli.environment.pop("LOADER_DSN")
@@ -260,10 +260,10 @@ def test_sighup_connects_anew_with_the_dsn_as_it_is_now(
         eventually(lambda: number(one_connection, EVENTS) == 2)
 
 
-def test_log_lines_are_json_where_nobody_reads_them(cli: Cli) -> None:
+def test_log_lines_are_json_unless_on_a_terminal(cli: Cli) -> None:
     segment(cli.spool, 1, event(1), event(2))
     with under_systemd(cli) as systemd:
-        systemd.until("STATUS=nothing waits")
+        systemd.until("STATUS=no backlog")
         systemd.stop()
         log = [json.loads(line) for line in systemd.log.read_text().splitlines()]
     assert all({"timestamp", "level", "logger", "message"} <= set(line) for line in log)
@@ -281,7 +281,7 @@ def test_log_lines_are_json_where_nobody_reads_them(cli: Cli) -> None:
     ],
 )
 def test_lines_for_the_journal_have_a_priority(cli: Cli, dsn: str, level: str, expected: set[str]) -> None:
-    """The journal is named by device and inode: here a file is."""
+    """JOURNAL_STREAM identifies the journal by device and inode; here it is a file."""
     path = segment(cli.spool, 1, event(1))
     (cli.spool / "stray.ndjson").write_bytes(b"")
     log = cli.spool.parent / "journal"
@@ -295,7 +295,9 @@ def test_lines_for_the_journal_have_a_priority(cli: Cli, dsn: str, level: str, e
         process.wait()
     lines = log.read_text().splitlines()
     assert {line[:3] for line in lines} == expected, lines
-    assert cli("run", "--log-level", "x", code=2).startswith("Error: ")  # another stream is not the journal
+    assert cli("run", "--log-level", "x", code=2).startswith(
+        "Error: "
+    )  # a different stream is not the journal
 
 
 def test_a_summary_is_logged_once_a_minute_if_anything_was_loaded(
@@ -318,7 +320,7 @@ def test_a_summary_is_logged_once_a_minute_if_anything_was_loaded(
 
 @contextmanager
 def asking_for_a_password() -> Iterator[str]:
-    """The DSN of a server of its own that lets the role in with the password "right" alone."""
+    """Yield the DSN of a separate server that accepts only the password "right"."""
     with embedded.cluster() as cluster:
         home = Path(str(conninfo_to_dict(cluster.dsn)["host"]))
         (home / "data" / "pg_hba.conf").write_text("local all postgres trust\nlocal all all scram-sha-256\n")
@@ -336,9 +338,9 @@ def test_a_refused_login_is_reported_as_such_and_once(cli: Cli, tmp_path: Path) 
     with asking_for_a_password() as dsn:
         file.write_text(f"{dsn} password=wrong")
         segment(cli.spool, 1, event(1))
-        with closing(Emitter(cli.spool)), under_systemd(cli) as systemd:  # whose statement is due, too
+        with closing(Emitter(cli.spool)), under_systemd(cli) as systemd:  # its account is due, too
             systemd.until("STATUS=waiting: the database refused the login")
-            systemd.during(2.0)  # for some more attempts
+            systemd.during(2.0)  # time for some more attempts
             for other in ("", "password=right dbname=none"):
                 expected = {"": "no password supplied"}.get(other, "none")
                 printed = cli("init", "--dsn", f"{dsn} {other}", code=4)
@@ -347,16 +349,16 @@ def test_a_refused_login_is_reported_as_such_and_once(cli: Cli, tmp_path: Path) 
                 )
             file.write_text(f"{dsn} password=right")
             systemd.process.send_signal(signal.SIGHUP)
-            systemd.until("STATUS=nothing waits")
+            systemd.until("STATUS=no backlog")
             systemd.stop()
     log = systemd.log.read_text()
     assert (
         log.count("password authentication failed") == 1 and log.count("check the user and the password") == 1
     )
-    assert "out of reach" not in log and log.count("goes on") == 1
+    assert "out of reach" not in log and log.count("loading continues") == 1
 
 
-def test_no_password_is_told_anywhere(cli: Cli, tmp_path: Path) -> None:
+def test_no_password_is_shown_anywhere(cli: Cli, tmp_path: Path) -> None:
     for dsn in (
         "postgresql://u:sesame@127.0.0.1:1/x", "postgresql://u:ses/sesame@host/x", "u:sesame@host",
         "host=127.0.0.1 port=1 password=sesame", "password='sesame", "host=h port=sesame",
@@ -369,7 +371,7 @@ def test_no_password_is_told_anywhere(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_a_reboot_leaves_nothing_that_keeps_it_from_starting(cli: Cli, tmp_path: Path) -> None:
-    """SIGKILL of emitter, loader and server at once; lock files and half-made files are left behind."""
+    """SIGKILL of emitter, loader and server at once leaves lock files and unfinished files."""
     emitter = (
         "import sys, uuid\nfrom spool import Emitter\nemitter = Emitter(sys.argv[1], segment_bytes=65536)\n"
         "user = uuid.uuid4()\nwhile True:\n"
@@ -394,7 +396,7 @@ def test_a_reboot_leaves_nothing_that_keeps_it_from_starting(cli: Cli, tmp_path:
         (cli.spool / "rejected" / "x-0.part").write_bytes(b'{"cut')
         assert (cli.spool / ".loader.lock").exists() and list(cli.spool.glob("*.open"))
         cluster.start()
-        ids = (tmp_path / "acknowledged").read_text().splitlines()[:-1]  # the last may be cut
+        ids = (tmp_path / "acknowledged").read_text().splitlines()[:-1]  # the last line may be partial
         with loader.daemon(), psycopg.connect(cluster.dsn) as connection:
             found = f"{EVENTS} WHERE event_id::text = ANY(ARRAY{ids}::text[])"
             eventually(lambda: number(connection, found) == len(ids))

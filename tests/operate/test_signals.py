@@ -1,4 +1,4 @@
-"""SIGHUP is a reload under a service manager, and the end of the terminal elsewhere."""
+"""SIGHUP means reload under a service manager, and a closed terminal otherwise."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ EVENTS = "SELECT count(*) FROM analytics_events"
 
 
 def on_a_terminal(command: Sequence[str], environment: dict[str, str]) -> tuple[int, int]:
-    """Start a command as a shell's foreground job; return its process and the other end of its terminal."""
+    """Start a command as a foreground job; return its process and the other end of its terminal."""
     child, terminal = pty.fork()
     if child == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has the tests ignore
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if the tests run under nohup
         os.execvpe(command[0], list(command), environment)
     return child, terminal
 

@@ -1,6 +1,6 @@
-"""The units: what systemd says of them, and whether the loader can live with what they forbid.
+"""The unit files: systemd's own checks, and that the loader works within their restrictions.
 
-As far as a machine without a running systemd can check.
+Limited to checks that work without a running systemd.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def test_nothing_secret_is_on_the_command_line() -> None:
 
 
 def work_for(cli: Cli) -> None:
-    """What takes every path: new rows, a duplicate, a reject, a dead writer's segment."""
+    """Prepare work for every code path: new rows, a duplicate, a reject, a dead writer's segment."""
     segment(cli.spool, 1, event(1), event(1), metric(1), b"{broken")
     (cli.spool / f"{STEM.format(2)}.open").write_bytes(joined(event(2)) + b"\0" * 100)
 
@@ -125,13 +125,13 @@ def test_the_loader_makes_no_system_call_that_the_unit_forbids(
 
 
 def calls(counts: Path) -> set[str]:
-    """The system calls in a summary of strace."""
+    """Return the system calls in a summary of strace."""
     lines = [line.split() for line in counts.read_text().splitlines()]
     return {line[-1] for line in lines if len(line) >= 5 and line[0][0].isdigit()} - {"total"}
 
 
 def group(name: str) -> set[str]:
-    """The system calls of a group of systemd's."""
+    """Return the system calls in a group of systemd."""
     found: set[str] = set()
     for line in map(str.strip, run("systemd-analyze", "syscall-filter", name).splitlines()[1:]):
         if line.startswith("@"):
@@ -145,7 +145,7 @@ def test_the_loader_needs_no_memory_that_is_written_and_executed(
     cli: Cli, one_connection: Connection
 ) -> None:
     def forbid() -> None:
-        ctypes.CDLL(None).prctl(PR_SET_MDWE, 1, 0, 0, 0)  # where the kernel has it, from 6.3 on
+        ctypes.CDLL(None).prctl(PR_SET_MDWE, 1, 0, 0, 0)  # if the kernel has it, from 6.3 on
 
     work_for(cli)
     ended = subprocess.run([*LOADER, "run", "--once"], env=cli.environment, preexec_fn=forbid)

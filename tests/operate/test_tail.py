@@ -1,4 +1,4 @@
-"""`loader tail` shows what is in the spool, and with -f what is emitted, each line once."""
+"""`loader tail` shows the lines in the spool, and with -f new lines, each once."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_what_is_emitted_is_followed_through_sealing_and_loading(tmp_path: Path)
         following = subprocess.Popen(command, stdout=output, env=environment())
         try:
             for number in range(1, 4):
-                eventually(lambda: len(shown.read_bytes().splitlines()) == number)  # noqa: B023, it runs at once
+                eventually(lambda: len(shown.read_bytes().splitlines()) == number)  # noqa: B023, it runs immediately
                 emit(emitter, number)
                 if number == 2:
                     emitter.seal()

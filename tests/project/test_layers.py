@@ -1,4 +1,4 @@
-"""What an application that only emits has to import; who may import whom is a contract in pyproject.toml."""
+"""The imports of an application that only emits; pyproject.toml has the contracts between packages."""
 
 from __future__ import annotations
 

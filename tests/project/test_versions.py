@@ -1,4 +1,4 @@
-"""Releases meet on every host that is upgraded: emitters, loaders and tables of two of them work together."""
+"""During an upgrade, emitters, loaders and tables of two releases work together."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def old(request: pytest.FixtureRequest) -> Release:
 
 @pytest.fixture
 def old_tables(old: Release, one_server: str, spool: Path) -> Iterator[Cli]:
-    """The command line, with tables that the old release made."""
+    """Return the command line, with tables created by the old release."""
     with database(one_server, template="template0") as dsn:
         old.loader(Cli(spool, dsn), "init", "--role", ROLE)
         yield Cli(spool, make_conninfo(dsn, user=ROLE))
@@ -58,7 +58,7 @@ def old_tables(old: Release, one_server: str, spool: Path) -> Iterator[Cli]:
 
 @contextmanager
 def emitting(old: Release, cli: Cli) -> Iterator[Path]:
-    """Run an emitter of the old release, killed at the end; yield the file of the ids that it was given."""
+    """Run an emitter of the old release, killed at the end; yield the file with its returned ids."""
     acknowledged = cli.spool.parent / "acknowledged"
     with subprocess.Popen(old.python("-c", EMITTER, acknowledged), env=cli.environment) as emitter:
         try:
@@ -74,7 +74,7 @@ def ids(acknowledged: Path) -> set[str]:
 def test_what_an_old_emitter_left_is_loaded_once(old: Release, cli: Cli, one_connection: Connection) -> None:
     with emitting(old, cli) as acknowledged:
         eventually(lambda: len(ids(acknowledged)) >= 1000)
-    assert list(cli.spool.glob("*.open"))  # which the new loader seals
+    assert list(cli.spool.glob("*.open"))  # the new loader seals it
     assert "duplicates 0, rejected 0" in cli("run", "--once")
     found = {str(id_) for (id_,) in rows(one_connection, "SELECT event_id FROM analytics_events")}
     assert ids(acknowledged) <= found

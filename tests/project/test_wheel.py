@@ -1,4 +1,4 @@
-"""What is installed is what is needed: the schema, the types, and orjson alone for an emitter."""
+"""The wheel has everything needed: the schema, the types, and for an emitter orjson as its only dependency."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_wheel_has_the_schema_the_types_and_the_script(wheel: Path) -> None:
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("METADATA"))
         (script,) = (name for name in names if name.endswith(".data/scripts/analytics-loader"))
         assert archive.getinfo(script).external_attr >> 16 & 0o111, "it may not be executed"
-        assert archive.read(script).startswith(b"#!python\n")  # which installers replace
+        assert archive.read(script).startswith(b"#!python\n")  # replaced by installers
         (scripts,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
     assert "loader = loader.__main__:main" in scripts
     assert "[pytest11]\nspool.testing = spool.testing" in scripts

@@ -1,4 +1,4 @@
-"""Databases with the data of data.py, in each state in which a reader may find the rollups."""
+"""Databases with the data of data.py, in each possible state of the rollups."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.servers import VERSIONS
 
 @dataclass
 class Facts:
-    """A database and the rows in it."""
+    """A database and its rows."""
 
     connection: Connection
     events: list[data.Event]
@@ -39,7 +39,7 @@ STATES = ("without rollups", "with rollups", "with touched hours")
     ids=str,
 )
 def facts(request: pytest.FixtureRequest, one_server: str) -> Iterator[Facts]:
-    """As after an upgrade, after a refresh, and with rows that came later into hours that were computed."""
+    """Yield a database as after an upgrade, after a refresh, and with late rows in computed hours."""
     state, version = request.param
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(embedded.server(version)) if version else one_server
@@ -68,7 +68,7 @@ def facts(request: pytest.FixtureRequest, one_server: str) -> Iterator[Facts]:
 
 
 def fresh_database(server: str) -> Connection:
-    """Return a connection to a database of its own, with the schema."""
+    """Return a connection to a new database with the schema."""
     name = f"see_{uuid.uuid4().hex}"
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {name}".encode())

@@ -48,7 +48,7 @@ def identifier(kind: int, number: int) -> UUID:
 
 
 def events(seed: int, users: int = 90) -> list[Event]:
-    """Sessions of users, many of them around a change of a clock, and around local midnights."""
+    """Return sessions of users, many of them around clock changes and local midnights."""
     rng = random.Random(seed)
     made: list[Event] = []
     for user in range(users):
@@ -84,7 +84,7 @@ def _session(rng: random.Random, user: int, number: int, at: datetime) -> list[E
 
 
 def metrics(seed: int, number: int = 6000) -> list[Metric]:
-    """Requests, each with its count and its duration, and some counts that stand for several requests."""
+    """Return requests, each with its count and its duration, and some counts of several requests."""
     rng = random.Random(seed)
     made: list[Metric] = []
     for _ in range(number):
@@ -106,7 +106,7 @@ def metrics(seed: int, number: int = 6000) -> list[Metric]:
 
 
 def insert(connection: Connection, rows: Iterable[Event | Metric], *, mark: bool = True) -> None:
-    """Insert rows and mark their hours, as a load does; without a mark as others do. Does not commit."""
+    """Insert rows and mark their hours like a load, or without marks like other programs. Does not commit."""
     rows = list(rows)
     found = [row for row in rows if isinstance(row, Event)]
     measured = [row for row in rows if isinstance(row, Metric)]
@@ -130,7 +130,7 @@ def insert(connection: Connection, rows: Iterable[Event | Metric], *, mark: bool
 
 
 def refresh(connection: Connection, at_most: int = 100_000) -> int:
-    """Refresh in a transaction of its own until nothing is left; return how many hours and days that were."""
+    """Refresh in separate transactions until nothing is left; return the number of hours and days."""
     total = 0
     while True:
         with connection.transaction():

@@ -1,4 +1,4 @@
-"""The definitions once more, straight from their words, in Python over all rows."""
+"""An independent implementation of the definitions in Python over all rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def local(at: datetime, tz: str) -> datetime:
 
 
 def bucket(name: str, at: datetime, tz: str) -> date:
-    """The local day, Monday or first of the month of an instant."""
+    """Return the local day, Monday or first of the month of an instant."""
     day = local(at, tz).date()
     if name == "week":
         return day - timedelta(days=day.weekday())
@@ -46,7 +46,7 @@ def buckets(name: str, since: datetime, until: datetime, tz: str) -> list[date]:
 
 @functools.cache
 def midnight(day: date, tz: str) -> datetime:
-    """The first instant of a local day, found by looking at every quarter hour around it."""
+    """Return the first instant of a local day, found by checking every quarter hour around it."""
     at = datetime(day.year, day.month, day.day, tzinfo=UTC) - timedelta(hours=30)
     while local(at, tz).date() < day:
         at += timedelta(minutes=15)
@@ -174,7 +174,7 @@ def funnel(
     strict: bool,
     unit: str,
 ) -> list[tuple[int, list[float]]]:
-    """For each step, how many units reached it, and the seconds from the entry to when it was reached."""
+    """Return, for each step, how many units reached it, and the seconds from the entry to the step."""
     by_unit: dict[Any, list[Event]] = defaultdict(list)
     for event in events:
         key = event.session if unit == "session" else UNITS[unit](event)
@@ -191,7 +191,7 @@ def funnel(
 def _first_times(
     history: list[Event], steps: list[str], since: datetime, until: datetime, window: timedelta, strict: bool
 ) -> list[float]:
-    """Every entry is followed to its end; of those that reach a step first, the latest entry counts."""
+    """Follow every entry to its end; of the entries that reach a step first, the latest counts."""
     best: list[tuple[int, int] | None] = [None] * len(steps)  # positions of the event and of its entry
     for start, entry in enumerate(history):
         if entry.event_type != steps[0] or not since <= entry.at < until:
@@ -218,7 +218,7 @@ def _first_times(
 
 
 def median(times: Sequence[float], share: float) -> float | None:
-    """percentile_cont."""
+    """Return the median, like percentile_cont."""
     if not times:
         return None
     place = share * (len(times) - 1)
@@ -264,7 +264,7 @@ def percentile_disc(values: Sequence[float], share: float) -> float | None:
 def requests(
     metrics: list[Metric], since: datetime, until: datetime, start: Callable[[datetime], datetime]
 ) -> dict[Any, tuple[float, float, list[float]]]:
-    """By start, endpoint and method: requests, errors, durations."""
+    """Return requests, errors and durations by start, endpoint and method."""
     found: dict[Any, tuple[float, float, list[float]]] = {}
     for metric in metrics:
         if not since <= metric.at < until:

@@ -24,7 +24,7 @@ Counts = dict[tuple[datetime, str], int]
 
 
 def counts(seed: int) -> Counts:
-    """Sessions of some ten events each, in which types cluster; a daily and a weekly rhythm, and growth."""
+    """Return counts of sessions of about ten events with clustered types, a daily and weekly rhythm, and growth."""
     rng = random.Random(seed)
     made = {}
     for number in range(WEEKS * 7 * 24):
@@ -118,7 +118,7 @@ def test_the_hour_that_has_not_ended_raises_no_alarm(clean: tuple[Connection, Co
 
 
 def test_an_alarm_in_the_first_hour_of_the_range_is_one(clean: tuple[Connection, Counts]) -> None:
-    """Whether an hour is unusual does not depend on where the range begins."""
+    """The start of the range does not affect whether an hour is unusual."""
     connection, _ = clean
     start = hour(END - timedelta(days=3))
     connection.execute(

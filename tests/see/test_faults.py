@@ -177,7 +177,7 @@ def test_a_running_total_follows_from_the_trend(one_connection: Connection) -> N
 
 
 def test_a_question_reads_no_rows_outside_its_range(one_connection: Connection) -> None:
-    """Umami 1253 and 4526, and our own views: a range must reach the index, whatever the statistics say."""
+    """Umami 1253 and 4526, and our own views: a range must reach the index, whatever the statistics are."""
     insert(one_connection, data.events(3))
     one_connection.execute(
         "INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id) SELECT "

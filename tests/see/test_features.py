@@ -1,4 +1,4 @@
-"""Features do not leak the future: a training row is what a model would have been given at that moment."""
+"""Features do not leak the future: a training row has only the data available at its moment."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _independent(history: list[Event]) -> dict[str, Any]:
 
 
 def _sessions(events: list[Event]) -> list[list[datetime]]:
-    """By session_id; events without one by gaps of 30 minutes."""
+    """Return sessions by session_id, and by gaps of 30 minutes for events without one."""
     known: dict[UUID | None, list[datetime]] = defaultdict(list)
     for event in events:
         known[event.session].append(event.at)
@@ -160,7 +160,7 @@ def test_the_training_set_for_a_churn_model_does_not_leak(connection: Connection
     before = {(row[0], row[1]): row for row in cursor}
     assert {row[-1] for row in before.values()} == {False, True}
     assert len(names) == 18 + 51 + 2
-    # What happens, or arrives, after the first moment changes no feature of it; only the label may change.
+    # Later events, or later arrivals, change no feature of the first moment; only the label may change.
     first = min(moment for moment, _ in before)
     happened = _events(3, 300, first, datetime(2025, 11, 20, tzinfo=UTC), first)
     arrived = _events(4, 300, first - timedelta(days=28), first, first + timedelta(seconds=1))
@@ -199,7 +199,7 @@ def test_interactions(one_connection: Connection) -> None:
 
 
 def test_odd_values_stop_no_interactions(one_connection: Connection) -> None:
-    """Durations that are no numbers, or no float holds, and events a thousand half-lives ago."""
+    """Durations that are not numbers or exceed a float, and events a thousand half-lives ago."""
     at = datetime(2025, 9, 1, tzinfo=UTC)
     durations: tuple[Any, ...] = ("long", None, [1], {}, True, 10**400)
     for duration in durations:

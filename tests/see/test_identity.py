@@ -1,4 +1,4 @@
-"""Events without a person, or without a family, are counted as events and as nobody."""
+"""Events without a person or family count as events, but not as a person or family."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class History:
         self.happened: dict[str, int] = {}
 
     def step(self) -> bool:
-        """Do something; return whether a transaction ended."""
+        """Do a step; return whether a transaction ended."""
         actor = self.rng.choice(("load", "load", "load", "refresh", "prune"))
         return {"load": self._load, "refresh": self._refresh, "prune": self._prune}[actor]()
 
@@ -78,7 +78,7 @@ class History:
             self._count("rollback")
 
     def _row(self) -> Event | Metric:
-        """Of one of the last 60 hours, often the one that has not ended; sometimes of one that is pruned."""
+        """Return a row of one of the last 60 hours, often the current one, sometimes a pruned one."""
         hours = self.rng.choice((0, 1, self.rng.randrange(60)))
         at = self.now - timedelta(hours=hours) + timedelta(seconds=self.rng.randrange(3600))
         if self.rng.random() < 0.4:
@@ -194,7 +194,7 @@ def test_random_histories_equal_brute_force(one_connection: Connection, seed: in
 
 
 def test_a_load_that_commits_after_a_refresh_is_not_lost(one_connection: Connection) -> None:
-    """The interleaving in which a mark with a key is lost."""
+    """The interleaving in which a mark with a key would be lost."""
     at = datetime(2025, 9, 1, 12, 30, tzinfo=UTC)
     row = Event("x", at, identifier(1, 1), identifier(2, 1))
     insert(one_connection, [row])
@@ -211,7 +211,7 @@ def test_a_load_that_commits_after_a_refresh_is_not_lost(one_connection: Connect
 
 @pytest.fixture
 def pruned(one_connection: Connection) -> Iterator[tuple[Connection, list[Event]]]:
-    """All rows before 15 October are gone."""
+    """Yield a database in which all rows before 15 October are pruned."""
     events, metrics = data.events(5), data.metrics(5)
     insert(one_connection, [*events, *metrics])
     one_connection.commit()
@@ -308,7 +308,7 @@ def test_others_may_mark_what_they_change(one_connection: Connection) -> None:
 
 
 def test_no_value_stops_a_refresh(one_connection: Connection) -> None:
-    """Values that no float holds, labels longer than an index entry, hours of the years 1 and 9999."""
+    """Values beyond a float, labels longer than an index entry, hours of the years 1 and 9999."""
     at = datetime(2025, 9, 1, 12, tzinfo=UTC)
     one_connection.execute(
         "INSERT INTO analytics_metrics (metric_name, metric_type, value, labels, timestamp) "
@@ -334,7 +334,7 @@ def test_no_value_stops_a_refresh(one_connection: Connection) -> None:
 
 @pytest.mark.parametrize("source", ["events", "metrics"])
 def test_hours_in_a_row_are_read_by_one_scan(one_connection: Connection, source: str) -> None:
-    """A scan for each took 10 s for a month of a freshly loaded table, whose statistics are not known yet."""
+    """A scan for each hour took 10 s for a month of a newly loaded table without statistics."""
     refresh(one_connection)
     start = datetime(2026, 3, 1, 0, 30, tzinfo=UTC)
     hours = [start + timedelta(hours=hour, minutes=-30) for hour in (0, 1, 2, *range(24, 24 * 7))]

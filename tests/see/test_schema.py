@@ -1,4 +1,4 @@
-"""What the schema promises beside its answers: indexes, comments, a role that only reads, search paths."""
+"""Properties of the schema other than its answers: indexes, comments, a read-only role, search paths."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EXPECTED = [
 
 @pytest.fixture
 def reader(one_connection: Connection) -> Iterator[Connection]:
-    """With rows, acting as the reader."""
+    """Yield a connection as the reader, with rows in the tables."""
     data.insert(one_connection, [*data.events(7, users=20), *data.metrics(7, 500)])
     schema.apply_schema(one_connection, reader=READER)
     one_connection.commit()
@@ -90,7 +90,7 @@ def test_a_role_may_be_created_for_another_database_at_the_same_time(
 
 
 def is_blocked(connection: Connection, pid: int) -> bool:
-    """Whether a session waits for this one."""
+    """Whether another session waits for this one."""
     return number(connection, f"SELECT cardinality(pg_blocking_pids({pid}))") > 0
 
 
@@ -135,7 +135,7 @@ def test_an_answer_does_not_depend_on_the_readers_search_path(reader: Connection
 
 
 def test_a_loader_and_readers_of_an_older_installation_get_what_is_new(one_connection: Connection) -> None:
-    """Without naming them again: rights on the events extend to what belongs to them."""
+    """Without naming the roles again: privileges on the events extend to the related objects."""
     for statement in ("CREATE ROLE old_loader", "CREATE ROLE old_reader"):
         one_connection.execute(
             f"DO $$ BEGIN {statement}; EXCEPTION WHEN duplicate_object THEN END $$".encode()
@@ -232,7 +232,7 @@ def test_every_function_and_view_has_a_comment(one_connection: Connection) -> No
         assert rows(one_connection, f"SELECT obj_description('analytics_{question}'::regproc)") != [(None,)]
     for view in ("analytics_events_daily", "analytics_metrics_hourly"):
         ((comment,),) = rows(one_connection, f"SELECT obj_description('{view}'::regclass)")
-        assert "Reads the whole table" in comment
+        assert "Always reads the whole table" in comment
 
 
 def test_features_have_a_column_for_each_type_of_the_catalogue_and_window(one_connection: Connection) -> None:
@@ -278,7 +278,7 @@ def test_quarters_and_years(one_connection: Connection) -> None:
 
 
 def test_the_tables_may_lie_in_a_schema_of_their_own(one_connection: Connection) -> None:
-    """With a name that needs quotes, applied and refreshed with it in front, asked by its name alone."""
+    """The schema's name needs quotes; it is first in the search path for the upgrade, and alone for the questions."""
     one_connection.execute('CREATE SCHEMA "Our analytics"')
     one_connection.commit()
     ours = make_conninfo(one_connection.info.dsn, options=r'-csearch_path="Our\ analytics"')

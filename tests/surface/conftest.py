@@ -1,4 +1,4 @@
-"""An emitter of its own for each test, and what it was asked to emit."""
+"""Fixtures: a new emitter for each test, and its emitted lines."""
 
 from __future__ import annotations
 

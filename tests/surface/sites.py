@@ -1,7 +1,7 @@
-"""The same site in each framework, each with the middleware as the README installs it, for servers of their own.
+"""The same site in each framework, with the middleware installed as in the README, for separate servers.
 
-`app`, of the interface that the variable INTERFACE names, hands a request to the framework that its header
-`x-framework` names. A framework that is not installed is left out.
+`app`, of the interface in the variable INTERFACE, passes a request to the framework in its header
+`x-framework`. Frameworks that are not installed are skipped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PHOTO.write_bytes(b"x" * 200_000)
 
 
 class Broken(Exception):
-    """What the sites raise on purpose."""
+    """An exception that the sites raise deliberately."""
 
 
 def pieces() -> Iterator[bytes]:
@@ -248,7 +248,7 @@ def add_views(app: Any, *views: Callable[..., Any]) -> None:
 
 
 class DjangoUrls:
-    """The module of URLs, filled when Django is set up."""
+    """The URL configuration, filled when Django is set up."""
 
     urlpatterns: list[Any]
 
@@ -316,7 +316,7 @@ def django_wsgi() -> Any:
 
 
 def bare() -> Any:
-    """An application without a framework, for what frameworks do not let through."""
+    """Serve requests without a framework, for cases that frameworks do not allow."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/cancelled":

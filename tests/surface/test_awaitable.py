@@ -134,7 +134,7 @@ def test_the_result_is_a_coroutine_to_asyncio(recorder: Recorder) -> None:
     made.close()
 
 
-def test_a_mistake_raises_at_the_call_when_strict(tmp_path: Path) -> None:
+def test_an_invalid_call_raises_immediately_when_strict(tmp_path: Path) -> None:
     service = AnalyticsService(Emitter(tmp_path, strict=True))
     with pytest.raises(ValueError, match="event_type"):
         service.emit_event(event_type="No Name", **WHO)

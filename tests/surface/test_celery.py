@@ -1,4 +1,4 @@
-"""The calls of the public face from tasks of a Celery worker that forks its processes."""
+"""The public calls from tasks of a Celery worker that forks its processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m spool` finds what would cost events, and leaves nothing behind."""
+"""`python -m spool` finds problems that would lose events, and leaves no files behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who acts and in which request: inherited by tasks and threads, never seen by siblings."""
+"""The context of user and request: inherited by tasks and threads, never visible to siblings."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_what_is_bound_is_spliced_into_each_line_and_what_the_call_gives_wins(
     [{"user_id": "nobody"}, {"role": math.nan}, {"user_id": 1}],
     ids=shown,
 )
-def test_what_is_bound_and_cannot_be_written_is_refused_by_the_emit_and_never_raises_where_it_is_bound(
+def test_an_invalid_bound_value_is_refused_by_the_emit_and_never_raises_at_the_bind(
     tmp_path: Path, bound: dict[str, Any]
 ) -> None:
     emitter, user = Emitter(tmp_path), uuid.uuid4()
@@ -123,7 +123,7 @@ def test_what_is_bound_and_cannot_be_written_is_refused_by_the_emit_and_never_ra
     assert sum(emitter.stats().dropped.values()) == 1
 
 
-def test_a_role_is_redacted_where_the_list_says_so(tmp_path: Path) -> None:
+def test_a_role_is_redacted_if_the_list_has_it(tmp_path: Path) -> None:
     emitter, user = Emitter(tmp_path, redact={"role"}), uuid.uuid4()
     with record(emitter) as recorded, bind(user_id=user, family_unit_id=user, role="parent", request_id="r"):
         emitter.emit_event(event_type="one", metadata={"a": 1})

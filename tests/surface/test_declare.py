@@ -1,4 +1,4 @@
-"""A wrong declaration is found when it is declared, with what was probably meant."""
+"""An invalid declaration is refused when it is declared, with a suggestion."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_field_refuses_what_has_not(recorder: Recorder, kind: Any, value: Any)
         ("shared", {"note": "str"}, "must have a type such as str, int or UUID, not 'str'"),
         ("shared", {"note": "strr"}, 'did you mean "str"'),
         ("shared", {"note": 3}, 'field "note" of event "shared" must have a type'),
-        ("shared", {"note": None}, "must have a type beside None"),
+        ("shared", {"note": None}, "must have a type other than None"),
         ("memory_posted", {"note": str}, "already defined with other fields"),
     ],
 )
@@ -133,7 +133,7 @@ def test_a_wrong_function_is_refused_at_its_declaration() -> None:
     def log_untyped(*, note) -> None: ...  # type: ignore[no-untyped-def]  # noqa: ANN001  # the mistake
 
     for function, words in (
-        (album_shared, 'name it "log_album_shared"'),
+        (album_shared, 'rename it to "log_album_shared"'),
         (log_positional, '"note" of "log_positional" must be a keyword'),
         (log_untyped, '"note" of "log_untyped" must have a type'),
     ):
@@ -148,11 +148,11 @@ SOURCES: list[tuple[Any, dict[str, Any], str]] = [
     ("memory_postd", {}, '"memory_postd" does not exist; did you mean "memory_posted"'),
     ("nothing_like_it_at_all", {}, "does not exist: define it"),
     ("memory_posted", {"memory_idd": "result"}, 'has no field "memory_idd"; did you mean "memory_id"'),
-    ("memory_posted", {"media_type": "media_type"}, 'event "memory_posted" needs a source of "memory_id"'),
+    ("memory_posted", {"media_type": "media_type"}, 'event "memory_posted" needs a source for "memory_id"'),
     ("memory_posted", {"memory_id": "reslt.id"}, 'not "reslt"; did you mean "result"'),
     ("memory_posted", {"memory_id": "result.id", "media_type": "media_typ"}, 'did you mean "media_type"'),
     ("memory_posted", {"memory_id": "result..id"}, "must be names with dots between them"),
-    ("memory_posted", {"memory_id": ""}, "must begin with an argument"),
+    ("memory_posted", {"memory_id": ""}, "must start with an argument"),
     ("memory_posted", {"memory_id": 3}, "must be a path or a function, not int"),
     ("memory_posted", {"memory_id": lambda result: result}, "must take the arguments and the result"),
     ("memory_posted", {"memory_id": "result", "usr_id": "result"}, 'did you mean "user_id"'),
@@ -180,5 +180,5 @@ def test_emits_takes_an_event_itself(recorder: Recorder) -> None:
 def test_a_misspelt_field_of_a_call_is_named(recorder: Recorder) -> None:
     with pytest.raises(ValueError, match='has no media_typ; did you mean "media_type"'):
         log_memory_posted.emit(memory_id=USER, media_typ="photo", **WHO)  # type: ignore[call-arg]  # the mistake
-    with pytest.raises(ValueError, match="takes its fields by name"):
+    with pytest.raises(ValueError, match="takes its fields as keyword arguments"):
         log_memory_posted.emit(USER, **WHO)  # type: ignore[call-arg]  # the mistake

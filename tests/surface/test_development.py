@@ -1,4 +1,4 @@
-"""What helps while an application is developed: switched off, printed, and a spool that cannot be created."""
+"""Development settings: a disabled emitter, printed lines, and a spool that cannot be created."""
 
 from __future__ import annotations
 

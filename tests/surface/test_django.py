@@ -1,4 +1,4 @@
-"""`spool.django.AnalyticsMiddleware` in MIDDLEWARE, with Django's own clients, in processes of their own."""
+"""`spool.django.AnalyticsMiddleware` in MIDDLEWARE, with Django's own clients, in separate processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ NATIVE = {"/items/007", "/stream", "/in", "/out"}
 
 
 class Site:
-    """A process that runs each case in a child of its own, so that Django is started once."""
+    """A process that runs each case in a separate child, so that Django is started only once."""
 
     def __init__(self, home: Path) -> None:
         self._home = home
@@ -62,7 +62,7 @@ class Site:
         )  # fmt: skip
 
     def __call__(self, script: str, middleware: list[str] | None = None, **options: Any) -> dict[str, Any]:
-        """Run a script; return what it recorded, what it left in `result`, and its log."""
+        """Run a script; return its records, its `result`, and its log."""
         self._cases += 1
         file = self._home / f"{self._cases}.json"
         settings: dict[str, Any] = {"SPOOL": options}

@@ -1,4 +1,4 @@
-"""The label of an endpoint is the template of its route or one of three words, never what a client typed."""
+"""The label of an endpoint is the template of its route or one of three words, never the client's path."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def plain(request: Request) -> PlainTextResponse:
 
 
 class Copies:
-    """A middleware that gives a copy of the scope to what is inside."""
+    """A middleware that passes a copy of the scope to the inner application."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -317,7 +317,7 @@ def test_an_application_that_cannot_be_looked_into_is_served_nonetheless(
     emitter: Emitter, recorded: Recorder
 ) -> None:
     class Proxy:
-        """As a proxy of werkzeug is outside of a request."""
+        """An object like werkzeug's proxies outside a request."""
 
         def __getattr__(self, name: str) -> Any:
             raise RuntimeError(name)
@@ -473,7 +473,7 @@ EXCLUDED = {
 
 @pytest.mark.parametrize("exclude", [["/", "/health"], ("/", "/health/"), {"/", "/health"}])
 @pytest.mark.parametrize("root", ["", "/api"])
-def test_paths_and_what_is_below_them_are_left_alone_wherever_a_proxy_serves_them(
+def test_excluded_paths_and_what_is_below_them_have_no_metrics_behind_any_proxy(
     emitter: Emitter, recorded: Recorder, exclude: Any, root: str
 ) -> None:
     app = TestClient(
@@ -531,7 +531,7 @@ def test_two_middlewares_count_once(emitter: Emitter, recorded: Recorder) -> Non
 def test_a_middleware_of_a_mounted_wsgi_application_does_not_count_again(
     emitter: Emitter, recorded: Recorder, binds: bool
 ) -> None:
-    """Also where a task of its own, which has bound something, runs the application."""
+    """Also if a separate task, which has bound values, runs the application."""
     from starlette.middleware.wsgi import WSGIMiddleware
 
     def simple(environ: Any, start: Any) -> list[bytes]:
@@ -612,7 +612,7 @@ def test_events_of_an_exception_handler_keep_their_user_and_its_status_is_counte
 def test_a_middleware_that_handles_exceptions_keeps_its_right_to(
     emitter: Emitter, recorded: Recorder
 ) -> None:
-    """Also in the first request, in which it is around the middleware still."""
+    """Also in the first request, when it is still around our middleware."""
     app = Starlette(routes=[])
 
     async def fails(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""The catalogue of events, its helpers, the decorator, timers, and the recorder that tests of users have."""
+"""The catalogue of events, its helpers, the decorator, timers, and the recorder for users' tests."""
 
 from __future__ import annotations
 

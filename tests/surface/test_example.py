@@ -1,4 +1,4 @@
-"""The example application under uvicorn with four workers: what its clients did is what Postgres has."""
+"""The example application under uvicorn with four workers: Postgres has the events of its clients."""
 
 from __future__ import annotations
 

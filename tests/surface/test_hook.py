@@ -1,4 +1,4 @@
-"""`before_emit` may change or drop an event; what it gets wrong drops and counts."""
+"""`before_emit` may change or drop an event; if it fails, the event is dropped and counted."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_what_a_signal_handler_raises_in_it_reaches_the_application(emitter: Emi
 def test_it_is_given_at_construction_and_removed_later(tmp_path: Any) -> None:
     emitter = Emitter(tmp_path, before_emit=lambda event: None)
     assert emit(emitter) is None
-    emitter.prepare()  # which rehearses
+    emitter.prepare()  # it runs the code of an emit
     emitter.before_emit = None
     assert emit(emitter) is not None
     emitter.close()
@@ -159,4 +159,4 @@ def test_it_is_given_at_construction_and_removed_later(tmp_path: Any) -> None:
 def test_an_emitter_without_it_has_the_class_that_knows_nothing_of_it(emitter: Emitter) -> None:
     assert type(emitter) is Emitter
     with pytest.raises(TypeError, match="before_emit must be a function of an event, not int"):
-        emitter.before_emit = 3  # type: ignore[assignment]  # as an application without a type checker
+        emitter.before_emit = 3  # type: ignore[assignment]  # like an application without a type checker

@@ -1,4 +1,4 @@
-"""What is bound when a job is sent travels with it, and nothing outlives it."""
+"""A job carries the context in which it was sent, and nothing bound outlives the job."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ USER = uuid.uuid4()
 
 @pytest.fixture
 def logger(request: pytest.FixtureRequest) -> Iterator[logging.Logger]:
-    """A logger of its own, at level INFO, without the root's handlers."""
+    """Yield a separate logger at level INFO, without the root's handlers."""
     made = logging.getLogger(f"family.{request.node.name}")
     made.setLevel(logging.INFO)
     made.propagate = False
@@ -92,7 +92,7 @@ def test_the_reports_of_the_package_are_never_events(emitter: Emitter, recorded:
     assert not recorded.records
 
 
-def test_a_structlog_entry_with_the_key_is_an_event_and_goes_on_without_it(
+def test_a_structlog_entry_with_the_key_is_an_event_and_continues_without_it(
     emitter: Emitter, recorded: Recorder
 ) -> None:
     structlog = pytest.importorskip("structlog")

@@ -1,4 +1,4 @@
-"""What is in an event's metadata beside its own: extra keys, trace ids and process-wide defaults."""
+"""Metadata added to an event: extra keys, trace ids and process-wide defaults."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_an_invalid_traceparent_has_none(header: str | None) -> None:
 
 def test_the_current_span_comes_before_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = pytest.importorskip("opentelemetry.trace")
-    assert trace_id(f"00-{TRACE}-{SPAN}-01") == TRACE  # imported, and there is no span
+    assert trace_id(f"00-{TRACE}-{SPAN}-01") == TRACE  # imported, but without a span
     context = trace.SpanContext(5, 6, is_remote=False)
     with trace.use_span(trace.NonRecordingSpan(context)):
         assert trace_id(f"00-{TRACE}-{SPAN}-01") == f"{5:032x}"

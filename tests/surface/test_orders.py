@@ -1,8 +1,8 @@
-"""Whatever the order of requests and jobs, each event carries the identity of its own, or none.
+"""Whatever the order of requests and jobs, each event has its own identity or none.
 
-Requests of users and of nobody, some to an excluded path, and the jobs that they send are interleaved: ASGI
-requests as tasks of one event loop, WSGI requests and jobs on four threads that serve whoever comes next. Each
-event says in its metadata whom it must be about.
+Requests with and without users, some to an excluded path, and their jobs are interleaved: ASGI requests as
+tasks of one event loop, WSGI requests and jobs on four shared threads. The metadata of each event has its
+expected user.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LONG = 20_000
 
 @dataclass(frozen=True)
 class Work:
-    """One request: how it comes in, whether somebody is logged in, and which job it sends, if any."""
+    """A request: its interface, whether a user is logged in, and the job that it sends, if any."""
 
     kind: str
     known: bool
@@ -52,7 +52,7 @@ WORK = st.builds(
 
 
 class Site:
-    """An application behind both middlewares, with threads that serve requests and jobs as they come."""
+    """An application behind both middlewares, with threads that serve requests and jobs."""
 
     def __init__(self, emitter: Emitter, works: Sequence[Work], threads: ThreadPoolExecutor) -> None:
         self.emitter = emitter
@@ -66,7 +66,7 @@ class Site:
         self.emitter.emit_event(event_type="acted", metadata={"number": number, "expected": user})
 
     def log_in(self, number: int) -> str | None:
-        """Act as nobody, then as the user, and send the job. Return the user."""
+        """Emit without a user, then as the user, and send the job. Return the user."""
         self.emit(number, None)
         user = str(uuid.UUID(int=number + 1)) if self.works[number].known else None
         if user is not None:
@@ -82,14 +82,14 @@ class Site:
         siblings = range(self.works[number].siblings)
         tasks = [asyncio.create_task(self.sibling(number, user, other)) for other in siblings]
         for _pause in range(self.works[number].pauses):
-            await asyncio.sleep(0)  # another request is next
+            await asyncio.sleep(0)  # let another request run
             self.emit(number, user)
         await asyncio.gather(*tasks)
         await send({"type": "http.response.start", "status": 200})
         await send({"type": "http.response.body"})
 
     async def sibling(self, number: int, user: str | None, other: int) -> None:
-        """Act for who is logged in, and then for a user of its own, as a task that works off a list of users."""
+        """Emit for the logged-in user, then for a different user, like a task that processes a list of users."""
         await asyncio.sleep(0)
         self.emit(number, user)
         own = str(uuid.UUID(int=(number + 1) << 8 | other))
@@ -128,7 +128,7 @@ class Site:
     def _consume(self, environ: dict[str, Any]) -> None:
         response = self.wsgi(environ, lambda *_: None)
         list(response)
-        response.close()  # type: ignore[attr-defined]  # as a server does with what has it
+        response.close()  # type: ignore[attr-defined]  # like a server, if the response has `close`
         assert in_force() is None
 
 
@@ -162,7 +162,7 @@ def celery_job(site: Site, number: int, user: str | None, values: Any) -> None:
 
 
 def rq_job(site: Site, number: int, user: str | None, values: Any) -> None:
-    with scope(**arrived(values)):  # what spool.rq.Job.perform does
+    with scope(**arrived(values)):  # like spool.rq.Job.perform
         _act(site, number, user)
     assert in_force() is None
 
@@ -219,7 +219,7 @@ def test_no_event_of_20_000_requests_carries_another_identity(tmp_path: Path) ->
 def test_the_check_finds_a_scope_that_inherits_who_was_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fault that the property is about, put back: a job that keeps what its thread had bound."""
+    """Reintroduce the fault: a job that inherits the context of its thread."""
 
     def leaking(site: Site, number: int, user: str | None, _: Any) -> None:
         begin()

@@ -1,4 +1,4 @@
-"""What a test records is recorded, and nothing of it reaches the spool, whatever the application calls."""
+"""A test records everything that the application emits, and nothing reaches the spool."""
 
 from __future__ import annotations
 

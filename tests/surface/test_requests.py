@@ -26,7 +26,7 @@ USER = uuid.uuid4()
 
 
 def labels(recorded: Recorder, name: str = "api_request_count") -> list[tuple[str, str, str]]:
-    """Endpoint, method and status of each metric of a name."""
+    """Return endpoint, method and status of each metric with a name."""
     return [tuple(each["labels"].values()) for each in recorded.of(name)]
 
 
@@ -118,7 +118,7 @@ def test_who_a_dependency_found_is_in_the_events_of_the_endpoint_and_of_its_back
 def test_a_block_in_a_sync_dependency_or_a_sync_stream_never_fails_a_request(
     emitter: Emitter, recorded: Recorder
 ) -> None:
-    """FastAPI runs each part of both in a copy of the context of its own."""
+    """FastAPI runs each part of both in a separate copy of the context."""
 
     def dependency() -> Iterator[None]:
         with bind(user_id=USER, family_unit_id=USER):
@@ -158,7 +158,7 @@ def test_a_request_that_is_given_up_in_another_context_ends_quietly(
         request.send(None)
 
     asyncio.run(begin())
-    request.close()  # as the garbage collector does
+    request.close()  # like the garbage collector
     assert labels(recorded) == [("unmatched", "GET", "499")]
 
 
@@ -173,20 +173,20 @@ def test_an_exception_of_the_application_is_counted_and_raised_unchanged(
     assert labels(recorded) == [("/fails", "GET", "500")] * 2
 
 
-def test_websockets_and_lifespan_are_left_alone(emitter: Emitter, recorded: Recorder) -> None:
+def test_websockets_and_lifespan_have_no_metrics(emitter: Emitter, recorded: Recorder) -> None:
     with TestClient(fastapi(emitter)) as client, client.websocket_connect("/socket") as socket:
         assert socket.receive_text() == "hello"
     assert not recorded.records
 
 
 def is_prepared(emitter: Emitter) -> bool:
-    """Whether a segment and the housekeeping thread are ready, and nothing was written yet."""
+    """Whether a segment and the housekeeping thread exist, and no line is written yet."""
     segments = list(emitter.settings.directory.glob("*.open"))
     return len(segments) == 1 and emitter._housekeeper._running is not None and not emitter.stats().segments
 
 
 def test_no_request_pays_for_the_first_segment_under_asgi(emitter: Emitter) -> None:
-    with TestClient(fastapi(emitter)) as client:  # the lifespan has begun, no request has
+    with TestClient(fastapi(emitter)) as client:  # the lifespan has started, but no request
         assert is_prepared(emitter)
         assert client.get("/api/families/7/feed").json() == 7
     assert emitter.stats().emitted == 2
@@ -339,7 +339,7 @@ def django(emitter: Emitter) -> Any:
 
 
 class Client:
-    """Calls a WSGI application as a server does."""
+    """Calls a WSGI application like a server."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -347,7 +347,7 @@ class Client:
     def get(
         self, path: str, request_id: str | None = None, pieces: int | None = None
     ) -> tuple[str, Any, bytes]:
-        """Return status, headers and body; after so many pieces the client goes away."""
+        """Return status, headers and body; the client disconnects after the given number of pieces."""
         from werkzeug.test import EnvironBuilder
 
         environ = EnvironBuilder(path).get_environ()

@@ -1,4 +1,4 @@
-"""An event carries the right person or none: no identity outlives its request."""
+"""An event has the right person or none: no identity outlives its request."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def ignored(_: asgi.Message) -> None: ...
 
 
 def served(tmp_path: Path, app: asgi.Application) -> list[dict[str, Any]]:
-    """The events of one request."""
+    """Return the events of one request."""
     with closing(Emitter(tmp_path, identity="optional")) as made, record(made) as recorder:
         wrapped = asgi.AnalyticsMiddleware(app, emitter=made)
         request: asgi.Message = {"type": "http", "path": "/", "method": "GET", "headers": []}
@@ -130,7 +130,7 @@ def test_sibling_tasks_of_one_request_never_mix_users(tmp_path: Path, concurrent
 
 def test_a_task_of_a_request_carries_its_own_user_into_its_tasks_and_threads(tmp_path: Path) -> None:
     async def app(scope: asgi.Message, _receive: asgi.Receive, _send: asgi.Send) -> None:
-        async def within() -> None:  # as the application is behind Starlette's BaseHTTPMiddleware
+        async def within() -> None:  # like an application behind Starlette's BaseHTTPMiddleware
             await asyncio.to_thread(update, user_id=USER)
             scope["emit"](event_type="seen")
             update(role="parent")

@@ -1,4 +1,4 @@
-"""Every status and label of 13 kinds of request, per framework and per server, beside what the client saw."""
+"""The status and label of 13 kinds of request, per framework and server, compared with the client's view."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PREFLIGHT = {"Origin": "https://family.example", "Access-Control-Request-Method"
 
 @dataclass(frozen=True)
 class Kind:
-    """A request, and the label of its endpoint."""
+    """A kind of request, and the label of its endpoint."""
 
     path: str
     label: str
@@ -70,7 +70,7 @@ EXCEPTIONS = {
 
 @dataclass(frozen=True)
 class Server:
-    """A server, and how it is started."""
+    """A server and its command line."""
 
     command: Callable[[int], list[str]]
     interface: str
@@ -109,14 +109,14 @@ SHORT = {"uvicorn", "waitress"}
 
 
 class Site:
-    """A server that runs, and the metrics of what it served."""
+    """A running server and the metrics of its requests."""
 
     def __init__(self, port: int, spool: Path) -> None:
         self.port = port
         self._spool = spool
 
     def requests(self) -> list[tuple[str, str, str]]:
-        """Return endpoint, method and status of every request so far."""
+        """Return endpoint, method and status of all requests so far."""
         files = [*self._spool.glob("*.ndjson"), *self._spool.glob("*.open")]
         try:
             found = [line for file in sorted(files) for line in file.read_bytes().split(b"\n")[:-1]]
@@ -126,18 +126,18 @@ class Site:
         return [(each["endpoint"], each["method"], each["status"]) for each in labels]
 
     def send(self, framework: str, kind: Kind) -> tuple[str, str | None]:
-        """Return the status that the client saw, and the id of the request."""
+        """Return the status received by the client, and the id of the request."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANGS_AFTER)
         headers = {"X-Framework": framework, "X-Request-ID": "r1", **kind.headers}
         connection.request(kind.method, kind.path, kind.body, headers)
         answer = connection.getresponse()
-        with suppress(http.client.IncompleteRead, ConnectionError):  # of a body that breaks
+        with suppress(http.client.IncompleteRead, ConnectionError):  # of an aborted body
             answer.read()
         connection.close()
         return str(answer.status), answer.getheader("X-Request-ID")
 
     def seen(self, before: int) -> tuple[str, str, str]:
-        """Wait for the metric of one more request."""
+        """Wait for the metrics of one more request."""
         eventually(lambda: len(self.requests()) > before, 30)
         (one,) = self.requests()[before:]
         return one
@@ -167,7 +167,7 @@ def serving(server: Server, home: Path) -> Iterator[Site]:
 
 
 def answers(port: int) -> bool:
-    """Whether it answers a request that belongs to no framework, and so is not counted."""
+    """Whether it responds to a request that belongs to no framework, and so is not counted."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HANGS_AFTER)
     try:
         connection.request("GET", "/")

@@ -1,4 +1,4 @@
-"""Settings: what is invalid is refused where an emitter is made, and never inside a request."""
+"""Invalid settings are refused when an emitter is created, and never inside a request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INVALID = {
 @pytest.mark.parametrize(
     ("variable", "value"), [(name, value) for name, all_ in INVALID.items() for value in all_]
 )
-def test_an_invalid_variable_is_named_where_an_emitter_is_made(
+def test_an_invalid_variable_is_named_when_an_emitter_is_created(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -45,7 +45,7 @@ def test_an_invalid_variable_is_named_where_an_emitter_is_made(
     ],
     ids=shown,
 )  # fmt: skip
-def test_an_invalid_argument_is_named_where_an_emitter_is_made(given: dict[str, Any]) -> None:
+def test_an_invalid_argument_is_named_when_an_emitter_is_created(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(given))} must be "):
         Emitter(**given)
 

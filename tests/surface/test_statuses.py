@@ -1,4 +1,4 @@
-"""The status of a request is what the client was sent; 499 if it went away, 500 if nobody answered."""
+"""The status of a request is the one sent; 499 if the client disconnected, 500 if there was no response."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 def statuses(recorded: Recorder) -> tuple[list[str], list[str]]:
-    """Of the requests, and of those that are counted as errors."""
+    """Return the statuses of all requests, and of those counted as errors."""
     return (
         [each[2] for each in labels(recorded)],
         [each[2] for each in labels(recorded, "api_request_error_count")],
@@ -49,7 +49,7 @@ def sends(*messages: dict[str, Any], error: BaseException | None = None) -> Appl
 def serve(
     app: Application, emitter: Emitter, *, arrives: Iterable[dict[str, Any]] = (), breaks: bool = False
 ) -> list[dict[str, Any]]:
-    """Serve one request as a server does; what it sends fails with OSError if the connection breaks."""
+    """Serve one request like a server; sending fails with OSError if the connection breaks."""
     sent: list[dict[str, Any]] = []
     messages = iter(arrives)
 
@@ -156,7 +156,7 @@ def test_an_upload_that_the_client_aborts_is_a_499_whatever_is_answered_then(
         return next(messages)
 
     async def send(message: Any) -> None:
-        """As servers do for a connection that is closed."""
+        """Send to a closed connection, like servers."""
 
     scope = {"type": "http", "method": "POST", "path": "/upload", "headers": [], "query_string": b""}
     with pytest.raises(ClientDisconnect):
@@ -175,7 +175,7 @@ def test_a_client_that_is_gone_while_it_is_sent_to_is_a_499(emitter: Emitter, re
 def test_a_client_that_leaves_with_the_last_of_the_announced_bytes_has_them(
     emitter: Emitter, recorded: Recorder, length: bytes, status: str
 ) -> None:
-    """As the clients of Quart do, which announces the length and sends an empty piece at the end."""
+    """Quart announces the length and sends an empty piece at the end, which its clients do not wait for."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({**START, "headers": [(b"Content-Length", length)]})
@@ -317,7 +317,7 @@ def test_the_servers_own_file_wrapper_reaches_it(emitter: Emitter, recorded: Rec
 def test_a_file_that_the_server_recognizes_by_itself_is_left_as_it_is(
     emitter: Emitter, recorded: Recorder
 ) -> None:
-    """The wrapper of uWSGI is a function that returns the file, which it compares with what the application returns."""
+    """The wrapper of uWSGI is a function that returns the file, which it compares with the application's result."""
 
     class File:
         __slots__ = ()
@@ -402,7 +402,7 @@ def test_a_server_that_knows_the_number_of_pieces_may_ask_for_no_more(
 
 
 class Upload(io.RawIOBase):
-    """The input of a server whose client sends half of what it announced."""
+    """The input of a server whose client sends half of the announced bytes."""
 
     def __init__(self, sent: bytes, error: bool) -> None:
         self._sent = io.BytesIO(sent)

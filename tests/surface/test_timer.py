@@ -1,4 +1,4 @@
-"""`@timer` measures whatever a call makes, and never replaces an exception of the application."""
+"""`@timer` measures results of every kind, and never replaces an exception of the application."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class AsyncCallable:
 
 
 def hidden(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that does not show what it decorates."""
+    """A decorator that hides the decorated function."""
     return lambda *args: function(*args)
 
 

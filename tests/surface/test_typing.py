@@ -1,4 +1,4 @@
-"""A type checker finds a wrong call, and an editor completes a right one: mypy and pyright over the same samples."""
+"""Type checkers find invalid calls, and editors complete valid ones: mypy and pyright on the same samples."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ BAD = [
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project of somebody who uses the package: one module of right calls, one of wrong ones."""
+    """Return a user's project: one module of valid calls, one of invalid ones."""
     directory = tmp_path_factory.mktemp("project")
     (directory / "good.py").write_text(IMPORTS + GOOD)
     (directory / "bad.py").write_text(HEAD + "\n".join(BAD) + "\n")
@@ -159,7 +159,7 @@ def missed(lines: set[int]) -> list[str]:
 
 
 def without_network() -> dict[str, str]:
-    """The package from PyPI holds all of pyright: it is not asked whether there is a newer one."""
+    """Return an environment in which pyright, complete in its PyPI package, does not check for a newer version."""
     return {**os.environ, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
 
 
@@ -167,7 +167,7 @@ def without_network() -> dict[str, str]:
 
 
 class LanguageServer:
-    """Pyright's, as an editor speaks with it (https://microsoft.github.io/language-server-protocol)."""
+    """Pyright's language server, used like by an editor (https://microsoft.github.io/language-server-protocol)."""
 
     def __init__(self, directory: Path) -> None:
         command = [
@@ -215,7 +215,7 @@ class LanguageServer:
                 self._answer(message)
 
     def _answer(self, question: dict[str, Any]) -> None:
-        """Answer what the server asks the editor: settings, of which the interpreter is the only one."""
+        """Respond to the server's request for settings, with the interpreter as the only one."""
         items = question.get("params", {}).get("items", [])
         settings = [
             {"pythonPath": sys.executable} if each.get("section") == "python" else None for each in items
@@ -231,7 +231,7 @@ class LanguageServer:
         return message
 
     def completions(self, directory: Path, text: str) -> set[str]:
-        """The names that are offered at the end of the text of a new file."""
+        """Return the completions at the end of the text of a new file."""
         file = directory / f"new{self._number}.py"
         document = {"uri": file.as_uri(), "languageId": "python", "version": 1, "text": text}
         self.notify("textDocument/didOpen", {"textDocument": document})
@@ -243,7 +243,7 @@ class LanguageServer:
         return {each["label"] for each in (found["items"] if isinstance(found, dict) else found)}
 
     def close(self) -> None:
-        """Kill it: after `exit` it needs some twenty seconds to end."""
+        """Kill it, because it takes about twenty seconds to exit after `exit`."""
         self._deadline.cancel()
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

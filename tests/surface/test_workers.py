@@ -1,7 +1,8 @@
-"""What is bound travels with jobs through a real Redis to workers that fork, whatever their order.
+"""Jobs carry their context through a real Redis to forking workers, whatever their order.
 
-Jobs of users and of nobody are interleaved; each binds somebody else at its end, and some fail and are tried
-again. 20,000 jobs of each with `pytest -m long`; without it, 20 of RQ (test_jobs.py has Celery without Redis).
+Jobs with and without users are interleaved; each binds a different user at its end, and some fail and are
+retried. 20,000 jobs of each with `pytest -m long`; without it, 20 of RQ (test_jobs.py has Celery without
+Redis).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def work(self, number):
 
 
 def bound(number: int) -> dict[str, Any]:
-    """Return what is bound where a job is sent: every second one is nobody's."""
+    """Return the context in which a job is sent; every second job has no user."""
     if number % 2:
         return {}
     user = uuid.UUID(int=number + 2)
@@ -105,7 +106,7 @@ def redis_socket() -> Iterator[str]:
 
 @contextmanager
 def workers(home: Path, tasks: str, socket: str, *command: str, count: int) -> Iterator[Path]:
-    """Run workers of a module of tasks, and yield their spool."""
+    """Run workers for a module of tasks, and yield their spool."""
     (home / "tasks.py").write_text(tasks)
     variables = environment(
         SPOOL_DIR=str(home / "spool"), SPOOL_IDENTITY="optional", REDIS_SOCKET=socket,
@@ -120,14 +121,14 @@ def workers(home: Path, tasks: str, socket: str, *command: str, count: int) -> I
 
 
 def check_drops(directory: Path, drops: int) -> None:
-    """Every dropped line is reported, whatever way the process ended that dropped it."""
+    """Check that every dropped line is reported, however its process ended."""
     reports = [line for line in lines(directory) if line.get("metric_name") == DROPPED_METRIC]
     assert {line["labels"]["name"] for line in reports} == {"lost"}
     assert sum(line["value"] for line in reports) == drops
 
 
 def check(directory: Path, name: str, jobs: int) -> None:
-    """Every job emitted once, about who was bound where it was sent."""
+    """Check that every job emitted once, with the user bound when it was sent."""
     events = [line for line in lines(directory) if line.get("event_type") == name]
     assert sorted(event["metadata"].pop("number") for event in events) == list(range(jobs))
     expected = {}

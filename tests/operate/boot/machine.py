@@ -1,4 +1,5 @@
-"""A Debian with systemd as process 1, in namespaces of its own: made by debootstrap, booted by systemd-nspawn(1).
+"""A Debian machine with systemd as process 1, in its own namespaces: made by debootstrap, booted by
+systemd-nspawn(1).
 
 It shares the kernel with the host and nothing else: no network, its own files, users, processes and service
 manager. It runs below one process of the test, in a mount and a PID namespace: its processes and mounts end with that
@@ -27,14 +28,15 @@ MADE_BEFORE: Final = "TEST_DEBIAN_ROOT"
 """The environment variable that names a directory in which debootstrap has made such a system."""
 _TOOLS: Final = ("debootstrap", "systemd-nspawn", "nsenter", "setpriv", "unshare")
 _REBOOT: Final = 133
-"""The exit code of `systemd-nspawn --keep-unit` if the machine is to be started again (its source, `run_container`)."""
+"""The exit code of `systemd-nspawn --keep-unit` if the machine is to be started again (its source,
+`run_container`)."""
 _SETTLED: Final = ("running", "degraded")
 _HIERARCHIES: Final = tuple(Path("/sys/fs/cgroup", name) for name in ("systemd", "unified", ""))
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def obstacle() -> str:
-    """Return why no machine can be booted here; empty if one can."""
+    """Return why no machine can be booted here, or "" if one can."""
     if os.geteuid() != 0:
         return "only root boots a machine"
     missing = [name for name in _TOOLS if shutil.which(name) is None]
@@ -53,7 +55,7 @@ def make_root(directory: Path) -> None:
 
 
 def _mirror() -> list[str]:
-    """The first mirror that apt has for the release; without one, debootstrap has its own."""
+    """Return apt's first mirror for the release, or debootstrap's default."""
     found = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", f"Codename: {SUITE}"],
         capture_output=True,
@@ -75,7 +77,7 @@ class Machine:
         self._leader = 0
 
     def boot(self) -> None:
-        """Start it, and wait until the service manager has started everything."""
+        """Start the machine, and wait until the service manager has started everything."""
         for cgroup in self._cgroups:
             cgroup.mkdir(exist_ok=True)
         dying_with_us = ["setpriv", "--pdeathsig=KILL"]
@@ -120,7 +122,7 @@ class Machine:
         self.boot()
 
     def close(self) -> None:
-        """End it and everything in it. It may not have been booted."""
+        """Stop the machine and everything in it, even if it was not booted."""
         if self._process is not None:
             # The process is the parent of process 1 of a PID namespace, which ends with it (--kill-child).
             self._process.kill()
@@ -147,7 +149,7 @@ class Machine:
         deadline = time.monotonic() + seconds
         while (printed := self(command, code=None).strip()) != expected:
             assert time.monotonic() < deadline, f"{command}: {printed}, not {expected}\n{self._state()}"
-            time.sleep(0.2)  # between two looks: each starts several processes
+            time.sleep(0.2)  # between two checks: each starts several processes
 
     def _state(self) -> str:
         return self("systemctl status --no-pager 'analytics-loader*'; journalctl -n 60 --no-pager", code=None)
@@ -165,14 +167,14 @@ def booted(root: Path, shared: Path) -> Iterator[Machine]:
 
 
 def _children(pid: int) -> list[int]:
-    """The children of a process (proc_pid_children(5))."""
+    """Return the children of a process (proc_pid_children(5))."""
     with contextlib.suppress(OSError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
 
 
 def _is_removed(cgroup: Path) -> bool:
-    """Remove a control group and those below it, once their processes have ended; return whether it is gone."""
+    """Remove a control group and those below it, once their processes have ended; return whether this succeeded."""
     with contextlib.suppress(OSError):
         for directory, _, _ in os.walk(cgroup, topdown=False):
             Path(directory).rmdir()

@@ -1,4 +1,7 @@
-"""Headless Chromium, driven through a pipe by its own protocol (https://chromedevtools.github.io/devtools-protocol)."""
+"""Headless Chromium, driven through a pipe by its own protocol.
+
+https://chromedevtools.github.io/devtools-protocol
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from typing import Any, Final
 PROGRAM: Final = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
 )
-# Chromium's own calls (updates, accounts) would be taken for requests of the page.
+# Chromium's own requests (updates, accounts) would be mistaken for requests of the page.
 _FLAGS: Final = (
     "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking",
     "--disable-component-update", "--disable-dev-shm-usage", "--no-first-run", "--remote-debugging-pipe",
@@ -24,7 +27,7 @@ _FLAGS: Final = (
 
 
 class Page:
-    """A tab, what it requested and what it wrote to the console."""
+    """A tab with its requests and console messages."""
 
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read, self._waiting, self._last = write, read, b"", 0
@@ -37,7 +40,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> Any:
-        """Call and return the result; note the events that come in between."""
+        """Call and return the result; record events received in between."""
         self._last += 1
         message: dict[str, Any] = {"id": self._last, "method": method, "params": parameters}
         if self._session:
@@ -66,7 +69,7 @@ class Page:
             self._note(received)
 
     def evaluate(self, expression: str) -> Any:
-        """Return the value of an expression, also of a promise."""
+        """Return the value of an expression or promise."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
@@ -101,7 +104,7 @@ class Page:
 
 @contextmanager
 def browser() -> Iterator[Page]:
-    """Run Chromium with a profile of its own. It reads commands from descriptor 3 and answers on 4."""
+    """Run Chromium with a new profile. It reads commands from descriptor 3 and replies on 4."""
     assert PROGRAM is not None
     commands, write = os.pipe()
     read, answers = os.pipe()

@@ -1,4 +1,4 @@
-"""A database with two months of synthetic use, names that are attacks, and rows that came through a spool."""
+"""A database with two months of synthetic history, names with attacks, and rows loaded from a spool."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class World:
 
 
 class Ended:
-    """What a command printed."""
+    """The output of a command."""
 
     def __init__(self, process: subprocess.CompletedProcess[str]) -> None:
         self.code, self.out, self.err = process.returncode, process.stdout, process.stderr
@@ -49,7 +49,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Reader:
-    """The command line as the role that may only read."""
+    """The command line as a read-only role."""
 
     world: World
 
@@ -66,7 +66,7 @@ class Reader:
         return Ended(ended)
 
     def inside(self, *arguments: str | Path) -> Ended:
-        """The same in this process, which is faster: for what does not depend on a terminal."""
+        """Run a command in this process, which is faster, for tests that do not depend on a terminal."""
         out, err, code = io.StringIO(), io.StringIO(), 0
         words = [*map(str, arguments), "--dsn", make_conninfo(self.world.dsn, user=READER)]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -96,7 +96,7 @@ def world(one_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def _load(dsn: str, home: Path) -> None:
-    """The history by backfill, and lines of now through a spool; two are dropped and one is rejected."""
+    """Load the history by backfill, and current lines from a spool; two are dropped and one is rejected."""
     history, spool = home / "history.ndjson", home / "spool"
     with history.open("wb") as file:
         file.writelines(month.lines(datetime.now(UTC), families=70, seed=7))
@@ -118,7 +118,7 @@ def _load(dsn: str, home: Path) -> None:
 
 
 def _attack(connection: Connection) -> None:
-    """Rows whose names are an attack, and two unusual hours, added behind the loader's back and marked, as everybody must."""
+    """Insert rows with attacks as names, and two unusual hours, without the loader but with the required marks."""
     connection.execute(
         "INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id, metadata) "
         "SELECT gen_random_uuid(), %s, now() - n * interval '20 minutes', md5('x')::uuid, md5('x')::uuid, "

@@ -1,8 +1,8 @@
 """Grafana's macros and variables, expanded as Grafana does, so that a panel's SQL runs without it.
 
 The front end replaces variables and $__interval; the back end expands macros:
-pkg/tsdb/grafana-postgresql-datasource/macros.go
-and pkg/tsdb/sqleng. What is unknown, or left over, raises, as it would on the dashboard.
+pkg/tsdb/grafana-postgresql-datasource/macros.go and pkg/tsdb/sqleng. Unknown or remaining ones raise an
+error, as on the dashboard.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MACRO: Final = re.compile(r"\$(__\w+)\(([^)]*)\)")
 
 
 def seconds(text: str) -> float:
-    """The length of an interval such as 5m or '1h'."""
+    """Return the length of an interval such as 5m or '1h'."""
     parts = re.fullmatch(r"'?(\d+(?:\.\d+)?)(ms|[smhdwMy])'?", text.strip())
     if parts is None:
         raise ValueError(f"not an interval: {text}")

@@ -1,4 +1,4 @@
-"""`loader ask`: right at 80 columns and in a pipe, JSON and CSV, one clear line for what cannot be asked."""
+"""`loader ask`: output at 80 columns and in a pipe, JSON and CSV, and one clear line for an invalid question."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def arguments(world: World, name: str) -> list[str]:
 
 
 def on_a_terminal(world: World, *words: str, columns: int = 80) -> str:
-    """What a terminal of that width gets."""
+    """Return the output on a terminal of that width."""
     primary, secondary = pty.openpty()
     ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     variables = environment(LOADER_DSN=make_conninfo(world.dsn, user=READER), TERM="xterm-256color")
@@ -157,13 +157,13 @@ def test_a_name_that_is_an_attack_is_shown_and_not_obeyed(reader: Reader, world:
         (["trend", "--tz", "../../etc/passwd"], "is not a time zone"),
         (["trend", "--bucket", "fortnight"], "fortnight"),
         (["trend", "--bucket", "hour", "--since", "2020-01-01"], "more than 5000 hours"),
-        (["trend", "--json", "--csv"], "exclude each other"),
+        (["trend", "--json", "--csv"], "are mutually exclusive"),
         (["trend", "--nothing"], "No such option"),
         (["funnel"], "Missing argument"),
-        (["funnel", "a", "--within", "soon"], '--within "soon" is not a length of time'),
+        (["funnel", "a", "--within", "soon"], '--within "soon" is not a duration'),
         (["funnel", *"abcdefghijklm"], "at most 12 steps, not 13"),
         (["user", "somebody"], "not a valid UUID"),
-        (["sessions", "--gap", "0m"], "is not a length of time"),
+        (["sessions", "--gap", "0m"], "is not a duration"),
         (["retention", "--periods", "0"], "--periods"),
         (["nothing"], "No such command"),
     ],
@@ -243,7 +243,7 @@ def test_a_date_is_local_midnight_and_an_age_in_hours_is_exact(text: str, expect
         ("Australia/Lord_Howe", datetime(2026, 4, 5), "2026-04-04T13:00:00+00:00"),
     ],
 )
-def test_midnight_where_clocks_skip_or_repeat_it(zone: str, day: datetime, expected: str) -> None:
+def test_midnight_if_clocks_skip_or_repeat_it(zone: str, day: datetime, expected: str) -> None:
     assert midnight(day.date(), ZoneInfo(zone)).astimezone(UTC).isoformat() == expected
 
 
@@ -285,7 +285,7 @@ def test_a_sparkline_is_never_wider_than_asked() -> None:
 
 @pytest.mark.parametrize("form", [[], ["--csv"], ["--json"]])
 def test_a_reader_that_has_enough_is_no_error(world: World, form: list[str]) -> None:
-    """As `loader ask ... | head`: the answer is shorter than a buffer, or longer."""
+    """Such as `loader ask ... | head`, with an answer shorter or longer than a buffer."""
     for bucket in ("day", "hour"):
         command = [*LOADER, "ask", "trend", "--bucket", bucket, *form]
         asking = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""`loader demo --keep`: what it prints is enough to connect, and Ctrl-C ends all of it."""
+"""`loader demo --keep`: its output is enough to connect, and Ctrl-C stops everything."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def test_the_demo_ends_with_the_page_and_keeps_everything_running_until_a_signal
         printed = ""
         for line in process.stdout:
             printed += line
-            if line.startswith("Page, made anew"):
+            if line.startswith("Page, rendered"):
                 break
         try:
             assert "page without script" in printed, printed
             assert page.read_text("utf-8").startswith("<!doctype html>")
-            (address,) = re.findall(r"^Page, made anew each time: (\S+)", printed, re.MULTILINE)
+            (address,) = re.findall(r"^Page, rendered for each request: (\S+)", printed, re.MULTILINE)
             with urllib.request.urlopen(address) as answer:
                 live = answer.read().decode()
             assert "memory_viewed" in live and "Unusual hours" in live
@@ -41,6 +41,6 @@ def test_the_demo_ends_with_the_page_and_keeps_everything_running_until_a_signal
             rows = subprocess.run(["bash", "-c", ask], env=environment(), capture_output=True, text=True)
             assert rows.returncode == 0 and len(rows.stdout.splitlines()) == 9, rows.stderr
         finally:
-            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+            os.killpg(process.pid, signal.SIGINT)  # like Ctrl-C
             process.communicate(timeout=60)
         assert process.returncode == 0

@@ -1,4 +1,4 @@
-"""`loader export`: other programs read what the tables hold, and NDJSON loads into an empty database."""
+"""`loader export`: other programs can read the exported tables, and NDJSON loads into an empty database."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_day_can_be_exported_again_and_a_day_without_rows_loses_its_file(
 def test_ndjson_into_an_empty_database_gives_equal_rows(reader: Reader, world: World, tmp_path: Path) -> None:
     name = f"again_{uuid.uuid4().hex}"
     events, metrics = tmp_path / "events.ndjson", tmp_path / "metrics.ndjson"
-    # Names that the loader refuses cannot come back; they got into the table behind its back.
+    # Names that the loader refuses cannot be loaded again; they were inserted without the loader.
     with psycopg.connect(world.dsn, autocommit=True) as owner:
         owner.execute("CREATE DATABASE " + name)
     reader("export", events)
@@ -250,16 +250,16 @@ def test_a_device_is_written_to_and_not_replaced(reader: Reader) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["events.xlsx"], "name it .parquet, .csv or .ndjson"),
-        (["-"], "is not known"),
-        (["-", "--format", "parquet"], "standard output takes CSV or NDJSON alone"),
-        (["nowhere/events.csv"], "is not a directory that can be written to"),
+        (["events.xlsx"], "use the suffix .parquet, .csv or .ndjson"),
+        (["-"], "unknown format"),
+        (["-", "--format", "parquet"], "standard output supports only CSV and NDJSON"),
+        (["nowhere/events.csv"], "is not a writable directory"),
         ([".", "--format", "csv"], "is a directory: name a file, or give --by day"),
         (["a.csv", "--since", "2026-01-02", "--until", "2026-01-01"], "is not before --until"),
         (["a.csv", "--column", "metadata.x:blob"], "a type is one of text, float, int, bool"),
         (["a.csv", "--column", "labels.x"], "analytics_events has no labels"),
         (["a.csv", "--column", "metadata.timestamp"], 'two columns would have the name "timestamp"'),
-        (["a.ndjson", "--column", "metadata.x"], "--column is for Parquet and CSV"),
+        (["a.ndjson", "--column", "metadata.x"], "--column requires Parquet or CSV"),
         (["a.csv", "--table", "users"], "users"),
     ],
 )

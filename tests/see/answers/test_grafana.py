@@ -32,7 +32,7 @@ CHOSEN = {
 
 
 def run(world: World, statement: str) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Run a panel's SQL as Grafana does: as a reader, without a time zone of the session's own."""
+    """Run a panel's SQL as Grafana does: as a reader, with the default session time zone."""
     until = datetime.now(UTC)
     sql = expand(statement, until - timedelta(days=30), until, "6h", CHOSEN)
     with psycopg.connect(make_conninfo(world.dsn, user=READER)) as connection:

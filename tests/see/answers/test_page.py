@@ -1,6 +1,6 @@
-"""The report page in a browser: it requests nothing, its figures are SQL's, and everybody can read it.
+"""The report page in a browser: it makes no requests, its figures match SQL, and it is accessible.
 
-SCREENSHOTS=DIR keeps what it looks like. axe-core comes from npm; AXE_CORE=FILE names a copy of axe.min.js.
+SCREENSHOTS=DIR keeps screenshots. axe-core is installed by npm; AXE_CORE=FILE names a copy of axe.min.js.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MANY_ROWS = (
 
 @dataclass(frozen=True)
 class Made:
-    """A page and the range that it is about."""
+    """A page and its range."""
 
     file: Path
     since: datetime
@@ -85,7 +85,7 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def figures(page: Page, name: str) -> list[list[str]]:
-    """The cells of a table of the page, row by row, headings first."""
+    """Return the cells of a table of the page, row by row, headings first."""
     found = page.evaluate(
         f"[...document.querySelectorAll('[data-figures={name}] tr')].map("
         "row => [...row.cells].filter(cell => !cell.hasAttribute('aria-hidden')).map(cell => "
@@ -284,4 +284,4 @@ def test_the_pipeline_is_that_of_the_ledger(made: Made, page: Page, world: World
     assert count(entries["Missing segments"]) == world.number(
         "SELECT count(*) FROM analytics_missing_segments"
     )
-    assert entries["Lag"].endswith(" s") and tiles(page)["Lines not kept"] == "3"
+    assert entries["Lag"].endswith(" s") and tiles(page)["Lines not loaded"] == "3"

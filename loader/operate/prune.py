@@ -102,7 +102,7 @@ class Pruned:
 
 
 class Rows:
-    """The rows older than `age` by the server's clock, that is, from before `before`. Methods raise psycopg.Error.
+    """The rows older than `age`; `before` is the limit by the server's clock. Methods raise psycopg.Error.
 
     Only whole hours of the tables are deleted: rows of the hour that contains `before` are kept until it has passed.
     """

@@ -54,7 +54,7 @@ class Document:
         return re.findall(r"`([^`\n]+)`", self.prose)
 
     def anchors(self) -> set[str]:
-        """Return the anchors that GitHub gives to the headings."""
+        """Return the anchors of the headings, as GitHub forms them."""
         headings = re.findall(r"^#+ (.+)$", self.prose, re.MULTILINE)
         return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -42,7 +42,7 @@ for n in range(100):
 
 @dataclass(frozen=True)
 class Container:
-    """What a container runs, as whom, and with which environment."""
+    """A container: its command, its user and its environment."""
 
     command: tuple[str, ...]
     user: int

@@ -89,7 +89,7 @@ def machine(packages: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactor
         (root / "srv/emit.py").write_text(EMIT)
         with booted(root, packages) as machine:
             machine("runuser -u postgres -- createdb family")
-            # One shell, since the second block goes on in the directory of the first.
+            # One shell, because the second block uses the working directory of the first.
             steps = of_wheel(blocks()["install"], wheel.name) + blocks()["start"] + blocks()["application"]
             machine(f"umask 077; cd /root; set -eu\n{steps}")
             yield machine
@@ -121,7 +121,7 @@ def main_pid(machine: Machine, unit: str = UNIT) -> int:
 
 
 def journal(machine: Machine, since: str) -> str:
-    """What the service has logged since a cursor of the journal."""
+    """Return the log lines of the service since a cursor of the journal."""
     return machine(f"journalctl -u {UNIT} -o cat --no-pager --after-cursor='{since}'")
 
 

@@ -150,7 +150,7 @@ def test_rows_that_were_loaded_are_pruned_and_read_without_what_was_planted(
         owner("ask", *question.split(), "--since", "2019-12-01")
     owner("report")
     owner("rollup", "--rebuild")
-    assert "agree" in owner("rollup", "--verify")
+    assert "match" in owner("rollup", "--verify")
     for form in ("ndjson", "csv", "parquet"):
         owner("export", str(cli.spool.parent / f"events.{form}"))
     assert "events 10" in owner("prune", "--older-than", "1d")

@@ -18,8 +18,8 @@ EVENTS = "SELECT count(*) FROM analytics_events"
 @pytest.mark.parametrize(
     ("version", "words"),
     [
-        (1, "older than this loader's 4: run `loader init`"),
-        (9, "newer than this loader's 4: upgrade the loader"),
+        (1, "older than this loader's 5: run `loader init`"),
+        (9, "newer than this loader's 5: upgrade the loader"),
     ],
 )
 def test_tables_of_another_version_are_told_and_loaded_into(
@@ -34,10 +34,10 @@ def test_tables_of_another_version_are_told_and_loaded_into(
     printed = cli("run", "--once")
     assert words in printed and "events 1" in printed
     if version == 1:
-        assert "version 4, upgraded from version 1" in cli.owner()("init", "--role", "analytics_loader")
+        assert "version 5, upgraded from version 1" in cli.owner()("init", "--role", "analytics_loader")
         assert "schema version" not in cli("run", "--once")
     else:
-        assert "newer than version 4" in cli.owner()("init", code=1)
+        assert "newer than version 5" in cli.owner()("init", code=1)
     assert number(one_connection, EVENTS) == 1
 
 
@@ -68,7 +68,7 @@ def test_two_that_apply_the_schema_at_once_do_not_disturb_each_other(one_server:
         "UPDATE analytics_events SET metadata = '{}'",
         "DELETE FROM analytics_metrics",
         "TRUNCATE analytics_loads",
-        "INSERT INTO analytics_schema (version) VALUES (4)",
+        "INSERT INTO analytics_schema (version) VALUES (5)",
         "DROP TABLE analytics_events",
         "ALTER TABLE analytics_loads DROP CONSTRAINT every_line_is_accounted_for",
         "CREATE TABLE mine (n INT)",

@@ -2,14 +2,15 @@
 
     step                                  a crash here leaves              repaired by
     ------------------------------------  -------------------------------  ------------------------------
-    does the ledger know the digest?      a transaction, rolled back       the next load of the file
+    who was erased? (erasures.py)         a transaction, rolled back       the next load of the file
+    does the ledger know the digest?      the same                         the same
     decode; COPY; staging; isolate        the same                         the same
     marks of touched hours; ledger rows   the same                         the same
     reject files, whole and synced        reject files, no ledger row      written again under their name
     COMMIT                                all of it, or none, or unknown   the ledger knows the digest
 
 What follows (the file is retired) is up to the caller. Every line of a chunk ends as a new row, as a
-duplicate of an equal row or as a reject; the ledger's own CHECK proves the sum in each transaction.
+duplicate of an equal row, as a reject or as erased; the ledger's own CHECK proves the sum in each transaction.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from loader.errors import LoaderError
 from loader.files import rejects
 from loader.files.chunk import Chunk
 from loader.files.rejects import Rejected
-from loader.load import ledger, marks
+from loader.load import erasures, ledger, marks
 from loader.load.counts import Counts, Loaded
 from loader.load.database import Connection, transaction
 from loader.load.insert import insert, insert_lines
 from loader.load.ledger import Entry
-from loader.load.outcome import OVERSIZE, Outcome, decoded, decoded_lines
+from loader.load.outcome import OVERSIZE, Outcome, decoded, decoded_lines, kept_lines
 
 
 def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates: float = 0.0) -> Loaded:
@@ -42,9 +43,10 @@ def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates
     of it: load again, the ledger knows. A chunk that is to be loaded `again` is, whatever the ledger knows.
     """
     with transaction(connection):
+        erased = erasures.current(connection)
         known = ledger.known(connection, [chunk.digest for chunk in batch])
         fresh, repeated = _divide(batch, known)
-        outcomes = insert(connection, fresh, duplicates) if fresh else []
+        outcomes = insert(connection, fresh, duplicates, erased) if fresh else []
         marks.record(connection, outcomes)
         outcomes, overtaken = _record(connection, outcomes, known)
         for outcome in outcomes:
@@ -94,7 +96,9 @@ def _retry_piece(connection: Connection, path: Path, piece: Sequence[Rejected], 
     begin = kept.tell()
     try:
         with transaction(connection):
-            insert_lines(connection, list(decoded_lines(outcome, (rejected.raw for rejected in retried))))
+            outcome.erasures = erasures.current(connection)
+            lines = kept_lines(outcome.erasures, (rejected.raw for rejected in retried))
+            insert_lines(connection, list(decoded_lines(outcome, lines)))
             marks.record(connection, [outcome])
             loaded = replace(outcome.counts, rejected=0)
             if loaded.lines:
@@ -116,7 +120,7 @@ def _keep(kept: BinaryIO, piece: Sequence[Rejected]) -> None:
 
 def check(chunk: Chunk) -> Outcome:
     """Decode a chunk and count, without a database."""
-    outcome = Outcome(chunk)
+    outcome = Outcome(chunk, erasures.NOBODY)
     for line in decoded([outcome]):
         line.insert()
     return outcome

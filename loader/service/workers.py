@@ -12,6 +12,7 @@ connect, is abandoned: nothing that a process leaves unfinished is lost.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -26,6 +27,7 @@ from loader.files.chunk import Chunk
 from loader.files.rejects import CannotWriteError
 from loader.load.counts import Loaded
 from loader.load.database import Connection, connect
+from loader.load.erasures import Erasures
 from loader.load.schema import SCHEMA_VERSION, schema_version
 from loader.load.sqlstate import explain, is_temporary
 from loader.service.connection import WorkerConnection
@@ -54,7 +56,7 @@ class Workers:
         self, dsn: Callable[[], str], spool: Path, count: int, signals: Signals,
         patience: float | None = None, health: Health | None = None, tick: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        self._dsn = dsn
+        self.dsn = dsn
         self._spool = spool
         self._signals = signals
         self._health = health or Health()
@@ -87,6 +89,14 @@ class Workers:
             self._retry.refused(batches.refusal)
             run.report.failures.clear()  # one reason for all of them, which was reported
         return run.report
+
+    def erasures(self) -> Erasures | None:
+        """Return who was erased, as far as a connection that is open can find out; not while files are loaded."""
+        for connection in self._connections:
+            with contextlib.suppress(psycopg.Error):  # which the next load waits out
+                if connection.is_open:
+                    return connection.erasures()
+        return None
 
     @property
     def stopping(self) -> bool:
@@ -168,7 +178,7 @@ class Workers:
             log.log(level, "loading with %d of %d connections%s", count, workers, why)
 
     def _connect(self) -> Connection:
-        return connect(self._dsn(), self._health.progressed)
+        return connect(self.dsn(), self._health.progressed)
 
     def _check_version(self, connection: Connection) -> None:
         """Log tables of another version. Raises psycopg.Error if there are none."""

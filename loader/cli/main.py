@@ -33,6 +33,7 @@ COMMANDS: Final = {
     "report": "Summarize what was loaded, in the terminal or as a page.",
     "export": "Write events or metrics to Parquet, CSV or NDJSON.",
     "rollup": "Compute the rollups of the hours that loads touched.",
+    "erase": "Erase what is stored about a person or a family.",
     "prune": "Remove old rows, ledger rows, and rejected and archived files.",
     "schema": "Print the format of a line, for writers in other languages.",
     "demo": "Run the whole pipeline against a temporary Postgres.",

@@ -42,6 +42,7 @@ PART: Final = ".part"
 _BLOCK: Final = 1 << 20
 _LONG_LINE: Final = 16 << 20
 """Bytes from which on a line is written to a temporary file until it is known whether it has an id."""
+_ATTEMPTS: Final = 5
 _LARGEST_HOLE: Final = 1 << 30
 _STATE_BYTES: Final = 1 << 28
 _PACKERS: Final[dict[bytes, Callable[[BinaryIO], _Packer]]] = {
@@ -53,6 +54,10 @@ _PACKERS: Final[dict[bytes, Callable[[BinaryIO], _Packer]]] = {
     b"\xfd7zXZ\0": lambda file: lzma.LZMAFile(file, "wb"),  # noqa: SIM115  # whoever packs closes it
 }
 """What compresses a file again, by how it begins."""
+
+
+class ChangedError(OSError):
+    """A file that somebody else has written while it was written again."""
 
 
 @dataclass
@@ -68,33 +73,57 @@ class Swept:
     """Bytes that were searched, without their compression."""
     hits: int = 0
     """Files in which anything was found."""
+    found: list[str] = field(default_factory=list)
+    """Their names, by a search."""
     failures: dict[str, str] = field(default_factory=dict)
 
     def __iadd__(self, other: Swept) -> Self:
         for name in ("lines", "mentions", "files", "bytes", "hits"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.failures |= other.failures
+        self.found += other.found
         return self
 
 
 def sweep(root: Path, mentions: Mentions, *, dry_run: bool = False) -> Swept:
     """Take people out of all files below a directory; one that does not exist has none."""
     swept = Swept()
-    with _noting(swept, str(root)), nofollow.opened(root) as base:
+    for directory, name, shown in walk(root, swept):
+        with noting(swept, shown):
+            sweep_file(directory, name, mentions, swept, dry_run=dry_run)
+    return swept
+
+
+def walk(root: Path, swept: Swept) -> Iterator[tuple[int, str, str]]:
+    """Yield the directory, the name and the relative path of each file below a directory; no link is followed."""
+    with noting(swept, str(root)), nofollow.opened(root) as base:
         for parent, _, names, directory in os.fwalk(".", dir_fd=base, follow_symlinks=False):
             for name in sorted(names):
-                shown = os.path.normpath(os.path.join(parent, name))
-                with _noting(swept, shown):
-                    sweep_file(directory, name, mentions, swept, dry_run=dry_run)
+                yield directory, name, os.path.normpath(os.path.join(parent, name))
+
+
+def search(root: Path, mentions: Mentions, but: tuple[str, ...] = ()) -> Swept:
+    """Search every file below a directory, and change nothing; `but` are directories in it that are left out."""
+    swept = Swept()
+    for directory, name, shown in walk(root, swept):
+        if shown.split("/", 1)[0] in but and "/" in shown:
+            continue
+        with noting(swept, shown):
+            if stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+                with nofollow.open_file(name, directory) as file:
+                    found = is_found(file, mentions, swept) or mentions.in_text(name)
+                    swept.hits += found
+                    if found:
+                        swept.found.append(shown)
     return swept
 
 
 def sweep_named(root: Path, suffixes: tuple[str, ...], mentions: Mentions, *, dry_run: bool = False) -> Swept:
     """As `sweep`, for the files in the directory itself whose name ends in one of `suffixes`."""
     swept = Swept()
-    with _noting(swept, str(root)), nofollow.opened(root) as base:
+    with noting(swept, str(root)), nofollow.opened(root) as base:
         for name in nofollow.names(base, suffixes):
-            with _noting(swept, name):
+            with noting(swept, name):
                 sweep_file(base, name, mentions, swept, dry_run=dry_run)
     return swept
 
@@ -103,27 +132,31 @@ def sweep_file(directory: int, name: str, mentions: Mentions, swept: Swept, *, d
     """Take people out of one file. Raises OSError, and UNREADABLE for what cannot be read to its end."""
     if not stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
         return
-    with nofollow.open_file(name, directory) as file:
-        if not _is_found(file, mentions, swept):
-            if mentions.in_text(name) and not dry_run:
-                _rename(directory, name, mentions)
-            return
-        swept.hits += 1
-        file.seek(0)
-        if dry_run:
-            for _ in lines_without(unpacked(file), mentions, swept):
-                pass
-        elif name.endswith(PART):  # what an interrupted process left, or one that will write it again
-            os.unlink(name, dir_fd=directory)
-        else:
-            _write_again(file, directory, name, mentions, swept)
-            if mentions.in_text(name):
-                _rename(directory, name, mentions)
-    swept.files += 1
+    for _ in range(_ATTEMPTS):  # a loader may take the same people out of it at the same time
+        with contextlib.suppress(ChangedError), nofollow.open_file(name, directory) as file:
+            found = is_found(file, mentions, swept)
+            file.seek(0)
+            if found and dry_run:
+                for _ in lines_without(unpacked(file), mentions, swept):
+                    pass
+            elif found and name.endswith(
+                PART
+            ):  # what an interrupted process left, or one that will write it again
+                os.unlink(name, dir_fd=directory)
+            elif found:
+                _write_again(file, directory, name, mentions, swept)
+            break
+    else:
+        raise ChangedError("is changed all the time: run `loader erase --again`")
+    named = mentions.in_text(name)
+    if named and not dry_run and not name.endswith(PART):
+        _rename(directory, name, mentions)
+    swept.hits += found or named
+    swept.files += found or named
 
 
-def _is_found(file: BinaryIO, mentions: Mentions, swept: Swept) -> bool:
-    """Whether a file has any of the ids. Reads it up to the first."""
+def is_found(file: BinaryIO, mentions: Mentions, swept: Swept) -> bool:
+    """Whether a file has any of the ids. Reads it up to the first. Raises OSError, UNREADABLE."""
     status = os.fstat(file.fileno())
     if status.st_size > max(_LARGEST_HOLE, 1024 * status.st_blocks):
         raise OSError("is a sparse file, which no segment is: remove it, or cut it with `truncate`")
@@ -137,12 +170,25 @@ def _is_found(file: BinaryIO, mentions: Mentions, swept: Swept) -> bool:
 
 
 def _write_again(file: BinaryIO, directory: int, name: str, mentions: Mentions, swept: Swept) -> None:
-    head, status = os.pread(file.fileno(), 8, 0), os.fstat(file.fileno())
+    head = os.pread(file.fileno(), 8, 0)
     pack = next((pack for begin, pack in _PACKERS.items() if head.startswith(begin)), None)
+    written = Swept()
+    with replacing(file, directory, name) as copy:
+        write_without(unpacked(file), copy, pack, mentions, written)
+    swept += written
+
+
+@contextlib.contextmanager
+def replacing(file: BinaryIO, directory: int, name: str) -> Iterator[BinaryIO]:
+    """Yield a stream for what replaces a file that is open, with its mode, owner and times, durably.
+
+    If the block raises, or the file was changed in the meantime, it stays as it is. Raises OSError.
+    """
+    status = os.fstat(file.fileno())
     temporary = f"{name}.{secrets.token_hex(4)}{PART}"
     try:
         with nofollow.create_file(temporary, directory) as copy:
-            write_without(unpacked(file), copy, pack, mentions, swept)
+            yield copy
             copy.flush()
             os.fchmod(copy.fileno(), stat.S_IMODE(status.st_mode))
             with contextlib.suppress(PermissionError):  # somebody else's of the group
@@ -153,7 +199,7 @@ def _write_again(file: BinaryIO, directory: int, name: str, mentions: Mentions, 
             os.fsync(copy.fileno())
         now = os.stat(name, dir_fd=directory, follow_symlinks=False)
         if (now.st_ino, now.st_size, now.st_mtime_ns) != (status.st_ino, status.st_size, status.st_mtime_ns):
-            raise OSError("was changed in the meantime: run `loader erase --again`")
+            raise ChangedError("was changed in the meantime: run `loader erase --again`")
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -256,8 +302,8 @@ def _rename(directory: int, name: str, mentions: Mentions) -> None:
 
 
 @contextlib.contextmanager
-def _noting(swept: Swept, name: str) -> Iterator[None]:
-    """Go on after a file that cannot be read or written; one that no longer exists needs nothing."""
+def noting(swept: Swept, name: str) -> Iterator[None]:
+    """Go on after a file that cannot be read or written, and note why; one that no longer exists needs nothing."""
     try:
         yield
     except FileNotFoundError:

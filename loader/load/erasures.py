@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -28,6 +29,8 @@ VERSION: Final = 5
 """The first version of the tables that has erasures."""
 _KEPT: Final = (rejects.WHOLE, PART)
 """Files beside those of rejects: kept whole, or left by a crash."""
+_PATIENCE: Final = 20.0
+"""Seconds that a search waits for whoever retries a reject file."""
 _SHARE: Final = (
     b"SELECT pg_catalog.pg_advisory_xact_lock_shared(pg_catalog.hashtext('analytics_erasures')::bigint)"
 )
@@ -80,14 +83,25 @@ def sweep_rejects(connection: Connection, spool: Path, mentions: Mentions) -> Sw
     swept = sweep_named(spool / rejects.DIRECTORY, _KEPT, mentions)
     for path in rejects.files(spool):
         try:
-            with claimed(path) as is_ours:
-                if is_ours:
-                    _sweep_file(connection, path, mentions, swept)
-                elif path.exists():
-                    swept.failures[path.name] = "is being retried: run `loader erase --again`"
+            if not _claim_and_sweep(connection, path, mentions, swept):
+                swept.failures[path.name] = "is being retried: run `loader erase --again`"
         except (OSError, ValueError) as error:
             swept.failures[path.name] = f"could not be searched: {error}"
     return swept
+
+
+def _claim_and_sweep(connection: Connection, path: Path, mentions: Mentions, swept: Swept) -> bool:
+    """Sweep a file; return whether that was possible: another process may retry its lines for a while."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        with claimed(path) as is_ours:
+            if is_ours:
+                _sweep_file(connection, path, mentions, swept)
+        if is_ours or not path.exists():
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)  # nothing reports the end of another process's lock
 
 
 def search_rejects(spool: Path, mentions: Mentions) -> Swept:
@@ -101,6 +115,7 @@ def search_rejects(spool: Path, mentions: Mentions) -> Swept:
         else:
             swept.lines, swept.mentions = swept.lines + len(erased), swept.mentions + mentioned
             swept.hits += bool(erased or mentioned)
+            swept.files += bool(erased or mentioned)
     return swept
 
 

@@ -20,7 +20,7 @@ import psycopg
 from loader.errors import LoaderError, one_line
 from loader.files import erase
 from loader.files.erase import State, Swept
-from loader.files.mentions import Latest
+from loader.files.mentions import Latest, Mentions
 from loader.load import erasures
 from loader.load.database import Connection, connect
 from loader.load.erasures import Erasures
@@ -121,7 +121,7 @@ def note_applied(root: Path, seen: Erasures) -> State:
     return applied
 
 
-def sweep(connection: Connection, spool: Path, archive: Path | None, mentions: Erasures) -> Swept:
+def sweep(connection: Connection, spool: Path, archive: Path | None, mentions: Mentions) -> Swept:
     """Take people out of the reject files of a spool and out of its archive. Raises psycopg.Error, OSError."""
     swept = erasures.sweep_rejects(connection, spool, mentions)
     if archive is not None:

@@ -4,36 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import click
 
 from loader import settings
 from loader.cli import options, terminal
+from loader.cli.options import Person
 from loader.errors import LoaderError, UsageError
-from spool.record import canonical_uuid
+from loader.operate.places import Places
 
 if TYPE_CHECKING:
-    from loader.operate.erase import Erased, Kind, Places, Proof
-
-
-class Person(click.ParamType[UUID]):
-    """The UUID of a person or a family, in any of its forms."""
-
-    name = "uuid"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> UUID:
-        """Return the UUID."""
-        text = canonical_uuid(str(value))
-        if text is None:
-            self.fail(
-                f"{value!r} is not a UUID; of an id that your application counts, it is analytics_uuid('user', '42') "
-                "in SQL.", param, ctx,
-            )  # fmt: skip
-        if not UUID(text).int:
-            self.fail("the UUID of zeros is nobody's: it replaces mentions.", param, ctx)
-        return UUID(text)
+    from loader.operate.erase import Erased, Kind, Proof
 
 
 @click.command("erase")
@@ -76,15 +59,13 @@ def command(
       loader erase --family 0190163d-8694-739b-aea5-966c26f8ad92 --archive archive --verify
       loader erase --again --verify
     """
-    from loader.operate import erase
-
     people = _people(users, families, users_from)
     if again == bool(people):
         raise UsageError("give --user or --family, or --again for everybody who was erased before")
     if dry_run and (verify or again):
         raise UsageError("--dry-run goes without --verify and --again")
     directories = [each.absolute() for each in exports]
-    places = erase.Places(settings.spool_directory(spool_dir), archive and archive.absolute(), directories)
+    places = Places(settings.spool_directory(spool_dir), archive and archive.absolute(), directories)
     erased, proof = _erase(settings.database_dsn(dsn), places, people, dry_run=dry_run, verify=verify)
     if as_json:
         facts = {**erased.counts(), "failures": erased.failures}

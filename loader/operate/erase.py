@@ -38,6 +38,7 @@ from loader.load import erasures
 from loader.load.database import Connection, transaction
 from loader.load.erasures import Erasures
 from loader.operate import exports
+from loader.operate.places import Places
 from loader.service import erasures as service
 from spool.segment import OPEN, SEALED
 
@@ -83,15 +84,6 @@ _DONE: Final = """
     UPDATE analytics_erasures SET done_at = pg_catalog.now(), proof = coalesce(%s::jsonb, proof)
     WHERE subject = ANY (%s::bytea[])
 """
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where files are: the spool, an archive, and directories with exported files."""
-
-    spool: Path
-    archive: Path | None = None
-    exports: Sequence[Path] = ()
 
 
 @dataclass

@@ -99,6 +99,9 @@ def walk(root: Path, swept: Swept) -> Iterator[tuple[int, str, str]]:
     with noting(swept, str(root)), nofollow.opened(root) as base:
         for parent, _, names, directory in os.fwalk(".", dir_fd=base, follow_symlinks=False):
             for name in sorted(names):
+                with contextlib.suppress(FileNotFoundError):
+                    if not stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+                        continue
                 yield directory, name, os.path.normpath(os.path.join(parent, name))
 
 
@@ -108,13 +111,11 @@ def search(root: Path, mentions: Mentions, but: tuple[str, ...] = ()) -> Swept:
     for directory, name, shown in walk(root, swept):
         if shown.split("/", 1)[0] in but and "/" in shown:
             continue
-        with noting(swept, shown):
-            if stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
-                with nofollow.open_file(name, directory) as file:
-                    found = is_found(file, mentions, swept) or mentions.in_text(name)
-                    swept.hits += found
-                    if found:
-                        swept.found.append(shown)
+        with noting(swept, shown), nofollow.open_file(name, directory) as file:
+            found = is_found(file, mentions, swept) or mentions.in_text(name)
+            swept.hits += found
+            if found:
+                swept.found.append(shown)
     return swept
 
 
@@ -130,8 +131,6 @@ def sweep_named(root: Path, suffixes: tuple[str, ...], mentions: Mentions, *, dr
 
 def sweep_file(directory: int, name: str, mentions: Mentions, swept: Swept, *, dry_run: bool = False) -> None:
     """Take people out of one file. Raises OSError, and UNREADABLE for what cannot be read to its end."""
-    if not stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
-        return
     for _ in range(_ATTEMPTS):  # a loader may take the same people out of it at the same time
         with contextlib.suppress(ChangedError), nofollow.open_file(name, directory) as file:
             found = is_found(file, mentions, swept)

@@ -25,7 +25,7 @@ import pytest
 
 from loader.cli import main
 from loader.load.database import Connection
-from tests.load.lines import STEM, event, joined, metric, number, segment
+from tests.load.lines import ID, STEM, event, joined, metric, number, segment
 from tests.processes import HANGS_AFTER, LOADER, Cli, eventually
 
 TRANSCRIPT = Path(__file__).with_name("transcript.txt")
@@ -161,6 +161,11 @@ def story(cli: Cli, home: Path) -> Iterator[str]:
     yield "prune --older-than 1w --dry-run"
     yield "prune --older-than 1w"
     yield "prune --older-than 1w --json"
+    segment(cli.spool, 3, event(5))
+    yield f"erase --user {ID} --dry-run --json"
+    yield f"erase --user {ID} --archive {home}/archive --verify"
+    yield f"export {home}/somebody.ndjson --user {ID}"
+    yield "run --once"
 
 
 VOLATILE = (
@@ -175,6 +180,7 @@ VOLATILE = (
     (r"[\d.]+ GB of [\d.]+ GB", "N GB of N GB"),
     (r"\d+ instances and \d+ watches", "N instances and N watches"),
     (r"\S+:\S+, mode 2770", "OWNER:GROUP, mode 2770"),
+    (r"[1-9]\d* bytes", "N bytes"),
     (r"[─━]+", "─"),
     (r"[┏┳┓┡╇┩┌┬┐└┴┘├┼┤]", "+"),
     (r" +", " "),

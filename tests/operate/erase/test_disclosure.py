@@ -82,6 +82,7 @@ def test_the_disclosure_equals_an_independent_search(
     assert out.read_bytes() == b""
 
 
+@pytest.mark.long
 def test_a_disclosure_that_is_not_complete_fails(cli: Cli, archive: Path, tmp_path: Path) -> None:
     (path, *_) = archive.rglob("*.zst")
     path.write_bytes(path.read_bytes()[:-20])
@@ -95,6 +96,7 @@ def test_a_disclosure_has_everything(cli: Cli, tmp_path: Path, option: list[str]
     assert "all there is" in cli("export", tmp_path / "a.ndjson", "--user", str(ANNA), *option, code=2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["ndjson", "csv", "parquet"])
 def test_exported_days_are_erased(cli: Cli, one_connection: Connection, tmp_path: Path, form: str) -> None:
     days = tmp_path / "days"

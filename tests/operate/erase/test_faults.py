@@ -56,16 +56,6 @@ def erased_after_all(cli: Cli, connection: Connection, archive: Path) -> None:
 
 
 @needs_strace
-@pytest.mark.parametrize("call", [3, 17])
-def test_an_erasure_that_is_killed_is_completed(
-    cli: Cli, one_connection: Connection, tmp_path: Path, call: int
-) -> None:
-    fill(cli, tmp_path / "archive")
-    assert killed_at(cli, tmp_path / "archive", call)
-    erased_after_all(cli, one_connection, tmp_path / "archive")
-
-
-@needs_strace
 @pytest.mark.long
 @pytest.mark.parametrize("call", range(1, 60))
 def test_an_erasure_that_is_killed_at_any_call_is_completed(
@@ -76,6 +66,7 @@ def test_an_erasure_that_is_killed_at_any_call_is_completed(
     erased_after_all(cli, one_connection, tmp_path / "archive")
 
 
+@pytest.mark.long
 def test_a_restored_database_forgets_them_again(cli: Cli, one_connection: Connection, tmp_path: Path) -> None:
     archive = tmp_path / "archive"
     fill(cli, archive)
@@ -165,6 +156,7 @@ def test_tombstones_that_somebody_planted_erase_nobody(
     assert number(one_connection, "SELECT count(*) FROM analytics_events") == 1
 
 
+@pytest.mark.long
 def test_a_file_of_any_kind_is_searched(cli: Cli, one_connection: Connection, tmp_path: Path) -> None:
     import bz2
     import lzma
@@ -194,6 +186,7 @@ def test_a_file_of_any_kind_is_searched(cli: Cli, one_connection: Connection, tm
     )
 
 
+@pytest.mark.long
 def test_a_line_longer_than_a_chunk_is_erased(cli: Cli, one_connection: Connection, tmp_path: Path) -> None:
     archive = tmp_path / "archive"
     late = of(BERT, 1, metadata={"text": "x" * (20 << 20), "z": str(ANNA)})
@@ -208,6 +201,7 @@ def test_a_line_longer_than_a_chunk_is_erased(cli: Cli, one_connection: Connecti
     assert number(one_connection, "SELECT count(*) FROM analytics_events") == 2
 
 
+@pytest.mark.long
 def test_a_person_who_goes_on_is_erased_at_each_load(
     cli: Cli, one_connection: Connection, tmp_path: Path
 ) -> None:

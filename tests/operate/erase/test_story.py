@@ -36,6 +36,7 @@ def fill(cli: Cli, archive: Path, copies: Path) -> None:
     shutil.copytree(cli.spool / "rejected", copies / "kept")
 
 
+@pytest.mark.long
 def test_an_erased_person_is_nowhere_and_stays_so(
     cli: Cli, one_connection: Connection, archive: Path, tmp_path: Path
 ) -> None:

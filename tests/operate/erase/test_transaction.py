@@ -115,6 +115,7 @@ def test_a_load_that_begins_during_the_erasure_waits_for_it(
     assert number(one_connection, EVENTS.format(ANNA)) == (not commits)
 
 
+@pytest.mark.long
 def test_a_loader_that_runs_finds_an_erasure_between_two_loads(
     cli: Cli, one_connection: Connection, application: Connection, tmp_path: Path
 ) -> None:

@@ -30,6 +30,11 @@ _DIGITS: Final = 32
 _NOBODY: Final = b"0" * _DIGITS
 """What remains of a mention; nobody can be erased who has this id."""
 _RUN: Final = re.compile(rb"[0-9a-fA-F][0-9a-fA-F-]{30,}[0-9a-fA-F]")
+_HEXADECIMAL: Final = b"0123456789abcdefABCDEF"
+_DIGITS_ALONE: Final = bytes(
+    ord(chr(byte).lower()) if byte in _HEXADECIMAL else ord(" ") for byte in range(256)
+)
+"""Makes everything but digits a blank."""
 _DIGIT: Final = re.compile(rb"[0-9a-fA-F]")
 _ESCAPED: Final = re.compile(rb"(?<!\\)((?:\\\\)*)\\u00(3[0-9]|[46][1-6]|2[dD])")
 """A digit or a hyphen that is escaped, which the emitter never does."""
@@ -82,10 +87,10 @@ class Mentions:
     def spans(self, data: bytes | bytearray) -> Iterator[tuple[int, int]]:
         """Yield where ids begin and end."""
         for run in _RUN.finditer(data):
-            if self._is_clean(run[0]):
+            digits = run[0].replace(b"-", b"").lower()
+            if not self._is_in(digits):
                 continue
             places = [digit.start() for digit in _DIGIT.finditer(run[0])]
-            digits = run[0].replace(b"-", b"").lower()
             for place in range(len(digits) - _DIGITS + 1):
                 if self._has(digits[place : place + _DIGITS]):
                     yield run.start() + places[place], run.start() + places[place + _DIGITS - 1] + 1
@@ -96,19 +101,21 @@ class Mentions:
             yield bytes.fromhex(data[begin:end].replace(b"-", b"").decode())
 
     def _found_in(self, data: bytes | bytearray) -> bool:
-        return any(not self._is_clean(run) for run in _RUN.findall(data))
-
-    def _is_clean(self, run: bytes) -> bool:
-        if run in self._clean:
+        # Of a chunk of 8,000 events: 45 ms for the runs and 55 ms for hashes of what is not in the memo, where a
+        # regular expression and a call for each run took 200 ms (Python 3.11).
+        runs = set(bytes(data.translate(_DIGITS_ALONE, b"-")).split()) - self._clean
+        if any(self._is_in(run) for run in runs if len(run) >= _DIGITS):
             return True
-        digits = run.replace(b"-", b"").lower()
-        places = range(len(digits) - _DIGITS + 1)
-        if any(self._has(digits[place : place + _DIGITS]) for place in places):
-            return False
         if len(self._clean) >= _MEMO:
             self._clean.clear()
-        self._clean.add(run)
-        return True
+        self._clean |= runs
+        return False
+
+    def _is_in(self, run: bytes) -> bool:
+        """Whether any of the ids is in a run of digits."""
+        if len(run) == _DIGITS:
+            return self._has(run)
+        return any(self._has(run[place : place + _DIGITS]) for place in range(len(run) - _DIGITS + 1))
 
     def _has(self, digits: bytes) -> bool:
         if digits in self._ids:
@@ -116,7 +123,10 @@ class Mentions:
         if not self._subjects or digits == _NOBODY:
             return False
         unkeyed = bytes.fromhex(digits.decode())
-        return any(hashlib.sha256(key + unkeyed).digest() in self._subjects for key in self._keys)
+        for key in self._keys:  # noqa: SIM110  # a generator takes as long as the hash
+            if hashlib.sha256(key + unkeyed).digest() in self._subjects:
+                return True
+        return False
 
     def _is_somebodys(self, line: bytes) -> bool:
         try:

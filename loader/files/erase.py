@@ -324,7 +324,9 @@ class State:
 
 
 def state(root: Path) -> State:
-    """Return which erasures were applied to a directory; none if its file is missing, damaged or not to be trusted.
+    """Return which erasures were applied to a directory.
+
+    None if its file is missing, damaged, another user's, or one that others may write to.
 
     Whoever may write to a spool could put one there, and have others erased by it. Raises OSError.
     """
@@ -337,7 +339,7 @@ def state(root: Path) -> State:
             keys = frozenset(bytes.fromhex(key) for key in written["keys"])
             kinds = {bytes.fromhex(subject): str(kind) for subject, kind in written["subjects"].items()}
             return State(keys, kinds)
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+    except (FileNotFoundError, PermissionError, ValueError, TypeError, KeyError, AttributeError):
         return State()
 
 

@@ -198,6 +198,16 @@ def test_the_loader_may_not_erase(cli: Cli, statement: str) -> None:
         connection.execute(statement.encode())
 
 
+def test_a_role_that_cannot_know_who_was_erased_loads_nothing(cli: Cli, one_connection: Connection) -> None:
+    one_connection.execute(f"REVOKE SELECT ON analytics_erasures FROM {ROLE}".encode())
+    one_connection.commit()
+    segment(cli.spool, 1, of(ANNA, 1))
+    assert "permission denied for table analytics_erasures" in cli("run", "--once", code=1)
+    assert "lacks SELECT on analytics_erasures" in cli("doctor", code=1)
+    cli.owner()("init")
+    assert "events 1" in cli("run", "--once")
+
+
 @pytest.mark.parametrize("table", ["analytics_erasures", "analytics_erasure_keys", "analytics_events"])
 def test_whoever_may_erase_reads_nothing(application: Connection, table: str) -> None:
     with pytest.raises(psycopg.errors.InsufficientPrivilege):

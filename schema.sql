@@ -136,7 +136,8 @@ BEGIN
         rejected BIGINT NOT NULL,
         loader_host TEXT NOT NULL,
         loaded_at TIMESTAMPTZ NOT NULL DEFAULT pg_catalog.now(),
-        CONSTRAINT every_line_is_accounted_for CHECK (lines = events + metrics + duplicates + rejected)
+        erased BIGINT NOT NULL DEFAULT 0,
+        CONSTRAINT every_line_is_accounted_for CHECK (lines = events + metrics + duplicates + rejected + erased)
     );
 
     -- The accounts of writers (spool/account.py); the loader adds a row when an account has changed. The last
@@ -201,6 +202,19 @@ BEGIN
                 '(?:^|/)[0-9]{8}T[0-9]{6}[.][0-9]{6}Z-[A-Za-z0-9.-]{1,64}-[0-9a-f]{8}-[0-9]+-[0-9a-f]{8}-([0-9]{6,18})[.]ndjson(?:[.]gz|[.]zst)?$'
             )::bigint) STORED;
     END IF;
+
+    -- ---- Since version 5: lines of people who were erased. Loaders of version 4 do not name the column -------------
+    IF NOT EXISTS (
+        SELECT FROM pg_catalog.pg_attribute WHERE attname = 'erased'
+            AND attrelid = pg_catalog.to_regclass('analytics_loads')::pg_catalog.oid
+    ) THEN
+        ALTER TABLE analytics_loads ADD COLUMN IF NOT EXISTS erased BIGINT NOT NULL DEFAULT 0;
+        ALTER TABLE analytics_loads
+            DROP CONSTRAINT IF EXISTS every_line_is_accounted_for,
+            ADD CONSTRAINT every_line_is_accounted_for
+                CHECK (lines = events + metrics + duplicates + rejected + erased);
+    END IF;
+    -- ---- End of the ledger of version 5 ----------------------------------------------------------------------------
 
     IF pg_catalog.to_regclass('analytics_events_family_time') IS NULL THEN
         CREATE INDEX analytics_events_family_time ON analytics_events (family_unit_id, timestamp);
@@ -319,7 +333,7 @@ BEGIN
         END IF;
     END IF;
 
-    -- The sum for each writer: emitted = rows + duplicates + rejects + dropped + pending + missing. A
+    -- The sum for each writer: emitted = rows + duplicates + rejects + erased + dropped + pending + missing. A
     -- writer's account of its first segments is compared with the ledger; for its later segments only the
     -- ledger and the spool are evidence. A segment that is neither in the ledger nor in the spool is missing.
     -- If a chunk was loaded again, the first load counts, so a reject that was loaded later is still a reject
@@ -329,7 +343,8 @@ BEGIN
         SELECT DISTINCT ON (writer) * FROM analytics_writers ORDER BY writer, reported_at DESC
     ), loaded AS (
         SELECT writer, segment, pg_catalog.sum(lines) AS lines, pg_catalog.sum(events + metrics) AS rows,
-            pg_catalog.sum(duplicates) AS duplicates, pg_catalog.sum(rejected) AS rejects
+            pg_catalog.sum(duplicates) AS duplicates, pg_catalog.sum(rejected) AS rejects,
+            pg_catalog.sum(erased) AS erased
         FROM (
             SELECT DISTINCT ON (writer, segment, byte_offset) * FROM analytics_loads
             WHERE writer IS NOT NULL ORDER BY writer, segment, byte_offset, loaded_at
@@ -343,9 +358,9 @@ BEGIN
             AS waiting (segment, lines)
         LEFT JOIN loaded ON loaded.writer = stated.writer AND loaded.segment = waiting.segment
     ), located AS (
-        SELECT writer, segment, lines, rows, duplicates, rejects, 0::numeric AS pending FROM loaded
+        SELECT writer, segment, lines, rows, duplicates, rejects, erased, 0::numeric AS pending FROM loaded
         UNION ALL
-        SELECT writer, segment, lines, 0::numeric, 0::numeric, 0::numeric, lines FROM pending
+        SELECT writer, segment, lines, 0::numeric, 0::numeric, 0::numeric, 0::numeric, lines FROM pending
     ), summed AS (
         SELECT coalesce(stated.writer, located.writer) AS writer,
             coalesce(pg_catalog.min(stated.lines), 0::bigint)::numeric AS stated_lines,
@@ -362,6 +377,7 @@ BEGIN
             coalesce(pg_catalog.sum(rows), 0::numeric) AS rows,
             coalesce(pg_catalog.sum(duplicates), 0::numeric) AS duplicates,
             coalesce(pg_catalog.sum(rejects), 0::numeric) AS rejects,
+            coalesce(pg_catalog.sum(erased), 0::numeric) AS erased,
             coalesce(pg_catalog.sum(pending), 0::numeric) AS pending
         FROM stated FULL JOIN located ON located.writer = stated.writer
         GROUP BY 1
@@ -376,7 +392,8 @@ BEGIN
     SELECT summed.writer, (stated_lines + found_later + dropped)::bigint AS emitted, rows::bigint AS rows,
         duplicates::bigint AS duplicates, rejects::bigint AS rejects, dropped::bigint AS dropped,
         pending::bigint AS pending, (stated_lines - found)::bigint AS missing,
-        coalesce(absent.segments, ARRAY[]::text[]) AS missing_segments, coalesce(ended, false) AS ended
+        coalesce(absent.segments, ARRAY[]::text[]) AS missing_segments, coalesce(ended, false) AS ended,
+        erased::bigint AS erased  -- the last: a view that exists may get columns at its end alone
     FROM summed LEFT JOIN absent ON absent.writer = summed.writer;
 
     -- Roles that may load also get the privileges for accounts, even if an upgrade does not name the role.
@@ -1980,3 +1997,237 @@ $sql$;
     PERFORM set_config('search_path', caller_path, true);
 END
 $questions$;
+
+-- ---- erasure ------------------------------------------------------------------------------------------------------
+-- Erasing a person or a family: a tombstone, by which every load discards their lines from then on, and the deletion
+-- of what is stored. "@." is the schema of the tables, as above.
+--
+-- A load holds the lock "analytics_erasures" in shared mode from its beginning, and an erasure holds it alone: a load
+-- that began before has ended when the rows are deleted, and one that begins later sees the tombstone.
+
+DO $erasure$
+DECLARE
+    caller_path CONSTANT pg_catalog.text := pg_catalog.current_setting('search_path');
+    events CONSTANT pg_catalog.oid := pg_catalog.to_regclass('analytics_events');
+    home pg_catalog.name;
+    home_oid pg_catalog.oid;
+    statements pg_catalog.text;
+    foreign_name pg_catalog.name;
+    foreign_owner pg_catalog.name;
+    grantee_name pg_catalog.name;
+BEGIN
+    IF events IS NULL THEN
+        RAISE EXCEPTION 'the table "analytics_events" does not exist';
+    END IF;
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    PERFORM set_config('lock_timeout', '1s', true);
+    PERFORM pg_advisory_xact_lock(hashtext('analytics_schema'));  -- one at a time
+    SELECT nspname, pg_namespace.oid INTO home, home_oid
+        FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = events;
+    statements := $sql$
+
+-- Ids that the application counts can be tried one after the other, so their hashes have a key. There is a second key
+-- only after tombstones of another database were restored.
+CREATE TABLE IF NOT EXISTS @.analytics_erasure_keys (
+    key BYTEA PRIMARY KEY CHECK (octet_length(key) = 32),
+    made_at TIMESTAMPTZ NOT NULL DEFAULT now()
+);
+
+-- The tombstones, each of them the record of an erasure: subject = sha256(key || the 16 bytes of the UUID). `number`
+-- grows with each, so that a load finds new ones by a look at the last.
+CREATE TABLE IF NOT EXISTS @.analytics_erasures (
+    subject BYTEA PRIMARY KEY CHECK (octet_length(subject) = 32),
+    kind TEXT NOT NULL CHECK (kind IN ('user', 'family')),
+    number BIGINT GENERATED ALWAYS AS IDENTITY UNIQUE,
+    requested_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+    requested_by TEXT NOT NULL DEFAULT session_user,
+    events BIGINT NOT NULL DEFAULT 0,
+    metrics BIGINT NOT NULL DEFAULT 0,
+    mentions BIGINT NOT NULL DEFAULT 0,
+    user_days BIGINT NOT NULL DEFAULT 0,
+    done_at TIMESTAMPTZ,
+    proof JSONB
+);
+REVOKE ALL ON @.analytics_erasure_keys, @.analytics_erasures FROM PUBLIC;
+
+INSERT INTO @.analytics_erasure_keys (key)
+SELECT sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()))
+WHERE NOT EXISTS (SELECT FROM @.analytics_erasure_keys);
+
+CREATE OR REPLACE FUNCTION @.analytics_redacted(content TEXT, digits TEXT) RETURNS TEXT
+LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    pattern CONSTANT TEXT := '(?i)' || array_to_string(regexp_split_to_array(digits, ''), '-*');
+    redacted TEXT := content;
+    mention TEXT;
+BEGIN
+    LOOP
+        mention := substring(redacted FROM pattern);
+        EXIT WHEN mention IS NULL;
+        redacted := replace(redacted, mention, translate(lower(mention), '0123456789abcdef', repeat('0', 16)));
+    END LOOP;
+    RETURN redacted;
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_redacted(TEXT, TEXT) IS
+'Internal. A text in which an id, given by its 32 digits in lower case, is replaced by zeros, however it is written.';
+
+CREATE OR REPLACE FUNCTION @.analytics_redacted(content JSONB, digits TEXT) RETURNS JSONB
+LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    RETURN @.analytics_redacted(content::text, digits)::jsonb;
+EXCEPTION WHEN invalid_text_representation THEN
+    RETURN '{}';  -- the digits were those of a number
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_redacted(JSONB, TEXT) IS 'Internal. As the other one.';
+
+CREATE OR REPLACE FUNCTION @.analytics_mentions(content TEXT, digits TEXT) RETURNS BOOLEAN
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+BEGIN ATOMIC
+SELECT strpos(replace(lower(content), '-', ''), digits) > 0;
+END;
+COMMENT ON FUNCTION @.analytics_mentions IS 'Internal. Whether a text has an id, however it is written.';
+
+CREATE OR REPLACE FUNCTION @.analytics_erase_rows(ids UUID[], subject_kind TEXT) RETURNS JSONB
+LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    secret BYTEA;
+    gone_events BIGINT;
+    gone_metrics BIGINT;
+    gone_days BIGINT;
+BEGIN
+    IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
+        RAISE EXCEPTION 'cannot erase in a transaction that is %', upper(current_setting('transaction_isolation'))
+            USING HINT = 'It does not see what a load committed since it began. Use READ COMMITTED.';
+    ELSIF ids IS NULL OR array_position(ids, NULL) IS NOT NULL OR '00000000-0000-0000-0000-000000000000' = ANY (ids) THEN
+        RAISE EXCEPTION 'cannot erase without an id, or the id of zeros, which replaces mentions'
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    PERFORM pg_advisory_xact_lock(hashtext('analytics_erasures'));
+    SELECT k.key INTO STRICT secret FROM @.analytics_erasure_keys k ORDER BY k.made_at, k.key LIMIT 1;
+    INSERT INTO @.analytics_erasures (subject, kind)
+    SELECT DISTINCT sha256(secret || uuid_send(i)), subject_kind FROM unnest(ids) i
+    ON CONFLICT (subject) DO NOTHING;
+    PERFORM pg_advisory_xact_lock(hashtext('analytics_rollup'));  -- who computes user days of rows that it has read
+
+    WITH gone AS (
+        DELETE FROM @.analytics_events e
+        WHERE e.user_id = ANY (ids) OR e.family_unit_id = ANY (ids) OR e.event_id = ANY (ids)
+        RETURNING e.timestamp AS at, CASE WHEN e.user_id = ANY (ids) THEN e.user_id
+            WHEN e.family_unit_id = ANY (ids) THEN e.family_unit_id ELSE e.event_id END AS id
+    ), marks AS (
+        INSERT INTO @.analytics_touched (hour, source)
+        SELECT DISTINCT date_trunc('hour', g.at, 'UTC'), 'events' FROM gone g WHERE isfinite(g.at)
+    ), counted AS (
+        UPDATE @.analytics_erasures r SET events = r.events + c.n
+        FROM (SELECT g.id, count(*) AS n FROM gone g GROUP BY 1) c WHERE r.subject = sha256(secret || uuid_send(c.id))
+    )
+    SELECT count(*) INTO gone_events FROM gone;
+    WITH gone AS (
+        DELETE FROM @.analytics_metrics m WHERE m.id = ANY (ids) RETURNING m.timestamp AS at, m.id
+    ), marks AS (
+        INSERT INTO @.analytics_touched (hour, source)
+        SELECT DISTINCT date_trunc('hour', g.at, 'UTC'), 'metrics' FROM gone g WHERE isfinite(g.at)
+    ), counted AS (
+        UPDATE @.analytics_erasures r SET metrics = r.metrics + 1
+        FROM gone g WHERE r.subject = sha256(secret || uuid_send(g.id))
+    )
+    SELECT count(*) INTO gone_metrics FROM gone;
+    WITH gone AS (
+        DELETE FROM @.analytics_user_days u WHERE u.user_id = ANY (ids) OR u.family_unit_id = ANY (ids)
+        RETURNING CASE WHEN u.user_id = ANY (ids) THEN u.user_id ELSE u.family_unit_id END AS id
+    ), counted AS (
+        UPDATE @.analytics_erasures r SET user_days = r.user_days + c.n
+        FROM (SELECT g.id, count(*) AS n FROM gone g GROUP BY 1) c WHERE r.subject = sha256(secret || uuid_send(c.id))
+    )
+    SELECT count(*) INTO gone_days FROM gone;
+    RETURN jsonb_build_object('events', gone_events, 'metrics', gone_metrics, 'user_days', gone_days);
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_erase_rows IS
+'Internal. Writes the tombstones of some ids, and deletes their rows and user days. Mentions stay: see analytics_erase_user.';
+
+CREATE OR REPLACE FUNCTION @.analytics_erase_mentions(wanted UUID) RETURNS BIGINT
+LANGUAGE plpgsql SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    digits CONSTANT TEXT := encode(uuid_send(wanted), 'hex');
+    in_events BIGINT;
+    in_metrics BIGINT;
+BEGIN
+    UPDATE @.analytics_events e SET metadata = @.analytics_redacted(e.metadata, digits),
+        session_id = CASE WHEN e.session_id = wanted THEN '00000000-0000-0000-0000-000000000000' ELSE e.session_id END
+    WHERE e.session_id = wanted OR @.analytics_mentions(e.metadata::text, digits);
+    GET DIAGNOSTICS in_events = ROW_COUNT;
+    WITH redacted AS (
+        UPDATE @.analytics_metrics m SET labels = @.analytics_redacted(m.labels, digits)
+        WHERE @.analytics_mentions(m.labels::text, digits) RETURNING m.timestamp AS at
+    ), marks AS (
+        INSERT INTO @.analytics_touched (hour, source)
+        SELECT DISTINCT date_trunc('hour', r.at, 'UTC'), 'metrics' FROM redacted r WHERE isfinite(r.at)
+    )
+    SELECT count(*) INTO in_metrics FROM redacted;
+    -- In place: the rows of an hour that was pruned are gone. The same labels may be in several rows of an hour.
+    UPDATE @.analytics_hourly_metrics h SET labels = @.analytics_redacted(h.labels, digits)
+    WHERE @.analytics_mentions(h.labels::text, digits);
+    UPDATE @.analytics_loads l SET file = @.analytics_redacted(l.file, digits) WHERE @.analytics_mentions(l.file, digits);
+    UPDATE @.analytics_erasures r SET mentions = r.mentions + in_events + in_metrics
+    FROM @.analytics_erasure_keys k WHERE r.subject = sha256(k.key || uuid_send(wanted));
+    RETURN in_events + in_metrics;
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_erase_mentions IS
+'Internal. Replaces an id by zeros in the metadata and labels of others, and in the names of loaded files. Reads all rows.';
+
+CREATE OR REPLACE FUNCTION @.analytics_erase_user(id UUID) RETURNS JSONB
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    RETURN @.analytics_erase_rows(ARRAY[id], 'user') || jsonb_build_object('mentions', @.analytics_erase_mentions(id));
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_erase_user IS
+'Erases a person: rows, user days and mentions now, lines that are loaded later at their load, files when a loader runs next. Call it first in the transaction that deletes the account: it waits for the loads that run, and loads wait for its end.';
+
+CREATE OR REPLACE FUNCTION @.analytics_erase_family(id UUID) RETURNS JSONB
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    RETURN @.analytics_erase_rows(ARRAY[id], 'family') || jsonb_build_object('mentions', @.analytics_erase_mentions(id));
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_erase_family IS
+'Erases a family as analytics_erase_user does a person: the events in it of all its members. What they did elsewhere stays.';
+
+REVOKE ALL ON FUNCTION @.analytics_erase_rows, @.analytics_erase_mentions, @.analytics_erase_user, @.analytics_erase_family
+FROM PUBLIC;
+$sql$;
+    EXECUTE replace(statements, '@.', replace(quote_ident(home), $quote$'$quote$, $quote$''$quote$) || '.');
+
+    -- As above: what existed with one of these names would run with the rights of others.
+    SELECT named.name, rolname INTO foreign_name, foreign_owner
+        FROM (
+            SELECT relname, relowner FROM pg_class WHERE relnamespace = home_oid
+            UNION ALL SELECT proname, proowner FROM pg_proc WHERE pronamespace = home_oid
+        ) AS named (name, owner_oid)
+        JOIN pg_roles ON pg_roles.oid = owner_oid
+        WHERE named.name::text ~ '^analytics_[a-z_]+$' AND statements ~ concat('@[.]', named.name, '\M') AND NOT rolsuper
+            AND ((SELECT rolsuper FROM pg_roles WHERE rolname = current_user) OR NOT pg_has_role(owner_oid, 'USAGE'))
+        ORDER BY named.name
+        LIMIT 1;
+    IF foreign_name IS NOT NULL THEN
+        RAISE EXCEPTION '"%" belongs to the role "%" and would run with the rights of others: drop it, or connect as "%"',
+            foreign_name, foreign_owner, foreign_owner;
+    END IF;
+
+    -- Whoever may load has to know who was erased, also if nobody names the role again at an upgrade.
+    FOR grantee_name IN
+        SELECT DISTINCT rolname FROM pg_class
+        CROSS JOIN LATERAL aclexplode(relacl) AS acl
+        JOIN pg_roles AS grantee ON grantee.oid = acl.grantee
+        WHERE acl.privilege_type = 'INSERT' AND acl.grantee <> relowner
+            AND relnamespace = home_oid AND relname = 'analytics_loads'
+    LOOP
+        EXECUTE format('GRANT SELECT ON %1$I.analytics_erasures, %1$I.analytics_erasure_keys TO %2$I', home, grantee_name);
+    END LOOP;
+    PERFORM set_config('search_path', caller_path, true);
+END
+$erasure$;

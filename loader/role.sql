@@ -47,6 +47,9 @@ BEGIN
     EXECUTE format('GRANT EXECUTE ON FUNCTION %1$I.analytics_refresh, %1$I.analytics_rebuild, %1$I.analytics_mark, '
         '%1$I.analytics_make_partitions TO %2$I', home, loader);
     RAISE NOTICE 'granted to "%": SELECT on the rollups, INSERT on their marks, EXECUTE on their refresh', loader;
+    -- Who was erased, which each load looks up.
+    EXECUTE format('GRANT SELECT ON %1$I.analytics_erasures, %1$I.analytics_erasure_keys TO %2$I', home, loader);
+    RAISE NOTICE 'granted to "%": SELECT on the erasures and their keys', loader;
     -- Rows that may exist are compared in a temporary table. By default every role may connect and create
     -- one.
     IF NOT has_database_privilege(loader, current_database(), 'CONNECT')

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+from uuid import UUID
 
 import click
 
 from loader import extras, settings
 from loader.cli import answers, options, terminal
-from loader.errors import UsageError
+from loader.cli.options import Person
+from loader.errors import LoaderError, UsageError
+from loader.operate.places import Places
 from loader.see.catalogue import FORMATS, TABLES, Format
 from loader.see.period import instant, zone
 
@@ -51,17 +55,25 @@ _NEEDED: Final = ("pyarrow", "adbc_driver_postgresql")
     help="Beginning of the range: a date, a time, or an age such as 28d; default: all.",
 )
 @click.option("--until", metavar="WHEN", help="End of the range (excluded); default: all.")
+@click.option(
+    "--user", type=Person(), metavar="UUID", help="Export everything stored about a person, as NDJSON."
+)
 @answers.tz
 @options.dsn
+@options.spool_dir
+@options.archive
 @options.as_json
 def command(
     target: Path, table: str, form: Format | None, by: str | None, columns: tuple[str, ...],
-    since: str | None, until: str | None, tz: str, dsn: str | None, as_json: bool,
+    since: str | None, until: str | None, user: UUID | None, tz: str, dsn: str | None, spool_dir: Path | None,
+    archive: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Write events or metrics to Parquet, CSV or NDJSON.
+    """Write events or metrics to Parquet, CSV or NDJSON, or all that is stored about a person.
 
     OUT is a file, - for standard output, or a directory with --by day. NDJSON can be loaded with
     `loader backfill`. Ids are text and times are UTC.
+
+    With --user, every table, the spool with its rejects, and the archive are searched; each line has its source.
 
     \b
     Examples:
@@ -69,7 +81,17 @@ def command(
       loader export archive --by day --since 7d
       loader export metrics.csv --table metrics --since 2026-11-01
       loader export - --format ndjson > events.ndjson
+      loader export anna.ndjson --user 0190163d-8694-739b-aea5-966c26f8ad91 --archive archive
     """
+    if user is not None:
+        if form not in (None, "ndjson") or by or columns or since or until:
+            raise UsageError(
+                "--user goes with --spool-dir and --archive alone: it writes all there is, as NDJSON"
+            )
+        _check(target, None, "ndjson", as_json=as_json)
+        places = Places(settings.spool_directory(spool_dir), archive and archive.absolute())
+        _disclose(settings.database_dsn(dsn), places, user, target, as_json=as_json)
+        return
     from loader.see import export, questions
     from loader.see.export import SOURCES, Export
 
@@ -90,6 +112,29 @@ def command(
         terminal.say(terminal.counts(facts))
     for name, count in made.exported.misfits.items():
         terminal.warn(f'column "{name}": {count} values have another type and are null: choose text')
+
+
+def _disclose(dsn: str, places: Places, person: UUID, target: Path, *, as_json: bool) -> None:
+    from loader.load import database
+    from loader.operate.disclose import disclose
+    from loader.see.whole import whole_file
+
+    with database.connect(dsn) as connection:
+        if target == STDOUT:
+            disclosed = disclose(connection, places, person, sys.stdout.buffer)
+        else:
+            with whole_file(target) as file:
+                disclosed = disclose(connection, places, person, file)
+    if as_json:
+        terminal.print_json({**disclosed.counts(), "failures": disclosed.failures})
+    elif target != STDOUT:
+        terminal.say(terminal.counts(disclosed.counts()))
+    for name, reason in disclosed.failures.items():
+        terminal.warn(f"{name} {reason}")
+    if disclosed.failures:
+        raise LoaderError(
+            f"{len(disclosed.failures)} places could not be searched: the disclosure is not complete"
+        )
 
 
 def _format(target: Path, by: str | None) -> Format:

@@ -33,6 +33,7 @@ COMMANDS: Final = {
     "report": "Summarize the loaded data, in the terminal or as a page.",
     "export": "Write events or metrics to Parquet, CSV or NDJSON.",
     "rollup": "Refresh the rollups of hours with new rows.",
+    "erase": "Erase everything stored about a person or a family.",
     "prune": "Delete old rows, ledger rows, and rejected and archived files.",
     "schema": "Print the format of a line, for writers in other languages.",
     "demo": "Run the whole pipeline against a temporary Postgres.",

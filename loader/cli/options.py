@@ -1,4 +1,4 @@
-"""Options shared by several commands, and the parameter type for ages."""
+"""Options shared by several commands, and the parameter types for ages and people."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
+from uuid import UUID
 
 import click
 
+from spool.record import canonical_uuid
 from spool.segment import DEFAULT_DIRECTORY
 
 dsn = click.option(
@@ -48,3 +50,21 @@ class Age(click.ParamType[timedelta]):
         except OverflowError:
             self.fail(f"{value!r} is before the year 1.", param, ctx)
         return age
+
+
+class Person(click.ParamType[UUID]):
+    """The UUID of a person or a family, in any of its forms."""
+
+    name = "uuid"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> UUID:
+        """Return the UUID."""
+        text = canonical_uuid(str(value))
+        if text is None:
+            self.fail(
+                f"{value!r} is not a UUID; of an id that your application counts, it is analytics_uuid('user', '42') "
+                "in SQL.", param, ctx,
+            )  # fmt: skip
+        if not UUID(text).int:
+            self.fail("the UUID of zeros is nobody's: it replaces mentions.", param, ctx)
+        return UUID(text)

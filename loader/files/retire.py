@@ -4,6 +4,8 @@ removed        a loaded file
 archived       a loaded file, if an archive is configured: <archive>/<day>/<name>.zst, readable by a backfill
 kept whole     a file with a line that is too long for a reject: rejected/<stem>.whole
 
+Archived and kept files contain nothing about erased people.
+
 A segment that is being copied into the spool has its name before it has all its bytes. Loading is not
 delayed, but removal is: until no process has the file open for writing, or it has not changed for a while
 (see writing.py). If it has grown since, the new lines are loaded: it is read again, with a chunk boundary at
@@ -27,9 +29,10 @@ from typing import BinaryIO, Final
 
 import zstandard
 
-from loader.files import nofollow, rejects
+from loader.files import erase, nofollow, rejects
 from loader.files.chunk import Chunk, Reading, chunks
 from loader.files.content import unpacked
+from loader.files.mentions import NOBODY, Latest, Mentions
 from loader.files.scan import SCAN_FILES, Inode, Scan, locked_inode, scan
 from loader.files.writing import is_complete, leased
 
@@ -61,8 +64,12 @@ class SpoolFile:
     The object is kept between scans while the file waits to be removed or to be loaded again.
     """
 
-    def __init__(self, path: Path, archive: Path | None = None, open_inode: Inode | None = None) -> None:
+    def __init__(
+        self, path: Path, archive: Path | None = None, open_inode: Inode | None = None,
+        erased: Latest | None = None,
+    ) -> None:  # fmt: skip
         self.name = path.name
+        self._erased = erased or Latest()
         self.loaded = False
         self.retired = False
         self._path = path
@@ -127,7 +134,8 @@ class SpoolFile:
                 return False
             if self._left_out:
                 return True
-        self.retired = retire(self._path, self._identity, self._archive, whole=self._oversize)
+        mentions = self._erased.mentions
+        self.retired = retire(self._path, self._identity, self._archive, mentions, whole=self._oversize)
         return not self.retired
 
     def _is_complete(self, fd: int, *, ends_in_line: bool) -> bool:
@@ -140,8 +148,12 @@ class SpoolFile:
 class SpoolFiles:
     """The sealed files of a spool, kept between scans. To be used by one thread."""
 
-    def __init__(self, directory: Path, archive: Path | None = None, adopt: Container[str] = ()) -> None:
+    def __init__(
+        self, directory: Path, archive: Path | None = None, adopt: Container[str] = (),
+        erased: Latest | None = None,
+    ) -> None:  # fmt: skip
         self._directory = directory
+        self._erased = erased or Latest()
         self._archive = archive
         self._adopt = adopt
         self._kept: dict[str, SpoolFile] = {}
@@ -163,7 +175,9 @@ class SpoolFiles:
         found = scan(self._directory, max(1, SCAN_FILES - len(self._kept)), self._kept, self._adopt)
         seen_open = self._open | found.open_inodes
         self._open = found.open_inodes
-        new = [SpoolFile(path, self._archive, seen_open.get(path.stem)) for path in found.sealed]
+        new = [
+            SpoolFile(path, self._archive, seen_open.get(path.stem), self._erased) for path in found.sealed
+        ]
         self._kept |= {file.name: file for file in new}
         found.failures |= failures
         return found, sorted([*again, *new], key=lambda file: file.name)
@@ -183,8 +197,11 @@ class SpoolFiles:
             return False
 
 
-def retire(path: Path, loaded: FileIdentity, archive: Path | None = None, *, whole: bool = False) -> bool:
-    """Remove a loaded file, archive it or keep it whole.
+def retire(
+    path: Path, loaded: FileIdentity, archive: Path | None = None, mentions: Mentions = NOBODY, *,
+    whole: bool = False,
+) -> bool:  # fmt: skip
+    """Remove a loaded file, archive it or keep it whole; what is kept is without the people in `mentions`.
 
     Returns False if `path` now names a different or changed file; a file that no longer exists counts as
     retired. Raises OSError, for example if the directory is read-only.
@@ -194,13 +211,17 @@ def retire(path: Path, loaded: FileIdentity, archive: Path | None = None, *, who
             return False
         if whole:
             with nofollow.opened(path.parent / rejects.DIRECTORY, create=True) as kept:
-                os.rename(path, _free_name(path, loaded, kept), dst_dir_fd=kept)
+                name = _free_name(path, loaded, kept)
+                if mentions:  # before the rename: after a crash it is still in the spool
+                    with nofollow.opened(path.parent) as spool:
+                        erase.sweep_file(spool, path.name, mentions, erase.Swept())
+                os.rename(path, name, dst_dir_fd=kept)
             return True
         with nofollow.open_file(path) as stream:
             if archive is not None:
                 if FileIdentity.of(os.fstat(stream.fileno())) != loaded:
                     return False
-                _store(stream, archive, path.name)
+                _store(stream, archive, path.name, mentions)
             with leased(stream.fileno()):  # so that no process starts to append between the two calls
                 if FileIdentity.of(os.lstat(path)) != loaded:
                     return False
@@ -242,13 +263,18 @@ def _skip_hole(stream: BinaryIO, multiple: int) -> int:
     return skipped
 
 
-def _store(stream: BinaryIO, archive: Path, name: str) -> None:
+def _store(stream: BinaryIO, archive: Path, name: str, mentions: Mentions) -> None:
     """Write a compressed copy, durable on return. A crash leaves none, or one that is overwritten later."""
     with nofollow.opened(archive, create=True) as base:
         with nofollow.opened(name[:_DAY], base, create=True) as day:
             passing = f"{name}.part"
             with nofollow.create_file(passing, day) as copy:
-                zstandard.ZstdCompressor(write_checksum=True).copy_stream(stream, copy)
+                packer = zstandard.ZstdCompressor(write_checksum=True)
+                if mentions:
+                    with packer.stream_writer(copy, closefd=False) as packed:
+                        erase.copy_without(unpacked(stream), packed, mentions, erase.Swept())
+                else:
+                    packer.copy_stream(stream, copy)
                 copy.flush()
                 os.fsync(copy.fileno())
             os.rename(passing, name + SUFFIX, src_dir_fd=day, dst_dir_fd=day)

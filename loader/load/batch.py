@@ -2,14 +2,15 @@
 
     step                                  a crash here leaves              repaired by
     ------------------------------------  -------------------------------  ------------------------------
-    is the digest in the ledger?      a transaction, rolled back       the next load of the file
+    read who was erased (erasures.py)     a transaction, rolled back       the next load of the file
+    is the digest in the ledger?          the same                         the same
     decode; COPY; staging; isolate        the same                         the same
     marks of touched hours; ledger rows   the same                         the same
     reject files, whole and synced        reject files, no ledger row      written again under their name
     COMMIT                                all of it, or none, or unknown   the digest in the ledger
 
 The caller retires the files afterwards. Every line of a chunk becomes a new row, a duplicate of an equal row,
-or a reject; a CHECK of the ledger verifies the sum in each transaction.
+a reject, or is erased; a CHECK of the ledger verifies the sum in each transaction.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from loader.errors import LoaderError
 from loader.files import rejects
 from loader.files.chunk import Chunk
 from loader.files.rejects import Rejected
-from loader.load import ledger, marks
+from loader.load import erasures, ledger, marks
 from loader.load.counts import Counts, Loaded
 from loader.load.database import Connection, transaction
 from loader.load.insert import insert, insert_lines
 from loader.load.ledger import Entry
-from loader.load.outcome import OVERSIZE, Outcome, decoded, decoded_lines
+from loader.load.outcome import OVERSIZE, Outcome, decoded, decoded_lines, kept_lines
 
 
 def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates: float = 0.0) -> Loaded:
@@ -43,9 +44,10 @@ def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates
     even if the ledger has it.
     """
     with transaction(connection):
+        erased = erasures.current(connection)
         known = ledger.known(connection, [chunk.digest for chunk in batch])
         fresh, repeated = _divide(batch, known)
-        outcomes = insert(connection, fresh, duplicates) if fresh else []
+        outcomes = insert(connection, fresh, duplicates, erased) if fresh else []
         marks.record(connection, outcomes)
         outcomes, overtaken = _record(connection, outcomes, known)
         for outcome in outcomes:
@@ -96,7 +98,9 @@ def _retry_piece(connection: Connection, path: Path, piece: Sequence[Rejected], 
     begin = kept.tell()
     try:
         with transaction(connection):
-            insert_lines(connection, list(decoded_lines(outcome, (rejected.raw for rejected in retried))))
+            outcome.erasures = erasures.current(connection)
+            lines = kept_lines(outcome.erasures, (rejected.raw for rejected in retried))
+            insert_lines(connection, list(decoded_lines(outcome, lines)))
             marks.record(connection, [outcome])
             loaded = replace(outcome.counts, rejected=0)
             if loaded.lines:
@@ -118,7 +122,7 @@ def _keep(kept: BinaryIO, piece: Sequence[Rejected]) -> None:
 
 def check(chunk: Chunk) -> Outcome:
     """Decode a chunk and count its lines, without a database."""
-    outcome = Outcome(chunk)
+    outcome = Outcome(chunk, erasures.NOBODY)
     for line in decoded([outcome]):
         line.insert()
     return outcome

@@ -19,10 +19,11 @@ class Counts:
     metrics: int = 0
     duplicates: int = 0
     rejected: int = 0
+    erased: int = 0
 
     @property
     def lines(self) -> int:
-        return self.events + self.metrics + self.duplicates + self.rejected
+        return self.events + self.metrics + self.duplicates + self.rejected + self.erased
 
     @property
     def rows(self) -> int:
@@ -53,7 +54,8 @@ class Loaded:
         counts = self.counts
         return {
             "lines": counts.lines + self.known, "events": counts.events, "metrics": counts.metrics,
-            "duplicates": counts.duplicates, "rejected": counts.rejected, "known": self.known,
+            "duplicates": counts.duplicates, "rejected": counts.rejected, "erased": counts.erased,
+            "known": self.known,
         }  # fmt: skip
 
 

@@ -90,6 +90,10 @@ _FIND_PATH: Final = """
     )
     SELECT string_agg(quote_ident(name), ', ' ORDER BY place) FROM path
 """
+_HAS_COLUMN: Final = (
+    "SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute "
+    "WHERE attrelid = pg_catalog.to_regclass(%s::text)::pg_catalog.oid AND attname = %s::name AND NOT attisdropped)"
+)
 _scripts: WeakKeyDictionary[Connection, bytes] = WeakKeyDictionary()
 """The statement that sets the settings, by connection. If the tables move, the connection gets an error and
 is replaced."""
@@ -148,6 +152,11 @@ def prepare(connection: Connection, isolation: Isolation = "READ COMMITTED") -> 
         connection.execute(level + _SETTINGS)  # the level cannot be set once a query has run
         script = _scripts[connection] = _script(connection)
     connection.execute(level + script)
+
+
+def has_column(connection: Connection, table: str, column: str) -> bool:
+    """Whether a table or view has a column, which those of an earlier version may lack. Raises psycopg.Error."""
+    return connection.execute(_HAS_COLUMN, [table, column]).fetchone() == (True,)
 
 
 def _script(connection: Connection) -> bytes:

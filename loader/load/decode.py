@@ -20,10 +20,13 @@ import msgspec
 import orjson
 from msgspec import UNSET, UnsetType
 
+from loader.files.mentions import is_erased
 from loader.load.tables import EVENTS, METRICS, Table
 from spool import ids
 from spool.record import METRIC_TYPES, NAME, canonical_uuid, parse_timestamp, utc_text
 
+ERASED: Final = "erased"
+"""Code of what remains of a line whose person was erased: not a reject, except in tables of an earlier version."""
 MEMO_SIZE: Final = 65536
 """Number of validated ids and names at which their memo is cleared; about 10 MiB."""
 
@@ -309,6 +312,8 @@ def _explain(line: bytes, error: Exception) -> Reject:
     """Return a reject that explains why a line could not be decoded."""
     if not line.strip():
         return Reject("empty", "the line is empty")
+    if is_erased(line):
+        return Reject(ERASED, "the line was erased: its person or family was")
     if b"\0" in line:
         return Reject("nul_bytes", "the line has NUL bytes: it was cut by a crash or is not text")
     try:

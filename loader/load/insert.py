@@ -24,6 +24,7 @@ from loader.files.chunk import Chunk
 from loader.load import copying, staging
 from loader.load.database import Connection
 from loader.load.decode import Reject
+from loader.load.erasures import Erasures
 from loader.load.isolate import insert_isolating
 from loader.load.outcome import Line, Outcome, decoded
 from loader.load.sqlstate import is_temporary, lacks_partition, meets_new_partition
@@ -44,13 +45,15 @@ _TRY_NEXT: Final = (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetec
 _Way = Callable[[Connection, Sequence[Outcome]], None]
 
 
-def insert(connection: Connection, chunks: Sequence[Chunk], duplicates: float) -> list[Outcome]:
+def insert(
+    connection: Connection, chunks: Sequence[Chunk], duplicates: float, erasures: Erasures | None
+) -> list[Outcome]:
     """Insert the lines of some chunks. `duplicates` is the expected share of existing rows.
 
     Raises psycopg.Error if the rows are not at fault.
     """
     for way in _ways(duplicates):
-        outcomes = [Outcome(chunk) for chunk in chunks]
+        outcomes = [Outcome(chunk, erasures) for chunk in chunks]
         try:
             with connection.transaction():
                 way(connection, outcomes)
@@ -65,7 +68,7 @@ def insert(connection: Connection, chunks: Sequence[Chunk], duplicates: float) -
                 raise
             break
         return outcomes
-    outcomes = [Outcome(chunk) for chunk in chunks]
+    outcomes = [Outcome(chunk, erasures) for chunk in chunks]
     insert_lines(connection, list(decoded(outcomes)))
     return outcomes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -32,22 +32,17 @@ class Entry:
         counts = self.counts
         return (
             self.digest, self.file, self.byte_offset, self.bytes, counts.lines, counts.events, counts.metrics,
-            counts.duplicates, counts.rejected,
+            counts.duplicates, counts.rejected, counts.erased,
         )  # fmt: skip
 
 
 _COLUMNS: Final = {
     "digest": "bytea", "file": "text", "byte_offset": "bigint", "bytes": "bigint", "lines": "bigint",
-    "events": "bigint", "metrics": "bigint", "duplicates": "bigint", "rejected": "bigint",
+    "events": "bigint", "metrics": "bigint", "duplicates": "bigint", "rejected": "bigint", "erased": "bigint",
 }  # fmt: skip
 """The columns written by the loader, with their types."""
-_RECORD: Final = sql.SQL(
-    "INSERT INTO analytics_loads ({}, loader_host) SELECT entry.*, %s FROM unnest({}) AS entry "
-    "ON CONFLICT (digest) DO NOTHING RETURNING digest"
-).format(
-    sql.SQL(", ").join(map(sql.Identifier, _COLUMNS)),
-    sql.SQL(", ").join(sql.SQL(f"%s::{kind}[]") for kind in _COLUMNS.values()),
-)
+_SINCE_5: Final = ("erased",)
+"""Columns that tables of version 4 lack, at the end of `_COLUMNS`; nothing is erased there."""
 
 
 def known(connection: Connection, digests: Sequence[bytes]) -> set[bytes]:
@@ -65,12 +60,26 @@ def record(connection: Connection, entries: Sequence[Entry]) -> set[bytes]:
     if not entries:
         return set()
     ordered = sorted(entries, key=lambda entry: entry.digest)
+    columns = _COLUMNS
+    if not any(entry.counts.erased for entry in entries):
+        columns = {name: kind for name, kind in _COLUMNS.items() if name not in _SINCE_5}
     arrays = [list(column) for column in zip(*(entry.values() for entry in ordered), strict=True)]
-    written = {digest for (digest,) in connection.execute(_RECORD, [socket.gethostname(), *arrays])}
+    values = [socket.gethostname(), *arrays[: len(columns)]]
+    written = {digest for (digest,) in connection.execute(_recording(columns), values)}
     digests = {entry.digest for entry in entries}
     if written != digests or triggers(connection, TABLE):
         _check_kept(connection, digests)
     return written
+
+
+def _recording(columns: Mapping[str, str]) -> sql.Composed:
+    return sql.SQL(
+        "INSERT INTO analytics_loads ({}, loader_host) SELECT entry.*, %s FROM unnest({}) AS entry "
+        "ON CONFLICT (digest) DO NOTHING RETURNING digest"
+    ).format(
+        sql.SQL(", ").join(map(sql.Identifier, columns)),
+        sql.SQL(", ").join(sql.SQL(f"%s::{kind}[]") for kind in columns.values()),
+    )
 
 
 def _check_kept(connection: Connection, digests: set[bytes]) -> None:

@@ -12,9 +12,11 @@ import msgspec
 import orjson
 
 from loader.files.chunk import Chunk
+from loader.files.mentions import ERASED_LINE, is_erased
 from loader.files.rejects import Rejected
 from loader.load.counts import Counts, Loaded
-from loader.load.decode import Reject, Row, decode
+from loader.load.decode import ERASED, Reject, Row, decode
+from loader.load.erasures import Erasures
 from loader.load.ledger import Entry
 from loader.load.tables import EVENTS
 from spool.metric_names import DROPPED_METRIC
@@ -36,9 +38,12 @@ class Outcome:
     """The counts and rejects of one chunk so far."""
 
     chunk: Chunk
+    erasures: Erasures | None = None
+    """Who was erased; None for tables that do not know."""
     events: int = 0
     metrics: int = 0
     duplicates: int = 0
+    erased: int = 0
     rejects: list[Rejected] = field(default_factory=list)
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
     event_hours: set[str] = field(default_factory=set)
@@ -47,7 +52,7 @@ class Outcome:
 
     @property
     def counts(self) -> Counts:
-        return Counts(self.events, self.metrics, self.duplicates, len(self.rejects))
+        return Counts(self.events, self.metrics, self.duplicates, len(self.rejects), self.erased)
 
     def loaded(self) -> Loaded:
         return Loaded(self.counts, bytes=self.chunk.size, dropped=self.dropped)
@@ -100,18 +105,31 @@ class Line(msgspec.Struct, frozen=True, gc=False):
 
 
 def decoded(outcomes: Sequence[Outcome]) -> Iterator[Line]:
-    """Yield the lines of the chunks that have a row; reject the others."""
+    """Yield the lines of the chunks that have a row; reject or erase the others."""
     for outcome in outcomes:
-        yield from decoded_lines(outcome, outcome.chunk.lines())
+        lines, erasures = outcome.chunk.lines(), outcome.erasures
+        # The whole chunk is searched first: few have anything that was erased.
+        if erasures and erasures.concern(outcome.chunk.data):
+            lines = kept_lines(erasures, lines)
+        yield from decoded_lines(outcome, lines)
+
+
+def kept_lines(erasures: Erasures | None, lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the lines without what concerns people that were erased."""
+    for line in lines:
+        kept = erasures.applied(line) if erasures else line
+        yield ERASED_LINE if kept is None else kept
 
 
 def decoded_lines(outcome: Outcome, lines: Iterable[bytes]) -> Iterator[Line]:
     """Do as `decoded`, for the given lines of the outcome's chunk."""
     chunk = outcome.chunk
     for number, raw in enumerate(lines, chunk.first_line):
-        row = _oversize(chunk) if chunk.oversize else decode(raw)
+        row = _oversize(chunk) if chunk.oversize and not is_erased(raw) else decode(raw)
         if isinstance(row, Row):
             yield Line(outcome, number, raw, row)
+        elif row.code == ERASED and outcome.erasures is not None:
+            outcome.erased += 1
         elif row.code != BLANK:
             outcome.reject(number, raw, row)
 

@@ -104,6 +104,7 @@ def apply_schema(
         _set(connection, "analytics.indexes", "later")
         connection.execute(statements["tables"])
         connection.execute(statements["questions"])
+        connection.execute(statements["erasure"])
         for kind, name in (("role", role), ("reader", reader)):
             if name is not None:
                 _set(connection, f"analytics.{kind}", name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from loader.files.writers import Stated
-from loader.load.database import Connection
+from loader.load.database import Connection, has_column
 
 VERSION: Final = 4
 """The first schema version with accounts."""
@@ -34,15 +34,16 @@ _RECORD: Final = """
     )
 """
 _SHOWN: Final = 10
-_SUM: Final = f"""
+_SUM: Final = """
     WITH each AS MATERIALIZED (SELECT * FROM analytics_conservation),
     absent AS (SELECT pg_catalog.unnest(missing_segments) AS segment FROM each)
     SELECT pg_catalog.count(*), coalesce(pg_catalog.sum(emitted), 0)::bigint,
         coalesce(pg_catalog.sum(rows), 0)::bigint, coalesce(pg_catalog.sum(duplicates), 0)::bigint,
-        coalesce(pg_catalog.sum(rejects), 0)::bigint, coalesce(pg_catalog.sum(dropped), 0)::bigint,
+        coalesce(pg_catalog.sum(rejects), 0)::bigint, coalesce(pg_catalog.sum({erased}), 0)::bigint,
+        coalesce(pg_catalog.sum(dropped), 0)::bigint,
         coalesce(pg_catalog.sum(pending), 0)::bigint, coalesce(pg_catalog.sum(missing), 0)::bigint,
         coalesce(pg_catalog.array_agg(writer) FILTER (WHERE missing <> 0::bigint), ARRAY[]::text[]),
-        ARRAY(SELECT segment FROM absent ORDER BY segment LIMIT {_SHOWN}), (SELECT pg_catalog.count(*) FROM absent)
+        ARRAY(SELECT segment FROM absent ORDER BY segment LIMIT {shown}), (SELECT pg_catalog.count(*) FROM absent)
     FROM each
 """
 
@@ -56,6 +57,7 @@ class Conservation:
     rows: int
     duplicates: int
     rejects: int
+    erased: int
     dropped: int
     pending: int
     missing: int
@@ -94,5 +96,6 @@ def last_loaded(connection: Connection) -> dict[str, int]:
 
 def conservation(connection: Connection) -> Conservation:
     """Return the totals over all writers. Raises psycopg.Error."""
-    (row,) = connection.execute(_SUM.encode()).fetchall()
+    erased = "erased" if has_column(connection, "analytics_conservation", "erased") else "0"
+    (row,) = connection.execute(_SUM.format(erased=erased, shown=_SHOWN).encode()).fetchall()
     return Conservation(*row)

@@ -14,6 +14,7 @@ from loader.errors import UsageError
 from loader.files import nofollow, rejects
 from loader.files.chunk import Chunk, Reading, chunks
 from loader.files.content import UNREADABLE, DamagedError, lines_of
+from loader.files.erase import STATE
 from loader.files.lock import LOCK
 from loader.load.batch import check
 from loader.load.counts import Loaded
@@ -127,7 +128,7 @@ def _add_directory(given: str, found: Found, *, again: bool) -> None:
 
 def _why_skipped(name: str) -> str | None:
     """Return why an entry is skipped ("" if it is one of the loader's own files), or None if it is read."""
-    if name == LOCK:
+    if name in (LOCK, STATE):
         return ""
     if name.endswith(OPEN):
         return "an open segment: in a spool, `loader run` seals it"

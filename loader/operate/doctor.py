@@ -47,6 +47,11 @@ _CLOCK_SECONDS: Final = 5.0
 _SHOWN_DROPS: Final = 5
 _SHORT_TIMEOUT: Final = 60_000
 """Milliseconds within which every statement of a load should end, even on a busy server."""
+_UNREADABLE_ERASURES: Final = (
+    "SELECT name FROM pg_catalog.unnest(ARRAY['analytics_erasures', 'analytics_erasure_keys']) AS name "
+    "WHERE NOT pg_catalog.has_table_privilege(pg_catalog.to_regclass(name)::pg_catalog.oid, 'SELECT')"
+)
+"""Which each load reads. None in tables of an earlier version, where the condition is null."""
 _TABLES: Final = ("analytics_events", "analytics_metrics", "analytics_loads")
 _TABLE_PRIVILEGES: Final = (
     "SELECT name, privilege, pg_catalog.has_table_privilege(name, privilege) "
@@ -421,6 +426,8 @@ def _privileges(connection: Connection) -> Iterator[Finding]:
         needed = privilege in ("SELECT", "INSERT")
         if has != needed:
             (missing if needed else needless).setdefault(privilege, []).append(table)
+    for (table,) in connection.execute(_UNREADABLE_ERASURES):
+        missing.setdefault("SELECT", []).append(table)
     temporary = "SELECT pg_catalog.has_database_privilege(pg_catalog.current_database(), 'TEMPORARY')"
     if connection.execute(temporary).fetchone() != (True,):
         missing["TEMPORARY"] = ["the database"]
@@ -548,7 +555,7 @@ def _conservation(
         total = writers.conservation(connection)
     equation = (
         f"{total.writers} writers emitted {total.emitted} lines = {total.rows} rows + {total.duplicates} duplicates + "
-        f"{total.rejects} rejects + {total.dropped} dropped + {total.pending} pending"
+        f"{total.rejects} rejects + {total.erased} erased + {total.dropped} dropped + {total.pending} pending"
     )
     if total.holds:
         yield _ok("conservation", equation)

@@ -17,7 +17,7 @@ from loader.files.waiting import waiting
 from loader.files.writers import statements
 from loader.load import rollups
 from loader.load.counts import Counts
-from loader.load.database import Connection
+from loader.load.database import Connection, has_column
 from loader.load.dropped import dropped, unreported
 
 _RATE_MINUTES: Final = 5
@@ -87,10 +87,12 @@ def reject_counts(directory: Path) -> Iterator[tuple[Path, Counter[str]]]:
 
 def ledger(connection: Connection) -> Ledger:
     """Return the totals of the ledger. Raises psycopg.Error."""
+    erased = "erased" if has_column(connection, "analytics_loads", "erased") else "0"
     row = connection.execute(
         "SELECT pg_catalog.count(*), coalesce(pg_catalog.sum(events), 0)::bigint, "
         "coalesce(pg_catalog.sum(metrics), 0)::bigint, coalesce(pg_catalog.sum(duplicates), 0)::bigint, "
-        "coalesce(pg_catalog.sum(rejected), 0)::bigint, pg_catalog.max(loaded_at), "
+        "coalesce(pg_catalog.sum(rejected), 0)::bigint, "
+        f"coalesce(pg_catalog.sum({erased}), 0)::bigint, pg_catalog.max(loaded_at), "
         "coalesce(pg_catalog.sum(events + metrics) FILTER "
         "(WHERE loaded_at > pg_catalog.now() - pg_catalog.make_interval(mins => %s::int)), 0)::float, "
         "coalesce(pg_catalog.sum(lines) FILTER (WHERE pg_catalog.starts_with(file, %s)), 0)::bigint "

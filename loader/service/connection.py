@@ -14,9 +14,11 @@ from typing import Final
 import psycopg
 
 from loader.files.chunk import Chunk
+from loader.load import erasures
 from loader.load.batch import load
 from loader.load.counts import Loaded
-from loader.load.database import Connection
+from loader.load.database import Connection, transaction
+from loader.load.erasures import Erasures
 from loader.load.sqlstate import is_lost
 
 _FIRST_WAIT: Final = 1.0
@@ -78,6 +80,12 @@ class WorkerConnection:
         if lines := loaded.counts.lines:
             self._duplicates = loaded.counts.duplicates / lines
         return loaded
+
+    def erasures(self) -> Erasures | None:
+        """Return who was erased; None for tables of an earlier version. Raises psycopg.Error."""
+        assert self._connection is not None  # it was connected
+        with self._closing_on_error(), transaction(self._connection):
+            return erasures.seen(self._connection)
 
     def close(self) -> None:
         """Close the connection. Safe to repeat."""

@@ -23,6 +23,7 @@ from loader.files.retire import SpoolFiles
 from loader.files.scan import Backlog, Scan, backlog
 from loader.files.writing import GRACE_SECONDS
 from loader.service.accounts import Accounts
+from loader.service.erasures import Sweeper
 from loader.service.health import Health
 from loader.service.notify import Notifier
 from loader.service.parents import ParentRetries
@@ -56,7 +57,8 @@ class Daemon:
         self.health = Health(notifier.alive)
         self._spool = spool
         self._signals = signals
-        self._files = SpoolFiles(spool, archive)
+        self._sweeper = Sweeper(dsn, spool, archive)
+        self._files = SpoolFiles(spool, archive, erased=self._sweeper.latest)
         self._notifier = notifier
         self._workers = Workers(dsn, spool, count, signals, None, self.health, self._tick)
         self._parents = ParentRetries(dsn, spool, signals, self.health)
@@ -71,7 +73,7 @@ class Daemon:
 
     def run(self) -> None:
         """Run until a signal stops it. Raises LoaderError if another loader holds the spool, and OSError."""
-        parts = (self._workers, self._parents, self._accounts, *self._upkeep)
+        parts = (self._workers, self._parents, self._accounts, *self._upkeep, self._sweeper)
         with exclusive(self._spool), contextlib.ExitStack() as ending:
             for part in reversed(parts):
                 ending.callback(part.close)
@@ -107,6 +109,7 @@ class Daemon:
         try:
             found, files = self._files.scan()
             self._workers.connect()
+            self._sweeper.tick(self._workers.erasures())
             report = self._workers.load(files)
         except OSError as error:
             self.health.unreadable = f"could not scan {self._spool}: {error}"
@@ -149,7 +152,7 @@ class Daemon:
             facts = {"files": report.files, **report.loaded.facts()}
             log.debug(
                 "%(files)d files: %(events)d events, %(metrics)d metrics, %(duplicates)d duplicates, "
-                "%(rejected)d rejected, %(known)d known",
+                "%(rejected)d rejected, %(erased)d erased, %(known)d known",
                 facts, extra={**facts, "bytes": report.loaded.bytes},
             )  # fmt: skip
 
@@ -222,7 +225,11 @@ def once(
     Waits for a file that may still be written, at most GRACE_SECONDS without a change. If a process has it
     open for longer, it is loaded up to its last line and kept.
     """
-    files, all_found, total = SpoolFiles(spool, archive, adopt), Scan(), Report()
+    sweeper = Sweeper(workers.dsn, spool, archive)
+    workers.connect()
+    if (erased := workers.erasures()) and sweeper.look(erased):
+        sweeper.sweep(erased)
+    files, all_found, total = SpoolFiles(spool, archive, adopt, sweeper.latest), Scan(), Report()
     until = time.monotonic() + GRACE_SECONDS + 1
     while True:
         found, batch = files.scan()

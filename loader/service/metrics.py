@@ -124,6 +124,7 @@ class _LoaderCollector(Collector):
             ("bytes", "Bytes of lines that were loaded.", health.total.bytes),
             ("duplicates", "Lines whose equal row existed.", counts.duplicates),
             ("rejects", "Lines that were rejected.", counts.rejected),
+            ("erased", "Lines of people and families that were erased.", counts.erased),
             ("known_lines", "Lines that the ledger already knew.", health.total.known),
             ("retries", "Attempts to load a batch that failed and were repeated.", health.retries),
         ):

@@ -12,6 +12,7 @@ attempt to connect is abandoned: unfinished work is never lost.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -26,6 +27,7 @@ from loader.files.chunk import Chunk
 from loader.files.rejects import CannotWriteError
 from loader.load.counts import Loaded
 from loader.load.database import Connection, connect
+from loader.load.erasures import Erasures
 from loader.load.schema import SCHEMA_VERSION, schema_version
 from loader.load.sqlstate import explain, is_temporary, lacks_partition
 from loader.service.connection import WorkerConnection
@@ -55,7 +57,7 @@ class Workers:
         self, dsn: Callable[[], str], spool: Path, count: int, signals: Signals,
         patience: float | None = None, health: Health | None = None, tick: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        self._dsn = dsn
+        self.dsn = dsn
         self._spool = spool
         self._signals = signals
         self._health = health or Health()
@@ -88,6 +90,14 @@ class Workers:
             self._retry.refused(batches.refusal)
             run.report.failures.clear()  # all have the same reason, which was already reported
         return run.report
+
+    def erasures(self) -> Erasures | None:
+        """Return who was erased, as far as a connection that is open can find out; not while files are loaded."""
+        for connection in self._connections:
+            with contextlib.suppress(psycopg.Error):  # which the next load waits out
+                if connection.is_open:
+                    return connection.erasures()
+        return None
 
     @property
     def stopping(self) -> bool:
@@ -172,7 +182,7 @@ class Workers:
             log.log(level, "loading with %d of %d connections%s", count, workers, why)
 
     def _connect(self) -> Connection:
-        return connect(self._dsn(), self._health.progressed)
+        return connect(self.dsn(), self._health.progressed)
 
     def _check_version(self, connection: Connection) -> None:
         """Log a warning if the schema version differs. Raises psycopg.Error if there are no tables."""

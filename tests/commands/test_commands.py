@@ -25,7 +25,7 @@ import pytest
 
 from loader.cli import main
 from loader.load.database import Connection
-from tests.load.lines import STEM, event, joined, metric, number, segment
+from tests.load.lines import ID, STEM, event, joined, metric, number, segment
 from tests.processes import HANGS_AFTER, LOADER, Cli, eventually
 
 TRANSCRIPT = Path(__file__).with_name("transcript.txt")
@@ -77,7 +77,11 @@ def test_the_options_of_a_command_are_known_without_a_driver(name: str) -> None:
 
 
 EXAMPLES = {each for command in COMMANDS.values() for each in examples(command)}
-ELSEWHERE = {"loader demo", "loader demo --keep", "loader init --layout partitioned"}  # they have separate tests
+ELSEWHERE = {
+    "loader demo",
+    "loader demo --keep",
+    "loader init --layout partitioned",
+}  # they have separate tests
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES - ELSEWHERE))
@@ -161,6 +165,11 @@ def story(cli: Cli, home: Path) -> Iterator[str]:
     yield "prune --older-than 1w --dry-run"
     yield "prune --older-than 1w"
     yield "prune --older-than 1w --json"
+    segment(cli.spool, 3, event(5))
+    yield f"erase --user {ID} --dry-run --json"
+    yield f"erase --user {ID} --archive {home}/archive --verify"
+    yield f"export {home}/somebody.ndjson --user {ID}"
+    yield "run --once"
 
 
 VOLATILE = (
@@ -175,6 +184,7 @@ VOLATILE = (
     (r"[\d.]+ GB of [\d.]+ GB", "N GB of N GB"),
     (r"\d+ instances, \d+ watches", "N instances, N watches"),
     (r"\S+:\S+, mode 2770", "OWNER:GROUP, mode 2770"),
+    (r"[1-9]\d* bytes", "N bytes"),
     (r"[─━]+", "─"),
     (r"[┏┳┓┡╇┩┌┬┐└┴┘├┼┤]", "+"),
     (r" +", " "),
@@ -276,6 +286,6 @@ def test_the_json_of_a_load_has_every_count(cli: Cli) -> None:
     segment(cli.spool, 1, event(1), b"{broken")
     printed = json.loads(cli("run", "--once", "--json", code=3))
     assert printed == {
-        "files": 1, "lines": 2, "events": 1, "metrics": 0, "duplicates": 0, "rejected": 1, "known": 0,
+        "files": 1, "lines": 2, "events": 1, "metrics": 0, "duplicates": 0, "rejected": 1, "erased": 0, "known": 0,
         "failures": {},
     }  # fmt: skip

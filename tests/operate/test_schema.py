@@ -68,7 +68,7 @@ def test_two_that_apply_the_schema_at_once_do_not_disturb_each_other(one_server:
         "UPDATE analytics_events SET metadata = '{}'",
         "DELETE FROM analytics_metrics",
         "TRUNCATE analytics_loads",
-        "INSERT INTO analytics_schema (version) VALUES (4)",
+        "INSERT INTO analytics_schema (version) VALUES (5)",
         "DROP TABLE analytics_events",
         "ALTER TABLE analytics_loads DROP CONSTRAINT every_line_is_accounted_for",
         "CREATE TABLE mine (n INT)",

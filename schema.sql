@@ -1,4 +1,4 @@
--- Everything the loader needs, version 4. Idempotent; upgrades older versions; needs no extension.
+-- Everything the loader needs, version 5. Idempotent; upgrades older versions; needs no extension.
 --
 -- psql applies this file as it is (psql -f schema.sql). `loader init` runs the tables with the questions, and then each
 -- step of the foreign keys, in a transaction of its own, and repeats one that could not get a lock.
@@ -136,10 +136,10 @@ BEGIN
 
     version_before := CASE WHEN is_versioned THEN coalesce((SELECT pg_catalog.max(version) FROM analytics_schema), 1)
         WHEN is_upgrade THEN 1 ELSE 0 END;
-    IF version_before > 4 THEN
-        RAISE EXCEPTION 'the tables are newer than version 4, nothing was changed: upgrade the loader';
+    IF version_before > 5 THEN
+        RAISE EXCEPTION 'the tables are newer than version 5, nothing was changed: upgrade the loader';
     END IF;
-    INSERT INTO analytics_schema (version) VALUES (4) ON CONFLICT DO NOTHING;
+    INSERT INTO analytics_schema (version) VALUES (5) ON CONFLICT DO NOTHING;
 
     -- What exists is left alone: CREATE INDEX IF NOT EXISTS and ADD COLUMN IF NOT EXISTS lock the table first.
 
@@ -169,6 +169,35 @@ BEGIN
         CREATE INDEX analytics_loads_loaded_at ON analytics_loads (loaded_at);
     END IF;
 
+    -- ---- Since version 5: retention ---------------------------------------------------------------------------------
+
+    -- `expired`: lines below the low-water mark of their table (analytics_kept_since), which were not loaded.
+    -- A merged row (analytics_merge_loads) is of `segments` successive segments, the first of which is named, has their
+    -- sums, and the first 8 bytes of each digest, so that each is known when it is read again.
+    IF NOT EXISTS (
+        SELECT FROM pg_catalog.pg_attribute WHERE attname = 'expired'
+            AND attrelid = pg_catalog.to_regclass('analytics_loads')::pg_catalog.oid
+    ) THEN
+        ALTER TABLE analytics_loads
+            ADD COLUMN IF NOT EXISTS expired BIGINT NOT NULL DEFAULT 0,
+            ADD COLUMN IF NOT EXISTS segments BIGINT NOT NULL DEFAULT 1,
+            ADD COLUMN IF NOT EXISTS digests BYTEA,
+            ADD COLUMN IF NOT EXISTS first_loaded_at TIMESTAMPTZ;
+        ALTER TABLE analytics_loads ALTER COLUMN digests SET STORAGE EXTERNAL;  -- cannot be compressed
+        ALTER TABLE analytics_loads DROP CONSTRAINT IF EXISTS every_line_is_accounted_for;
+        -- Not validated: the rows so far have passed the stricter one.
+        ALTER TABLE analytics_loads ADD CONSTRAINT every_line_is_accounted_for
+            CHECK (lines = events + metrics + duplicates + rejected + expired) NOT VALID;
+    END IF;
+    IF pg_catalog.to_regclass('analytics_loads_segment') IS NULL THEN
+        CREATE INDEX analytics_loads_segment ON analytics_loads (writer, segment) WHERE writer IS NOT NULL;
+    END IF;
+    IF pg_catalog.to_regclass('analytics_loads_merged') IS NULL THEN
+        CREATE INDEX analytics_loads_merged ON analytics_loads (writer, segment) WHERE digests IS NOT NULL;
+    END IF;
+
+    -- ---- End of version 5: retention --------------------------------------------------------------------------------
+
     -- Views for reading.
 
     CREATE OR REPLACE VIEW analytics_events_daily AS
@@ -187,12 +216,13 @@ BEGIN
     -- Each writer counts its segments from 1 without gaps, so a number that is missing below a loaded one is a
     -- file that was lost, or that waits to be loaded.
     CREATE OR REPLACE VIEW analytics_missing_segments AS
-    WITH counted AS (
-        SELECT writer, pg_catalog.max(segment) AS last FROM analytics_loads WHERE writer IS NOT NULL GROUP BY writer
+    WITH gaps AS (
+        SELECT writer, segment AS until, coalesce(pg_catalog.max(segment + segments) OVER (
+            PARTITION BY writer ORDER BY segment ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+        ), 1::bigint) AS since
+        FROM analytics_loads WHERE writer IS NOT NULL
     )
-    SELECT writer, number FROM counted, pg_catalog.generate_series(1, last) AS number
-    EXCEPT
-    SELECT writer, segment FROM analytics_loads WHERE writer IS NOT NULL;
+    SELECT writer, number FROM gaps CROSS JOIN LATERAL pg_catalog.generate_series(since, until - 1::bigint) AS number;
 
     -- Whether there are foreign keys is remembered. Older versions did not: their tables keep what they have.
     IF choice IN ('on', 'off') THEN
@@ -275,32 +305,48 @@ BEGIN
         END IF;
     END IF;
 
-    -- Where each line of each writer is: emitted = rows + duplicates + rejects + dropped + pending + missing. What a
-    -- writer states about its first segments is compared with the ledger; of its later ones the ledger and the spool
-    -- are the only witnesses. A segment that is neither in the ledger nor in the spool is missing. Of a chunk that was
-    -- loaded again the first time counts, so a reject that was loaded later is still a reject here.
+    -- Where each line of each writer is: emitted = rows + duplicates + rejects + expired + dropped + pending + missing.
+    -- What a writer states about its first segments is compared with the ledger; of its later ones the ledger and the
+    -- spool are the only witnesses. A segment that is neither in the ledger nor in the spool is missing. Of a chunk that
+    -- was loaded again the first time counts, so a reject that was loaded later is still a reject here. Merged rows are
+    -- of whole segments that are not pending and that the statement covers.
     CREATE OR REPLACE VIEW analytics_conservation AS
     WITH stated AS (
         SELECT DISTINCT ON (writer) * FROM analytics_writers ORDER BY writer, reported_at DESC
+    ), first_time AS (
+        SELECT DISTINCT ON (writer, segment, byte_offset) *
+        FROM analytics_loads AS each
+        WHERE writer IS NOT NULL AND digests IS NULL AND (byte_offset > 0::bigint OR NOT EXISTS (
+            SELECT FROM (
+                SELECT merged.segment + merged.segments AS until FROM analytics_loads AS merged
+                WHERE merged.digests IS NOT NULL AND merged.writer = each.writer AND merged.segment <= each.segment
+                ORDER BY merged.segment DESC LIMIT 1
+            ) AS range WHERE until > each.segment
+        ))
+        ORDER BY writer, segment, byte_offset, loaded_at
     ), loaded AS (
-        SELECT writer, segment, pg_catalog.sum(lines) AS lines, pg_catalog.sum(events + metrics) AS rows,
-            pg_catalog.sum(duplicates) AS duplicates, pg_catalog.sum(rejected) AS rejects
-        FROM (
-            SELECT DISTINCT ON (writer, segment, byte_offset) * FROM analytics_loads
-            WHERE writer IS NOT NULL ORDER BY writer, segment, byte_offset, loaded_at
-        ) AS once
+        SELECT writer, segment, 1::bigint AS segments, pg_catalog.sum(lines) AS lines,
+            pg_catalog.sum(events + metrics) AS rows, pg_catalog.sum(duplicates) AS duplicates,
+            pg_catalog.sum(rejected) AS rejects, pg_catalog.sum(expired) AS expired
+        FROM first_time
         GROUP BY writer, segment
+        UNION ALL
+        SELECT writer, segment, segments, lines::numeric, (events + metrics)::numeric, duplicates::numeric,
+            rejected::numeric, expired::numeric
+        FROM analytics_loads WHERE digests IS NOT NULL AND writer IS NOT NULL
     ), pending AS (
         SELECT stated.writer, waiting.segment,
-            greatest(waiting.lines::numeric - coalesce(loaded.lines, 0::numeric), 0::numeric) AS lines
+            greatest(waiting.lines::numeric - coalesce(pg_catalog.sum(loaded.lines), 0::numeric), 0::numeric) AS lines
         FROM stated
         CROSS JOIN LATERAL ROWS FROM (pg_catalog.unnest(pending_segments), pg_catalog.unnest(pending_lines))
             AS waiting (segment, lines)
-        LEFT JOIN loaded ON loaded.writer = stated.writer AND loaded.segment = waiting.segment
+        LEFT JOIN loaded ON loaded.writer = stated.writer
+            AND loaded.segment <= waiting.segment AND loaded.segment + loaded.segments > waiting.segment
+        GROUP BY stated.writer, waiting.segment, waiting.lines
     ), located AS (
-        SELECT writer, segment, lines, rows, duplicates, rejects, 0::numeric AS pending FROM loaded
+        SELECT writer, segment, segments, lines, rows, duplicates, rejects, expired, 0::numeric AS pending FROM loaded
         UNION ALL
-        SELECT writer, segment, lines, 0::numeric, 0::numeric, 0::numeric, lines FROM pending
+        SELECT writer, segment, 1::bigint, lines, 0::numeric, 0::numeric, 0::numeric, 0::numeric, lines FROM pending
     ), summed AS (
         SELECT coalesce(stated.writer, located.writer) AS writer,
             coalesce(pg_catalog.min(stated.lines), 0::bigint)::numeric AS stated_lines,
@@ -308,7 +354,8 @@ BEGIN
             -- Segments that a living writer began after its statement may be loaded in any order.
             CASE WHEN NOT pg_catalog.bool_and(stated.ended)
                 THEN greatest(pg_catalog.min(stated.segments), pg_catalog.min(stated.begun))
-                ELSE greatest(pg_catalog.min(stated.segments), pg_catalog.min(stated.begun), pg_catalog.max(segment))
+                ELSE greatest(pg_catalog.min(stated.segments), pg_catalog.min(stated.begun),
+                    pg_catalog.max(segment + located.segments - 1::bigint))
             END AS last,
             pg_catalog.bool_and(stated.ended) AS ended,
             coalesce(pg_catalog.sum(located.lines) FILTER (WHERE segment <= stated.segments), 0::numeric) AS found,
@@ -317,21 +364,33 @@ BEGIN
             coalesce(pg_catalog.sum(rows), 0::numeric) AS rows,
             coalesce(pg_catalog.sum(duplicates), 0::numeric) AS duplicates,
             coalesce(pg_catalog.sum(rejects), 0::numeric) AS rejects,
+            coalesce(pg_catalog.sum(expired), 0::numeric) AS expired,
             coalesce(pg_catalog.sum(pending), 0::numeric) AS pending
         FROM stated FULL JOIN located ON located.writer = stated.writer
         GROUP BY 1
+    ), gaps AS (
+        SELECT writer, coalesce(pg_catalog.max(segment + segments) OVER (
+            PARTITION BY writer ORDER BY segment ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+        ), 1::bigint) AS since, segment AS until
+        FROM (
+            SELECT writer, segment, segments FROM located
+            UNION ALL
+            SELECT writer, last + 1::bigint, 1::bigint FROM summed WHERE last IS NOT NULL
+        ) AS bounds
     ), absent AS (
-        SELECT writer, pg_catalog.array_agg(
-            writer || '-'::text || pg_catalog.repeat('0', 6 - pg_catalog.length(number::text)) || number::text
+        SELECT gaps.writer, pg_catalog.array_agg(
+            gaps.writer || '-'::text || pg_catalog.repeat('0', 6 - pg_catalog.length(number::text)) || number::text
             ORDER BY number) AS segments
-        FROM summed CROSS JOIN LATERAL pg_catalog.generate_series(1::bigint, last) AS number
-        WHERE NOT EXISTS (SELECT FROM located WHERE located.writer = summed.writer AND segment = number)
-        GROUP BY writer
+        FROM gaps
+        JOIN summed ON summed.writer = gaps.writer
+        CROSS JOIN LATERAL pg_catalog.generate_series(since, least(until - 1::bigint, last)) AS number
+        GROUP BY gaps.writer
     )
     SELECT summed.writer, (stated_lines + found_later + dropped)::bigint AS emitted, rows::bigint AS rows,
         duplicates::bigint AS duplicates, rejects::bigint AS rejects, dropped::bigint AS dropped,
         pending::bigint AS pending, (stated_lines - found)::bigint AS missing,
-        coalesce(absent.segments, ARRAY[]::text[]) AS missing_segments, coalesce(ended, false) AS ended
+        coalesce(absent.segments, ARRAY[]::text[]) AS missing_segments, coalesce(ended, false) AS ended,
+        expired::bigint AS expired
     FROM summed LEFT JOIN absent ON absent.writer = summed.writer;
 
     -- Whoever may load may state what writers state, also if nobody names the role again at an upgrade.
@@ -1654,6 +1713,56 @@ $function$;
 COMMENT ON FUNCTION @.analytics_prune_hour IS
 'Deletes rows of one hour, at most so many, and keeps its rollup, which is final from here on: rows that arrive later are read beside it, and added at the next call. Returns the rows deleted: call it until that is less than at_most, each time in a transaction of its own, READ COMMITTED.';
 
+-- ---- keeping the ledger small ----
+
+CREATE OR REPLACE FUNCTION @.analytics_merge_loads(at_most INT DEFAULT 20000) RETURNS BIGINT
+LANGUAGE plpgsql SECURITY DEFINER SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
+-- Only whole segments of one chunk, loaded once, which their writer's last statement covers and does not have in the
+-- spool: the sums of analytics_conservation stay exact. Gaps between numbers stay gaps.
+DECLARE
+    taken BIGINT;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtext('analytics_merge')) THEN
+        RETURN 0;
+    END IF;
+    WITH ripe AS MATERIALIZED (
+        SELECT l.digest FROM @.analytics_loads l LEFT JOIN LATERAL (
+            SELECT w.segments, w.pending_segments FROM @.analytics_writers w
+            WHERE w.writer = l.writer ORDER BY w.reported_at DESC LIMIT 1
+        ) stated ON true
+        WHERE l.loaded_at < now() - interval '1 hour' AND l.writer IS NOT NULL AND l.digests IS NULL AND l.byte_offset = 0
+            AND (stated.segments IS NULL OR l.segment <= stated.segments AND l.segment <> ALL (stated.pending_segments))
+            AND NOT EXISTS (
+                SELECT FROM @.analytics_loads o WHERE o.writer = l.writer AND o.segment = l.segment AND o.digest <> l.digest
+            ) AND NOT EXISTS (
+                SELECT FROM (
+                    SELECT m.segment + m.segments AS until FROM @.analytics_loads m
+                    WHERE m.digests IS NOT NULL AND m.writer = l.writer AND m.segment <= l.segment
+                    ORDER BY m.segment DESC LIMIT 1
+                ) range WHERE range.until > l.segment
+            )
+        ORDER BY l.loaded_at LIMIT at_most
+    ), gone AS (
+        DELETE FROM @.analytics_loads l USING ripe r WHERE l.digest = r.digest RETURNING l.*
+    ), runs AS (
+        SELECT g.*, date_trunc('hour', g.loaded_at, 'UTC') AS hour, g.segment - row_number() OVER (
+            PARTITION BY g.writer, date_trunc('hour', g.loaded_at, 'UTC') ORDER BY g.segment) AS run FROM gone g
+    ), kept AS (
+        INSERT INTO @.analytics_loads (digest, file, byte_offset, bytes, lines, events, metrics, duplicates, rejected,
+            expired, loader_host, loaded_at, first_loaded_at, segments, digests)
+        SELECT sha256(string_agg(r.digest, '' ORDER BY r.segment)), (array_agg(r.file ORDER BY r.segment))[1], 0, sum(r.bytes),
+            sum(r.lines), sum(r.events), sum(r.metrics), sum(r.duplicates), sum(r.rejected), sum(r.expired),
+            max(r.loader_host), max(r.loaded_at), min(r.loaded_at), count(*),
+            string_agg(substr(r.digest, 1, 8), '' ORDER BY r.segment)
+        FROM runs r GROUP BY r.writer, r.hour, r.run
+    )
+    SELECT count(*) INTO taken FROM gone;
+    RETURN taken;
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_merge_loads IS
+'Merges ledger rows that are older than an hour: one row for each hour and unbroken run of a writer''s segments. Returns how many rows were merged, of at most so many that were looked at: call it until 0.';
+
 CREATE OR REPLACE FUNCTION @.analytics_check_rollups(since TIMESTAMPTZ, until TIMESTAMPTZ DEFAULT now())
 RETURNS TABLE (source TEXT, hour TIMESTAMPTZ, in_rows BIGINT, in_rollup BIGINT)
 LANGUAGE sql STABLE
@@ -1688,7 +1797,7 @@ DECLARE
     privilege TEXT;
 BEGIN
     REVOKE ALL ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_mark, @.analytics_roll_events,
-        @.analytics_roll_metrics, @.analytics_roll_users FROM PUBLIC;
+        @.analytics_roll_metrics, @.analytics_roll_users, @.analytics_merge_loads FROM PUBLIC;
     FOR grantee, privilege IN
         SELECT DISTINCT coalesce(quote_ident(r.rolname), 'PUBLIC'), a.privilege_type
         FROM pg_class c CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
@@ -1698,10 +1807,11 @@ BEGIN
             EXECUTE 'GRANT SELECT ON @.analytics_touched, @.analytics_sealed, @.analytics_hourly_events, @.analytics_hourly_metrics, '
                 '@.analytics_user_days TO ' || grantee;
         ELSIF privilege = 'DELETE' THEN
-            EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh TO ' || grantee;
+            EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh, @.analytics_merge_loads TO ' || grantee;
         ELSE
             EXECUTE 'GRANT INSERT ON @.analytics_touched TO ' || grantee;
-            EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_mark TO ' || grantee;
+            EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_mark, '
+                '@.analytics_merge_loads TO ' || grantee;
         END IF;
     END LOOP;
 END

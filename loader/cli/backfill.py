@@ -24,15 +24,20 @@ if TYPE_CHECKING:
 @click.option(
     "--again", is_flag=True, help="Load what the ledger knows, too: rows that were deleted come back."
 )
+@click.option(
+    "--keep-expired", is_flag=True,
+    help="Load also lines that are older than what was pruned, which questions then count twice; implies --again.",
+)  # fmt: skip
 @options.as_json
 def command(
     paths: tuple[str, ...], dsn: str | None, spool_dir: Path | None, workers: int, dry_run: bool,
-    again: bool, as_json: bool,
+    again: bool, keep_expired: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Load files, directories, or - for standard input.
 
     They may be compressed with gzip, zstd, bzip2 or xz. The files are never changed. Rejected lines go to the
-    spool's rejected/. What was loaded before is known and not loaded again, unless --again is given.
+    spool's rejected/. What was loaded before is known and not loaded again, unless --again is given. Lines that are
+    older than what `loader prune` removed are expired, and not loaded unless --keep-expired is given.
 
     \b
     Examples:
@@ -47,7 +52,7 @@ def command(
     from loader.service.signals import until_signal
 
     log_format.to_stderr()
-    found = backfill.find(paths, again=again)
+    found = backfill.find(paths, again=again or keep_expired, keep_expired=keep_expired)
     files = found.files
     for name, reason in found.skipped.items():
         terminal.warn(f"skipped {name}: {reason}")

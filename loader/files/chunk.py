@@ -39,6 +39,8 @@ class Chunk:
     """Of an oversize line, whose bytes are not kept."""
     again: bool = False
     """Load it although the ledger knows it."""
+    keep_expired: bool = False
+    """Load also its lines below the low-water mark."""
 
     @cached_property
     def digest(self) -> bytes:
@@ -70,6 +72,8 @@ class Reading:
     """Whether the file may still be written: a last line without its newline is left for the next time."""
     again: bool = False
     """Whether its chunks are loaded although the ledger knows them."""
+    keep_expired: bool = False
+    """Whether lines below the low-water mark are loaded."""
     progressed: Callable[[], None] = lambda: None
     """Called at each piece of a long line."""
 
@@ -99,7 +103,16 @@ def chunks(
             rest = bytes(data[whole:])
             del data[whole:]
             count = data.count(b"\n") + (not data.endswith(b"\n"))
-            chunk = Chunk(file, offset, len(data), line, count, data, again=reading.again)
+            chunk = Chunk(
+                file,
+                offset,
+                len(data),
+                line,
+                count,
+                data,
+                again=reading.again,
+                keep_expired=reading.keep_expired,
+            )
         line += chunk.line_count
         yield chunk
         offset += chunk.size

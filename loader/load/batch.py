@@ -5,11 +5,12 @@
     does the ledger know the digest?      a transaction, rolled back       the next load of the file
     decode; COPY; staging; isolate        the same                         the same
     marks of touched hours; ledger rows   the same                         the same
+    were rows pruned in the meantime?     the same                         the same
     reject files, whole and synced        reject files, no ledger row      written again under their name
     COMMIT                                all of it, or none, or unknown   the ledger knows the digest
 
 What follows (the file is retired) is up to the caller. Every line of a chunk ends as a new row, as a
-duplicate of an equal row or as a reject; the ledger's own CHECK proves the sum in each transaction.
+duplicate of an equal row, as a reject or as expired; the ledger's own CHECK proves the sum in each transaction.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from loader.errors import LoaderError
 from loader.files import rejects
 from loader.files.chunk import Chunk
 from loader.files.rejects import Rejected
-from loader.load import ledger, marks
+from loader.load import ledger, lowwater, marks
 from loader.load.counts import Counts, Loaded
 from loader.load.database import Connection, transaction
 from loader.load.insert import insert, insert_lines
@@ -42,11 +43,13 @@ def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates
     of it: load again, the ledger knows. A chunk that is to be loaded `again` is, whatever the ledger knows.
     """
     with transaction(connection):
-        known = ledger.known(connection, [chunk.digest for chunk in batch])
+        low = lowwater.read(connection)
+        known = ledger.known(connection, batch)
         fresh, repeated = _divide(batch, known)
-        outcomes = insert(connection, fresh, duplicates) if fresh else []
+        outcomes = insert(connection, fresh, duplicates, low) if fresh else []
         marks.record(connection, outcomes)
         outcomes, overtaken = _record(connection, outcomes, known)
+        lowwater.check_unchanged(connection, low)
         for outcome in outcomes:
             rejects.write(spool, outcome.chunk, outcome.rejects)
     repeated += [outcome.chunk for outcome in overtaken]
@@ -90,23 +93,25 @@ def _retry_piece(connection: Connection, path: Path, piece: Sequence[Rejected], 
     retried = [rejected for rejected in piece if rejected.code != OVERSIZE]
     left = [rejected for rejected in piece if rejected.code == OVERSIZE]
     name = f"{rejects.DIRECTORY}/{path.name}"
-    outcome = Outcome(Chunk(name, 0, sum(len(each.raw) + 1 for each in retried), 1, len(retried), b""))
+    chunk = Chunk(name, 0, sum(len(each.raw) + 1 for each in retried), 1, len(retried), b"")
     begin = kept.tell()
     try:
         with transaction(connection):
+            outcome = Outcome(chunk, lowwater.read(connection))
             insert_lines(connection, list(decoded_lines(outcome, (rejected.raw for rejected in retried))))
             marks.record(connection, [outcome])
             loaded = replace(outcome.counts, rejected=0)
             if loaded.lines:
                 digest = secrets.token_bytes(32)
-                ledger.record(connection, [Entry(digest, name, 0, outcome.chunk.size, loaded)])
+                ledger.record(connection, [Entry(digest, name, 0, chunk.size, loaded)])
+            lowwater.check_unchanged(connection, outcome.marks)
             left += [_in_its_place(now, retried[now.line - 1]) for now in outcome.rejects]
             _keep(kept, left)
     except (psycopg.Error, LoaderError):
         kept.seek(begin)
         kept.truncate()
         raise
-    return Loaded(loaded + Counts(rejected=len(left)), bytes=outcome.chunk.size)
+    return Loaded(loaded + Counts(rejected=len(left)), bytes=chunk.size)
 
 
 def _keep(kept: BinaryIO, piece: Sequence[Rejected]) -> None:

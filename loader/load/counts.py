@@ -19,10 +19,12 @@ class Counts:
     metrics: int = 0
     duplicates: int = 0
     rejected: int = 0
+    expired: int = 0
+    """Lines below the low-water mark of their table, which were not loaded."""
 
     @property
     def lines(self) -> int:
-        return self.events + self.metrics + self.duplicates + self.rejected
+        return self.events + self.metrics + self.duplicates + self.rejected + self.expired
 
     @property
     def rows(self) -> int:
@@ -53,7 +55,8 @@ class Loaded:
         counts = self.counts
         return {
             "lines": counts.lines + self.known, "events": counts.events, "metrics": counts.metrics,
-            "duplicates": counts.duplicates, "rejected": counts.rejected, "known": self.known,
+            "duplicates": counts.duplicates, "rejected": counts.rejected, "expired": counts.expired,
+            "known": self.known,
         }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from loader.load import copying, staging
 from loader.load.database import Connection
 from loader.load.decode import Reject
 from loader.load.isolate import insert_isolating
+from loader.load.lowwater import Marks
 from loader.load.outcome import Line, Outcome, decoded
 from loader.load.sqlstate import is_temporary
 from loader.load.staging import Inserted, NotStoredError, Staging
@@ -44,13 +45,13 @@ _TRY_NEXT: Final = (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetec
 _Way = Callable[[Connection, Sequence[Outcome]], None]
 
 
-def insert(connection: Connection, chunks: Sequence[Chunk], duplicates: float) -> list[Outcome]:
+def insert(connection: Connection, chunks: Sequence[Chunk], duplicates: float, marks: Marks) -> list[Outcome]:
     """Insert the lines of some chunks. `duplicates` is the share that is expected to exist.
 
     Raises psycopg.Error if the rows are not at fault.
     """
     for way in _ways(duplicates):
-        outcomes = [Outcome(chunk) for chunk in chunks]
+        outcomes = [Outcome(chunk, marks) for chunk in chunks]
         try:
             with connection.transaction():
                 way(connection, outcomes)
@@ -63,7 +64,7 @@ def insert(connection: Connection, chunks: Sequence[Chunk], duplicates: float) -
                 raise
             break
         return outcomes
-    outcomes = [Outcome(chunk) for chunk in chunks]
+    outcomes = [Outcome(chunk, marks) for chunk in chunks]
     insert_lines(connection, list(decoded(outcomes)))
     return outcomes
 

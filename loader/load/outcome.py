@@ -13,6 +13,7 @@ import orjson
 
 from loader.files.chunk import Chunk
 from loader.files.rejects import Rejected
+from loader.load import lowwater
 from loader.load.counts import Counts, Loaded
 from loader.load.decode import Reject, Row, decode
 from loader.load.ledger import Entry
@@ -36,9 +37,11 @@ class Outcome:
     """The counts and rejects of one chunk so far."""
 
     chunk: Chunk
+    marks: lowwater.Marks = field(default_factory=dict)
     events: int = 0
     metrics: int = 0
     duplicates: int = 0
+    expired: int = 0
     rejects: list[Rejected] = field(default_factory=list)
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
     event_hours: set[str] = field(default_factory=set)
@@ -47,7 +50,7 @@ class Outcome:
 
     @property
     def counts(self) -> Counts:
-        return Counts(self.events, self.metrics, self.duplicates, len(self.rejects))
+        return Counts(self.events, self.metrics, self.duplicates, len(self.rejects), self.expired)
 
     def loaded(self) -> Loaded:
         return Loaded(self.counts, bytes=self.chunk.size, dropped=self.dropped)
@@ -100,7 +103,7 @@ class Line(msgspec.Struct, frozen=True, gc=False):
 
 
 def decoded(outcomes: Sequence[Outcome]) -> Iterator[Line]:
-    """Yield the lines of the chunks that have a row; the others are rejected."""
+    """Yield the lines of the chunks that have a row; the others are rejected, or counted as expired."""
     for outcome in outcomes:
         yield from decoded_lines(outcome, outcome.chunk.lines())
 
@@ -108,10 +111,14 @@ def decoded(outcomes: Sequence[Outcome]) -> Iterator[Line]:
 def decoded_lines(outcome: Outcome, lines: Iterable[bytes]) -> Iterator[Line]:
     """As `decoded`, for given lines that are those of the outcome's chunk."""
     chunk = outcome.chunk
+    marks = lowwater.NONE if chunk.keep_expired else outcome.marks
     for number, raw in enumerate(lines, chunk.first_line):
         row = _oversize(chunk) if chunk.oversize else decode(raw)
         if isinstance(row, Row):
-            yield Line(outcome, number, raw, row)
+            if (mark := marks.get(row.table)) is not None and mark.expires(row):
+                outcome.expired += 1
+            else:
+                yield Line(outcome, number, raw, row)
         elif row.code != BLANK:
             outcome.reject(number, raw, row)
 

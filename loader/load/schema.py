@@ -23,7 +23,7 @@ from loader.errors import OutOfReachError
 from loader.load import deviations
 from loader.load.database import SINCE_17, VERSION_17, Connection
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 """The version that schema.sql creates. This loader can load into the tables of every earlier version."""
 PATIENCE: Final = 60.0
 """Seconds after which a lock is given up that other sessions do not release."""

@@ -6,7 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -28,13 +28,15 @@ Wrap = Callable[[BinaryIO], BinaryIO]
 class GivenFile:
     """A file someone named, or standard input; one that was `found` in a directory may be no link.
 
-    `again` loads what the ledger knows, too.
+    `again` loads what the ledger knows, too; `keep_expired` also lines below the low-water mark.
     """
 
-    def __init__(self, path: str, *, found: bool = False, again: bool = False) -> None:
+    def __init__(
+        self, path: str, *, found: bool = False, again: bool = False, keep_expired: bool = False
+    ) -> None:
         self._path = None if path == STDIN else Path(path)
         self._found = found
-        self._again = again
+        self._reading = Reading(again=again, keep_expired=keep_expired)
         # A path may hold any bytes.
         self.name = path.encode("utf-8", "backslashreplace").decode() if self._path else "stdin"
         self.wrap: Wrap = lambda stream: stream
@@ -47,7 +49,7 @@ class GivenFile:
         """Yield its lines. Raises UNREADABLE, after the complete lines before."""
         with self.wrap(self._open()) as stream:
             lines = lines_of(stream, self.name)
-            yield from chunks(lines, self.name, reading=Reading(again=self._again, progressed=progressed))
+            yield from chunks(lines, self.name, reading=replace(self._reading, progressed=progressed))
 
     def _open(self) -> BinaryIO:
         if self._path is None:
@@ -78,7 +80,7 @@ class DryRun:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def find(names: Iterable[str], *, again: bool = False) -> Found:
+def find(names: Iterable[str], *, again: bool = False, keep_expired: bool = False) -> Found:
     """Return the files that are named, and those in directories, each directory's oldest first.
 
     Raises UsageError for what is not there and for what can't be loaded.
@@ -87,7 +89,7 @@ def find(names: Iterable[str], *, again: bool = False) -> Found:
     for given in names:
         path = Path(given)
         if given != STDIN and path.is_dir():
-            _add_directory(given, found, again=again)
+            _add_directory(given, found, again=again, keep_expired=keep_expired)
         elif given != STDIN and not path.exists():
             raise UsageError(f"{given} does not exist")
         elif path.suffix == OPEN:
@@ -95,11 +97,11 @@ def find(names: Iterable[str], *, again: bool = False) -> Found:
                 f"{given} is an open segment: put it into a spool, where `loader run --once` seals it"
             )
         else:
-            found.files.append(GivenFile(given, again=again))
+            found.files.append(GivenFile(given, again=again, keep_expired=keep_expired))
     return found
 
 
-def _add_directory(given: str, found: Found, *, again: bool) -> None:
+def _add_directory(given: str, found: Found, *, again: bool, keep_expired: bool) -> None:
     """Add every file below a directory; note whatever else is there."""
     files: list[str] = []
     for parent, below, names in os.walk(given):  # a link to a file is refused when it is opened
@@ -118,7 +120,9 @@ def _add_directory(given: str, found: Found, *, again: bool) -> None:
                 found.skipped[path] = reason
     if not files and not found.skipped:
         raise UsageError(f"{given} has no file")
-    found.files += [GivenFile(path, found=True, again=again) for path in sorted(files)]
+    found.files += [
+        GivenFile(path, found=True, again=again, keep_expired=keep_expired) for path in sorted(files)
+    ]
 
 
 def _why_skipped(name: str) -> str | None:

@@ -147,7 +147,7 @@ class Daemon:
             facts = {"files": report.files, **report.loaded.facts()}
             log.debug(
                 "%(files)d files: %(events)d events, %(metrics)d metrics, %(duplicates)d duplicates, "
-                "%(rejected)d rejected, %(known)d known",
+                "%(rejected)d rejected, %(expired)d expired, %(known)d known",
                 facts, extra={**facts, "bytes": report.loaded.bytes},
             )  # fmt: skip
 

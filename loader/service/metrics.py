@@ -124,6 +124,7 @@ class _LoaderCollector(Collector):
             ("bytes", "Bytes of lines that were loaded.", health.total.bytes),
             ("duplicates", "Lines whose equal row existed.", counts.duplicates),
             ("rejects", "Lines that were rejected.", counts.rejected),
+            ("expired", "Lines that are older than what was pruned, and were not loaded.", counts.expired),
             ("known_lines", "Lines that the ledger already knew.", health.total.known),
             ("retries", "Attempts to load a batch that failed and were repeated.", health.retries),
         ):

@@ -18,8 +18,8 @@ EVENTS = "SELECT count(*) FROM analytics_events"
 @pytest.mark.parametrize(
     ("version", "words"),
     [
-        (1, "older than this loader's 4: run `loader init`"),
-        (9, "newer than this loader's 4: upgrade the loader"),
+        (1, "older than this loader's 5: run `loader init`"),
+        (9, "newer than this loader's 5: upgrade the loader"),
     ],
 )
 def test_tables_of_another_version_are_told_and_loaded_into(
@@ -34,10 +34,10 @@ def test_tables_of_another_version_are_told_and_loaded_into(
     printed = cli("run", "--once")
     assert words in printed and "events 1" in printed
     if version == 1:
-        assert "version 4, upgraded from version 1" in cli.owner()("init", "--role", "analytics_loader")
+        assert "version 5, upgraded from version 1" in cli.owner()("init", "--role", "analytics_loader")
         assert "schema version" not in cli("run", "--once")
     else:
-        assert "newer than version 4" in cli.owner()("init", code=1)
+        assert "newer than version 5" in cli.owner()("init", code=1)
     assert number(one_connection, EVENTS) == 1
 
 

@@ -1561,30 +1561,100 @@ $function$;
 COMMENT ON FUNCTION @.analytics_refresh IS
 'Computes the rollups of touched hours and days that have ended, at most so many of each; returns how many: call it until 0. Returns 0 at once while another one runs. REPEATABLE READ only, and a serialization failure means: try again.';
 
+-- ---- retention ----
+-- A low-water mark for each table, kept in analytics_settings: rows below it were deleted, so a load counts lines below
+-- it as expired. It is raised in the transaction that deletes. On partitioned tables whole partitions are dropped, and
+-- only in those without a bound in time are rows deleted: what has a UUIDv7 by its time, the others by `timestamp`.
+
+CREATE OR REPLACE FUNCTION @.analytics_kept_since(wanted TEXT) RETURNS TIMESTAMPTZ
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+SELECT max(s.value::timestamptz) FROM @.analytics_settings s WHERE s.name = wanted || '_kept_since';
+END;
+COMMENT ON FUNCTION @.analytics_kept_since IS
+'The low-water mark of events or metrics: older rows were pruned, and lines below it are expired. NULL if nothing was pruned.';
+
+CREATE OR REPLACE FUNCTION @.analytics_raise_mark(wanted TEXT, moment TIMESTAMPTZ) RETURNS VOID
+LANGUAGE sql
+BEGIN ATOMIC
+INSERT INTO @.analytics_settings AS old (name, value)
+SELECT wanted || '_kept_since',
+    to_char(greatest(moment, timestamptz '0001-01-01 00:00+00') AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
+ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE old.value::timestamptz < excluded.value::timestamptz;
+END;
+COMMENT ON FUNCTION @.analytics_raise_mark IS 'Internal. Raises a low-water mark, and never lowers it.';
+
+CREATE OR REPLACE FUNCTION @.analytics_first_id(moment TIMESTAMPTZ) RETURNS UUID
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+SELECT (lpad(to_hex((greatest(date_part('epoch', moment), 0) * 1000)::bigint), 12, '0') || repeat('0', 20))::uuid;
+END;
+COMMENT ON FUNCTION @.analytics_first_id IS 'Internal. The smallest UUID of a moment.';
+
+CREATE OR REPLACE FUNCTION @.analytics_has_time(id UUID) RETURNS BOOLEAN
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+BEGIN ATOMIC
+SELECT get_byte(uuid_send(id), 6) >> 4 = 7;
+END;
+COMMENT ON FUNCTION @.analytics_has_time IS 'Internal. Whether a UUID begins with the time at which it was made (version 7).';
+
+CREATE OR REPLACE FUNCTION @.analytics_time_partitions(wanted TEXT)
+RETURNS TABLE (child REGCLASS, since TIMESTAMPTZ, until TIMESTAMPTZ)
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+SELECT p.child, to_timestamp(('x' || left(replace(p.bounds[1], '-', ''), 12))::bit(48)::bigint / 1000.0),
+    to_timestamp(('x' || left(replace(p.bounds[2], '-', ''), 12))::bit(48)::bigint / 1000.0)
+FROM (
+    SELECT c.oid::regclass AS child, regexp_match(pg_get_expr(c.relpartbound, c.oid),
+        'FROM \((?:MINVALUE|''([0-9a-f-]{36})'')\) TO \(''([0-9a-f-]{36})''\)') AS bounds
+    FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+    WHERE i.inhparent = ('@.analytics_' || wanted)::regclass AND c.relname !~ '_(early|other|default)$'
+) p
+WHERE p.bounds IS NOT NULL ORDER BY 3;
+END;
+COMMENT ON FUNCTION @.analytics_time_partitions IS
+'Internal. The partitions of ids between two moments (since is NULL for the table that was migrated); none if the tables are not partitioned.';
+
+CREATE OR REPLACE FUNCTION @.analytics_untimed(wanted TEXT) RETURNS SETOF REGCLASS
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+SELECT ('@.analytics_' || wanted)::regclass
+WHERE NOT EXISTS (SELECT FROM pg_class WHERE oid = ('@.analytics_' || wanted)::regclass AND relkind = 'p')
+UNION ALL
+SELECT i.inhrelid::regclass FROM pg_inherits i
+WHERE i.inhparent = ('@.analytics_' || wanted)::regclass
+    AND i.inhrelid::regclass NOT IN (SELECT p.child FROM @.analytics_time_partitions(wanted) p WHERE p.since IS NOT NULL);
+END;
+COMMENT ON FUNCTION @.analytics_untimed IS
+'Internal. The tables from which rows are deleted: the plain one, or the partitions without a beginning and end in time.';
+
 CREATE OR REPLACE FUNCTION @.analytics_row_hours(wanted TEXT, before TIMESTAMPTZ) RETURNS SETOF TIMESTAMPTZ
 LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
 DECLARE
     name CONSTANT TEXT := CASE wanted WHEN 'events' THEN 'event_type' WHEN 'metrics' THEN 'metric_name' END;
+    child REGCLASS;
 BEGIN
-    RETURN QUERY EXECUTE format($q$
-        WITH RECURSIVE kinds AS (
-            (SELECT %1$I AS kind FROM @.analytics_%2$s ORDER BY 1 LIMIT 1)
-            UNION ALL
-            SELECT (SELECT %1$I FROM @.analytics_%2$s WHERE %1$I > k.kind ORDER BY 1 LIMIT 1) FROM kinds k WHERE k.kind IS NOT NULL
-        ), leaps AS (
-            SELECT k.kind, (SELECT min(timestamp) FROM @.analytics_%2$s
-                WHERE %1$I = k.kind AND timestamp > '-infinity' AND timestamp < $1) AS at
-            FROM kinds k WHERE k.kind IS NOT NULL
-            UNION ALL
-            SELECT l.kind, (SELECT min(timestamp) FROM @.analytics_%2$s
-                WHERE %1$I = l.kind AND timestamp >= date_trunc('hour', l.at, 'UTC') + interval '1 hour' AND timestamp < $1)
-            FROM leaps l WHERE l.at IS NOT NULL
-        )
-        SELECT DISTINCT date_trunc('hour', l.at, 'UTC') FROM leaps l WHERE l.at IS NOT NULL $q$, name, wanted) USING before;
+    FOR child IN SELECT * FROM @.analytics_untimed(wanted) LOOP
+        RETURN QUERY EXECUTE format($q$
+            WITH RECURSIVE kinds AS (
+                (SELECT %1$I AS kind FROM %2$s ORDER BY 1 LIMIT 1)
+                UNION ALL
+                SELECT (SELECT %1$I FROM %2$s WHERE %1$I > k.kind ORDER BY 1 LIMIT 1) FROM kinds k WHERE k.kind IS NOT NULL
+            ), leaps AS (
+                SELECT k.kind, (SELECT min(timestamp) FROM %2$s
+                    WHERE %1$I = k.kind AND timestamp > '-infinity' AND timestamp < $1) AS at
+                FROM kinds k WHERE k.kind IS NOT NULL
+                UNION ALL
+                SELECT l.kind, (SELECT min(timestamp) FROM %2$s
+                    WHERE %1$I = l.kind AND timestamp >= date_trunc('hour', l.at, 'UTC') + interval '1 hour' AND timestamp < $1)
+                FROM leaps l WHERE l.at IS NOT NULL
+            )
+            SELECT DISTINCT date_trunc('hour', l.at, 'UTC') FROM leaps l WHERE l.at IS NOT NULL $q$, name, child) USING before;
+    END LOOP;
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_row_hours IS
-'Internal. The hours before a moment that have rows, by leaps through the index that begins with their kind.';
+'Internal. The hours before a moment that have rows to delete, by leaps through the index that begins with their kind.';
 
 CREATE OR REPLACE FUNCTION @.analytics_prunable(wanted TEXT, before TIMESTAMPTZ) RETURNS SETOF TIMESTAMPTZ
 LANGUAGE sql STABLE
@@ -1603,24 +1673,13 @@ END;
 COMMENT ON FUNCTION @.analytics_prunable IS
 'Hours that lie before a moment as a whole and have rows of the source events or metrics: for analytics_prune_hour.';
 
-CREATE OR REPLACE FUNCTION @.analytics_prune_hour(wanted TEXT, pruned TIMESTAMPTZ, at_most INT DEFAULT 5000) RETURNS BIGINT
-LANGUAGE plpgsql SECURITY DEFINER SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp
-AS $function$
--- A batch moves rows into the rollup of their hour, which is sealed: readers add what is left in rows, as the mark of
--- the hour is deleted with its last row.
-DECLARE
-    the_day CONSTANT TIMESTAMPTZ := date_trunc('day', pruned, 'UTC');
-    already BOOLEAN;
-    gone BIGINT;
+CREATE OR REPLACE FUNCTION @.analytics_check_pruner(wanted TEXT) RETURNS VOID
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
     IF wanted NOT IN ('events', 'metrics') THEN
         RAISE EXCEPTION 'cannot prune "%": events or metrics', wanted;
-    ELSIF pruned <> date_trunc('hour', pruned, 'UTC') OR pruned > now() - interval '1 hour' THEN
-        RAISE EXCEPTION '% is not the beginning of an hour that has ended', pruned;
-    ELSIF at_most < 1 THEN
-        RAISE EXCEPTION 'at_most must be 1 or more, not %', at_most;
     END IF;
-    -- It runs as the owner, for whoever may delete the rows itself; current_user is the owner here.
+    -- Pruning runs as the owner, for whoever may delete the rows itself; current_user is the owner there.
     IF NOT has_table_privilege(session_user, format('@.analytics_%I', wanted)::regclass, 'DELETE') THEN
         RAISE EXCEPTION 'permission denied to prune: "%" may not DELETE from analytics_%', session_user, wanted
             USING ERRCODE = 'insufficient_privilege';
@@ -1629,89 +1688,102 @@ BEGIN
     IF EXISTS (SELECT FROM @.analytics_touched WHERE source = wanted AND hour = '-infinity') THEN
         RAISE EXCEPTION 'the rollups of % are not computed yet', wanted USING HINT = 'Run "loader rollup".';
     END IF;
-    already := EXISTS (SELECT FROM @.analytics_sealed WHERE source = wanted AND hour = pruned);
-    IF wanted = 'events' THEN
-        -- Before the first hour of a day goes: from here on its user days are only added to.
-        IF NOT EXISTS (
-            SELECT FROM @.analytics_sealed s
-            WHERE s.source = 'events' AND s.hour >= the_day AND s.hour < the_day + interval '24 hours'
-        ) THEN
-            PERFORM @.analytics_roll_users(ARRAY[the_day]);
-        END IF;
-        IF NOT already THEN
-            DELETE FROM @.analytics_hourly_events WHERE hour = pruned;
-        END IF;
-        WITH RECURSIVE kinds AS (  -- by leaps: BRIN finds an hour only if rows lie in the order of their time
-            (SELECT event_type AS kind FROM @.analytics_events ORDER BY 1 LIMIT 1)
-            UNION ALL
-            SELECT (SELECT event_type FROM @.analytics_events WHERE event_type > k.kind ORDER BY 1 LIMIT 1)
-            FROM kinds k WHERE k.kind IS NOT NULL
-        ), old AS MATERIALIZED (
-            SELECT found.event_id FROM kinds k CROSS JOIN LATERAL (
-                SELECT event_id FROM @.analytics_events
-                WHERE event_type = k.kind AND timestamp >= pruned AND timestamp < pruned + interval '1 hour' LIMIT at_most
-            ) found LIMIT at_most
-        ), rows AS (
-            DELETE FROM @.analytics_events e USING old WHERE e.event_id = old.event_id
-            RETURNING e.event_type, e.user_id, e.family_unit_id, e.timestamp
-        ), unmarked AS (
-            DELETE FROM @.analytics_touched
-            WHERE source = wanted AND hour = pruned AND (SELECT count(*) FROM old) < at_most
-        ), marked AS (
-            INSERT INTO @.analytics_touched (hour, source) SELECT pruned, wanted WHERE (SELECT count(*) FROM old) = at_most
-                AND NOT EXISTS (SELECT FROM @.analytics_touched WHERE source = wanted AND hour = pruned)
-        ), users AS (
-            INSERT INTO @.analytics_user_days AS old (day, user_id, family_unit_id, quarters)
-            SELECT (pruned AT TIME ZONE 'UTC')::date, user_id, family_unit_id,
-                bit_or(set_bit(0::bit(96), floor(date_part('epoch', timestamp - the_day) / 900)::int, 1))
-            FROM rows GROUP BY 1, 2, 3
-            ON CONFLICT (day, user_id, family_unit_id) DO UPDATE SET quarters = old.quarters | excluded.quarters
-        ), hourly AS (
-            INSERT INTO @.analytics_hourly_events AS old (hour, event_type, events)
-            SELECT pruned, event_type, count(*) FROM rows GROUP BY 2
-            ON CONFLICT (hour, event_type) DO UPDATE SET events = old.events + excluded.events
-        )
-        SELECT count(*) INTO gone FROM rows;
-    ELSE
-        IF NOT already THEN
-            DELETE FROM @.analytics_hourly_metrics WHERE hour = pruned;
-        END IF;
-        WITH RECURSIVE kinds AS (  -- by leaps: BRIN finds an hour only if rows lie in the order of their time
-            (SELECT metric_name AS kind FROM @.analytics_metrics ORDER BY 1 LIMIT 1)
-            UNION ALL
-            SELECT (SELECT metric_name FROM @.analytics_metrics WHERE metric_name > k.kind ORDER BY 1 LIMIT 1)
-            FROM kinds k WHERE k.kind IS NOT NULL
-        ), old AS MATERIALIZED (
-            SELECT found.id FROM kinds k CROSS JOIN LATERAL (
-                SELECT id FROM @.analytics_metrics
-                WHERE metric_name = k.kind AND timestamp >= pruned AND timestamp < pruned + interval '1 hour' LIMIT at_most
-            ) found LIMIT at_most
-        ), rows AS (
-            DELETE FROM @.analytics_metrics m USING old WHERE m.id = old.id RETURNING m.metric_name, m.labels, m.value
-        ), unmarked AS (
-            DELETE FROM @.analytics_touched
-            WHERE source = wanted AND hour = pruned AND (SELECT count(*) FROM old) < at_most
-        ), marked AS (
-            INSERT INTO @.analytics_touched (hour, source) SELECT pruned, wanted WHERE (SELECT count(*) FROM old) = at_most
-                AND NOT EXISTS (SELECT FROM @.analytics_touched WHERE source = wanted AND hour = pruned)
-        ), bucketed AS (
-            SELECT metric_name, labels, @.analytics_value_bucket(value) AS bucket, count(*) AS n, sum(value) AS sum,
-                min(value) AS min, max(value) AS max
-            FROM rows GROUP BY 1, 2, 3
-        ), hourly AS (
-            INSERT INTO @.analytics_hourly_metrics (hour, metric_name, labels, records, sum, min, max, buckets, counts)
-            SELECT pruned, metric_name, labels, sum(n), sum(sum), min(min), max(max),
-                array_agg(bucket ORDER BY bucket), array_agg(n::int ORDER BY bucket)
-            FROM bucketed GROUP BY 2, 3
-        )
-        SELECT count(*) INTO gone FROM rows;
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_check_pruner IS
+'Internal. Fails for a role that may not prune, and takes the lock of whatever changes a rollup.';
+
+CREATE OR REPLACE FUNCTION @.analytics_prune_hour(wanted TEXT, pruned TIMESTAMPTZ, at_most INT DEFAULT 5000) RETURNS BIGINT
+LANGUAGE plpgsql SECURITY DEFINER SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp
+AS $function$
+-- A batch moves rows into the rollup of their hour, which is sealed: readers add what is left in rows, as the mark of
+-- the hour is deleted with its last row. One statement, so that it deletes no mark of rows that it does not see.
+DECLARE
+    the_day CONSTANT TIMESTAMPTZ := date_trunc('day', pruned, 'UTC');
+    key CONSTANT NAME := CASE wanted WHEN 'events' THEN 'event_id' ELSE 'id' END;
+    kind CONSTANT NAME := CASE wanted WHEN 'events' THEN 'event_type' ELSE 'metric_name' END;
+    kept CONSTANT NAME := CASE wanted WHEN 'events' THEN 'event_type, user_id, family_unit_id, timestamp'
+        ELSE 'metric_name, labels, value' END;
+    children REGCLASS[];
+    partitioned BOOLEAN;
+    gone BIGINT;
+BEGIN
+    PERFORM @.analytics_check_pruner(wanted);
+    IF pruned <> date_trunc('hour', pruned, 'UTC') OR pruned > now() - interval '1 hour' THEN
+        RAISE EXCEPTION '% is not the beginning of an hour that has ended', pruned;
+    ELSIF at_most < 1 THEN
+        RAISE EXCEPTION 'at_most must be 1 or more, not %', at_most;
     END IF;
+    PERFORM @.analytics_raise_mark(wanted, pruned + interval '1 hour');
+    children := ARRAY(SELECT @.analytics_untimed(wanted));
+    partitioned := children <> ARRAY[('@.analytics_' || wanted)::regclass];
+    IF wanted = 'events' AND NOT EXISTS (  -- Before the first hour of a day goes: from here on its user days are only added to.
+        SELECT FROM @.analytics_sealed s
+        WHERE s.source = 'events' AND s.hour >= the_day AND s.hour < the_day + interval '24 hours'
+    ) THEN
+        PERFORM @.analytics_roll_users(ARRAY[the_day]);
+    END IF;
+    IF NOT EXISTS (SELECT FROM @.analytics_sealed WHERE source = wanted AND hour = pruned) THEN
+        EXECUTE format('DELETE FROM @.analytics_hourly_%s WHERE hour = $1', wanted) USING pruned;
+    END IF;
+    EXECUTE (
+        SELECT 'WITH RECURSIVE ' || string_agg(format($q$
+            kinds%1$s AS (  -- by leaps: BRIN finds an hour only if rows lie in the order of their time
+                (SELECT %3$I AS kind FROM %2$s ORDER BY 1 LIMIT 1)
+                UNION ALL
+                SELECT (SELECT %3$I FROM %2$s WHERE %3$I > k.kind ORDER BY 1 LIMIT 1) FROM kinds%1$s k WHERE k.kind IS NOT NULL
+            ), old%1$s AS MATERIALIZED (
+                SELECT found.key FROM kinds%1$s k CROSS JOIN LATERAL (
+                    SELECT %4$I AS key FROM %2$s
+                    WHERE %3$I = k.kind AND timestamp >= $2 AND timestamp < $2 + interval '1 hour' %5$s LIMIT $3
+                ) found LIMIT $3
+            ), rows%1$s AS (
+                DELETE FROM %2$s e USING old%1$s old WHERE e.%4$I = old.key RETURNING e.*
+            ), $q$, c.place, c.child, kind, key, CASE WHEN partitioned THEN format(
+                'AND (NOT @.analytics_has_time(%1$I) OR %1$I < @.analytics_first_id(@.analytics_kept_since($1)))', key) END), '')
+        || format('old AS MATERIALIZED (%s), rows AS (%s), ',
+            string_agg(format('SELECT key FROM old%s', c.place), ' UNION ALL '),
+            string_agg(format('SELECT %s FROM rows%s', kept, c.place), ' UNION ALL '))
+        || format($q$
+            remain AS MATERIALIZED (SELECT (SELECT count(*) FROM old) >= $3 %s AS yes), unmarked AS (
+                DELETE FROM @.analytics_touched WHERE source = $1 AND hour = $2 AND NOT (SELECT yes FROM remain)
+            ), marked AS (
+                INSERT INTO @.analytics_touched (hour, source) SELECT $2, $1 FROM remain WHERE yes
+                    AND NOT EXISTS (SELECT FROM @.analytics_touched WHERE source = $1 AND hour = $2)
+            ), $q$, CASE WHEN partitioned THEN format('OR EXISTS (SELECT FROM @.analytics_%1$s e '
+                'WHERE e.timestamp >= $2 AND e.timestamp < $2 + interval ''1 hour'' AND e.%2$I NOT IN (SELECT key FROM old))',
+                wanted, key) END)
+        || CASE wanted WHEN 'events' THEN $q$
+            users AS (
+                INSERT INTO @.analytics_user_days AS old (day, user_id, family_unit_id, quarters)
+                SELECT ($2 AT TIME ZONE 'UTC')::date, user_id, family_unit_id, bit_or(set_bit(0::bit(96),
+                    floor(date_part('epoch', timestamp - date_trunc('day', $2, 'UTC')) / 900)::int, 1))
+                FROM rows GROUP BY 1, 2, 3
+                ON CONFLICT (day, user_id, family_unit_id) DO UPDATE SET quarters = old.quarters | excluded.quarters
+            ), hourly AS (
+                INSERT INTO @.analytics_hourly_events AS old (hour, event_type, events)
+                SELECT $2, event_type, count(*) FROM rows GROUP BY 2
+                ON CONFLICT (hour, event_type) DO UPDATE SET events = old.events + excluded.events
+            ) $q$ ELSE $q$
+            bucketed AS (
+                SELECT metric_name, labels, @.analytics_value_bucket(value) AS bucket, count(*) AS n, sum(value) AS sum,
+                    min(value) AS min, max(value) AS max
+                FROM rows GROUP BY 1, 2, 3
+            ), hourly AS (
+                INSERT INTO @.analytics_hourly_metrics (hour, metric_name, labels, records, sum, min, max, buckets, counts)
+                SELECT $2, metric_name, labels, sum(n), sum(sum), min(min), max(max),
+                    array_agg(bucket ORDER BY bucket), array_agg(n::int ORDER BY bucket)
+                FROM bucketed GROUP BY 2, 3
+            ) $q$ END
+        || 'SELECT count(*) FROM rows'
+        FROM unnest(children) WITH ORDINALITY AS c (child, place)
+    ) INTO gone USING wanted, pruned, at_most;
     INSERT INTO @.analytics_sealed (source, hour) VALUES (wanted, pruned) ON CONFLICT DO NOTHING;
     RETURN gone;
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_prune_hour IS
-'Deletes rows of one hour, at most so many, and keeps its rollup, which is final from here on: rows that arrive later are read beside it, and added at the next call. Returns the rows deleted: call it until that is less than at_most, each time in a transaction of its own, READ COMMITTED.';
+'Deletes rows of one hour, at most so many of a table, and keeps its rollup, which is final from here on: rows that arrive later are read beside it, and added at the next call. Returns the rows deleted: call it until that is less than at_most, each time in a transaction of its own, READ COMMITTED.';
 
 -- ---- keeping the ledger small ----
 

@@ -1785,40 +1785,161 @@ $function$;
 COMMENT ON FUNCTION @.analytics_prune_hour IS
 'Deletes rows of one hour, at most so many of a table, and keeps its rollup, which is final from here on: rows that arrive later are read beside it, and added at the next call. Returns the rows deleted: call it until that is less than at_most, each time in a transaction of its own, READ COMMITTED.';
 
+CREATE OR REPLACE FUNCTION @.analytics_drop_partition(
+    wanted TEXT, partition REGCLASS, before TIMESTAMPTZ, expected BIGINT DEFAULT NULL
+) RETURNS TABLE (rows BIGINT, newer BIGINT)
+LANGUAGE plpgsql SECURITY DEFINER SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp
+AS $function$
+-- DROP alone: DETACH locks the tables that the foreign keys refer to, DROP does not (tests/operate/test_partitions.py).
+-- All that takes long comes before it, while only rows of this partition wait.
+DECLARE
+    key CONSTANT NAME := CASE wanted WHEN 'events' THEN 'event_id' ELSE 'id' END;
+    is_timed CONSTANT TEXT := format('@.analytics_has_time(%I)', key);
+    since_at TIMESTAMPTZ;
+    until_at TIMESTAMPTZ;
+    hours TIMESTAMPTZ[];
+    moved_events @.analytics_events[];
+    moved_metrics @.analytics_metrics[];
+    dropped BOOLEAN := false;
+BEGIN
+    PERFORM @.analytics_check_pruner(wanted);
+    SELECT p.since, p.until INTO since_at, until_at FROM @.analytics_time_partitions(wanted) p WHERE p.child = partition;
+    IF until_at IS NULL THEN
+        RAISE EXCEPTION '"%" is not a partition of analytics_% by time', partition, wanted;
+    ELSIF until_at > least(before, now()) THEN
+        RAISE EXCEPTION '"%" has ids up to %, which is not older than %', partition, until_at, before;
+    END IF;
+    -- Nobody adds a row from here on. A vacuum gives way after deadlock_timeout, a second by default.
+    PERFORM set_config('lock_timeout', '5s', true);
+    EXECUTE format('LOCK TABLE %s IN SHARE MODE', partition);
+    EXECUTE format('SELECT count(*), count(*) FILTER (WHERE timestamp >= $1) FROM %s', partition) INTO rows, newer USING before;
+    IF rows <> expected THEN
+        RAISE EXCEPTION '"%" has % rows, of which % were exported: try again', partition, rows, expected
+            USING ERRCODE = 'serialization_failure';
+    END IF;
+    EXECUTE format($q$SELECT ARRAY(SELECT DISTINCT date_trunc('hour', timestamp, 'UTC') FROM %s WHERE %s)$q$, partition, is_timed)
+        INTO hours;
+    IF wanted = 'events' THEN
+        -- Before the first hour of a day goes: from here on its user days are only added to.
+        PERFORM @.analytics_roll_users(ARRAY(
+            SELECT DISTINCT date_trunc('day', h, 'UTC') FROM unnest(hours) h WHERE NOT EXISTS (
+                SELECT FROM @.analytics_sealed s WHERE s.source = 'events' AND s.hour >= date_trunc('day', h, 'UTC')
+                    AND s.hour < date_trunc('day', h, 'UTC') + interval '24 hours')
+        ));
+    END IF;
+    EXECUTE format($q$DELETE FROM @.analytics_hourly_%1$s WHERE hour = ANY ($1)
+        AND hour NOT IN (SELECT s.hour FROM @.analytics_sealed s WHERE s.source = %1$L)$q$, wanted) USING hours;
+    EXECUTE CASE wanted WHEN 'events' THEN format($q$
+        WITH users AS (
+            INSERT INTO @.analytics_user_days AS old (day, user_id, family_unit_id, quarters)
+            SELECT (timestamp AT TIME ZONE 'UTC')::date, user_id, family_unit_id, bit_or(set_bit(0::bit(96),
+                floor(date_part('epoch', (timestamp AT TIME ZONE 'UTC')::time) / 900)::int, 1))
+            FROM %1$s WHERE %2$s GROUP BY 1, 2, 3
+            ON CONFLICT (day, user_id, family_unit_id) DO UPDATE SET quarters = old.quarters | excluded.quarters
+        )
+        INSERT INTO @.analytics_hourly_events AS old (hour, event_type, events)
+        SELECT date_trunc('hour', timestamp, 'UTC'), event_type, count(*) FROM %1$s WHERE %2$s GROUP BY 1, 2
+        ON CONFLICT (hour, event_type) DO UPDATE SET events = old.events + excluded.events $q$, partition, is_timed)
+    ELSE format($q$
+        INSERT INTO @.analytics_hourly_metrics (hour, metric_name, labels, records, sum, min, max, buckets, counts)
+        SELECT hour, metric_name, labels, sum(n), sum(sum), min(min), max(max),
+            array_agg(bucket ORDER BY bucket), array_agg(n::int ORDER BY bucket)
+        FROM (
+            SELECT date_trunc('hour', timestamp, 'UTC') AS hour, metric_name, labels,
+                @.analytics_value_bucket(value) AS bucket, count(*) AS n, sum(value) AS sum, min(value) AS min, max(value) AS max
+            FROM %s WHERE %s GROUP BY 1, 2, 3, 4
+        ) b GROUP BY 1, 2, 3 $q$, partition, is_timed) END;
+    INSERT INTO @.analytics_sealed (source, hour) SELECT wanted, h FROM unnest(hours) h ON CONFLICT DO NOTHING;
+    -- One statement, so that it deletes no mark of rows that it does not see.
+    EXECUTE format($q$
+        WITH remaining AS MATERIALIZED (
+            SELECT h FROM unnest($1) h WHERE EXISTS (
+                SELECT FROM @.analytics_%1$s e WHERE e.timestamp >= h AND e.timestamp < h + interval '1 hour'
+                    AND (e.tableoid <> $2 OR NOT %2$s))
+        ), unmarked AS (
+            DELETE FROM @.analytics_touched WHERE source = $3 AND hour = ANY ($1) AND hour NOT IN (SELECT h FROM remaining)
+        )
+        INSERT INTO @.analytics_touched (hour, source)
+        SELECT h, $3 FROM remaining WHERE NOT EXISTS (SELECT FROM @.analytics_touched t WHERE t.source = $3 AND t.hour = h)
+        $q$, wanted, is_timed) USING hours, partition::oid, wanted;
+    PERFORM @.analytics_raise_mark(wanted, until_at);
+    -- Other ids that happen to lie in the range stay, in the default partition: they have no time (3 in 100,000).
+    IF wanted = 'events' THEN
+        SELECT array_agg(e) INTO moved_events FROM @.analytics_events e
+            WHERE e.event_id >= @.analytics_first_id(coalesce(since_at, 'epoch')) AND e.event_id < @.analytics_first_id(until_at)
+                AND e.tableoid = partition::oid AND NOT @.analytics_has_time(e.event_id);
+    ELSE
+        SELECT array_agg(m) INTO moved_metrics FROM @.analytics_metrics m
+            WHERE m.id >= @.analytics_first_id(coalesce(since_at, 'epoch')) AND m.id < @.analytics_first_id(until_at)
+                AND m.tableoid = partition::oid AND NOT @.analytics_has_time(m.id);
+    END IF;
+    -- Readers and loads queue behind each attempt, so it is short, and they have their turn between two.
+    PERFORM set_config('lock_timeout', '100ms', true);
+    FOR attempt IN 1..20 LOOP
+        BEGIN
+            EXECUTE format('DROP TABLE %s', partition);
+            dropped := true;
+            EXIT;
+        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+            PERFORM pg_sleep(0.1 + 0.3 * random());
+        END;
+    END LOOP;
+    IF NOT dropped THEN
+        RAISE EXCEPTION 'could not get the lock to drop "%"', partition USING ERRCODE = 'lock_not_available';
+    END IF;
+    INSERT INTO @.analytics_events SELECT (e).* FROM unnest(moved_events) e;
+    INSERT INTO @.analytics_metrics SELECT (m).* FROM unnest(moved_metrics) m;
+    rows := rows - coalesce(cardinality(moved_events), 0) - coalesce(cardinality(moved_metrics), 0);
+    RETURN NEXT;
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_drop_partition IS
+'Drops a partition whose ids are older than a moment: keeps the rollup of its hours, which is final from here on, and raises the low-water mark. Returns its rows, and how many of them had a newer timestamp. expected: fails if it has another number of rows.';
+
 -- ---- keeping the ledger small ----
 
-CREATE OR REPLACE FUNCTION @.analytics_merge_loads(at_most INT DEFAULT 20000) RETURNS BIGINT
-LANGUAGE plpgsql SECURITY DEFINER SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
+CREATE OR REPLACE FUNCTION @.analytics_merge_loads(since TIMESTAMPTZ DEFAULT '-infinity')
+RETURNS TABLE (merged BIGINT, until TIMESTAMPTZ)
+LANGUAGE plpgsql SECURITY DEFINER SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
 -- Only whole segments of one chunk, loaded once, which their writer's last statement covers and does not have in the
 -- spool: the sums of analytics_conservation stay exact. Gaps between numbers stay gaps.
 DECLARE
-    taken BIGINT;
+    begins TIMESTAMPTZ;
 BEGIN
     IF NOT pg_try_advisory_xact_lock(hashtext('analytics_merge')) THEN
-        RETURN 0;
+        RETURN;
     END IF;
+    begins := date_trunc('hour', (
+        SELECT l.loaded_at FROM @.analytics_loads l
+        WHERE l.loaded_at >= since AND l.loaded_at < date_trunc('hour', now() - interval '1 hour', 'UTC')
+            AND l.writer IS NOT NULL AND l.digests IS NULL AND l.byte_offset = 0
+        ORDER BY l.loaded_at LIMIT 1
+    ), 'UTC');
+    IF begins IS NULL THEN
+        RETURN;
+    END IF;
+    until := begins + interval '1 hour';
     WITH ripe AS MATERIALIZED (
         SELECT l.digest FROM @.analytics_loads l LEFT JOIN LATERAL (
             SELECT w.segments, w.pending_segments FROM @.analytics_writers w
             WHERE w.writer = l.writer ORDER BY w.reported_at DESC LIMIT 1
         ) stated ON true
-        WHERE l.loaded_at < now() - interval '1 hour' AND l.writer IS NOT NULL AND l.digests IS NULL AND l.byte_offset = 0
+        WHERE l.loaded_at >= begins AND l.loaded_at < begins + interval '1 hour'
+            AND l.writer IS NOT NULL AND l.digests IS NULL AND l.byte_offset = 0
             AND (stated.segments IS NULL OR l.segment <= stated.segments AND l.segment <> ALL (stated.pending_segments))
             AND NOT EXISTS (
                 SELECT FROM @.analytics_loads o WHERE o.writer = l.writer AND o.segment = l.segment AND o.digest <> l.digest
             ) AND NOT EXISTS (
                 SELECT FROM (
-                    SELECT m.segment + m.segments AS until FROM @.analytics_loads m
+                    SELECT m.segment + m.segments AS after FROM @.analytics_loads m
                     WHERE m.digests IS NOT NULL AND m.writer = l.writer AND m.segment <= l.segment
                     ORDER BY m.segment DESC LIMIT 1
-                ) range WHERE range.until > l.segment
+                ) range WHERE range.after > l.segment
             )
-        ORDER BY l.loaded_at LIMIT at_most
     ), gone AS (
         DELETE FROM @.analytics_loads l USING ripe r WHERE l.digest = r.digest RETURNING l.*
     ), runs AS (
-        SELECT g.*, date_trunc('hour', g.loaded_at, 'UTC') AS hour, g.segment - row_number() OVER (
-            PARTITION BY g.writer, date_trunc('hour', g.loaded_at, 'UTC') ORDER BY g.segment) AS run FROM gone g
+        SELECT g.*, g.segment - row_number() OVER (PARTITION BY g.writer ORDER BY g.segment) AS run FROM gone g
     ), kept AS (
         INSERT INTO @.analytics_loads (digest, file, byte_offset, bytes, lines, events, metrics, duplicates, rejected,
             expired, loader_host, loaded_at, first_loaded_at, segments, digests)
@@ -1826,14 +1947,14 @@ BEGIN
             sum(r.lines), sum(r.events), sum(r.metrics), sum(r.duplicates), sum(r.rejected), sum(r.expired),
             max(r.loader_host), max(r.loaded_at), min(r.loaded_at), count(*),
             string_agg(substr(r.digest, 1, 8), '' ORDER BY r.segment)
-        FROM runs r GROUP BY r.writer, r.hour, r.run
+        FROM runs r GROUP BY r.writer, r.run
     )
-    SELECT count(*) INTO taken FROM gone;
-    RETURN taken;
+    SELECT count(*) INTO merged FROM gone;
+    RETURN NEXT;
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_merge_loads IS
-'Merges ledger rows that are older than an hour: one row for each hour and unbroken run of a writer''s segments. Returns how many rows were merged, of at most so many that were looked at: call it until 0.';
+'Merges the ledger rows of the first hour from a moment on that ended an hour ago and has some: into one for each unbroken run of a writer''s segments. Returns how many it merged and up to where: call it from there until it returns no row.';
 
 CREATE OR REPLACE FUNCTION @.analytics_check_rollups(since TIMESTAMPTZ, until TIMESTAMPTZ DEFAULT now())
 RETURNS TABLE (source TEXT, hour TIMESTAMPTZ, in_rows BIGINT, in_rollup BIGINT)

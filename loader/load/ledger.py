@@ -1,14 +1,15 @@
 """The ledger, `analytics_loads`: one row for each chunk, keyed by the digest of the chunk's bytes.
 
-After an hour, rows of a writer's segments are merged (schema.sql, analytics_merge_loads): a segment is then known
-under its own name only. A copy of it under another name is compared row by row, and its lines are duplicates.
+The rows of a writer's segments are merged an hour after theirs has ended (schema.sql, analytics_merge_loads): a
+segment is then known under its own name only. A copy under another name is compared row by row: its lines are
+duplicates.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, LiteralString
 
@@ -18,7 +19,7 @@ from loader.errors import LoaderError
 from loader.files.chunk import Chunk
 from loader.load import lowwater
 from loader.load.counts import Counts
-from loader.load.database import Connection
+from loader.load.database import Connection, transaction
 from loader.load.triggers import triggers
 from spool.segment import SEALED, SegmentName
 
@@ -130,6 +131,23 @@ def record(connection: Connection, entries: Sequence[Entry]) -> set[bytes]:
     if written != digests or triggers(connection, TABLE):
         _check_kept(connection, digests)
     return written
+
+
+def merge(connection: Connection, stopped: Callable[[], bool] = lambda: False) -> int:
+    """Merge rows of hours that ended an hour ago, and return how many were; 0 also while another session does.
+
+    The connection must be in no transaction. Raises psycopg.Error; UndefinedFunction for tables of an earlier version.
+    """
+    total, since = 0, "-infinity"
+    while not stopped():
+        with transaction(connection):
+            statement = "SELECT merged, until::text FROM analytics_merge_loads(%s::timestamptz)"
+            found = connection.execute(statement, [since]).fetchall()
+        if not found:
+            break
+        ((done, since),) = found
+        total += done
+    return total
 
 
 def _check_kept(connection: Connection, digests: set[bytes]) -> None:

@@ -1,5 +1,7 @@
 """The daemon's refresher: computes the rollups of hours that have ended, beside the load, not in its way.
 
+It also merges the ledger's rows of such hours.
+
 A thread per refresh, with a connection of its own. A refresh waits for no lock and holds none that a load
 wants; one that is cut off is rolled back, and the marks of its hours stay.
 """
@@ -16,7 +18,7 @@ from typing import Final
 import psycopg
 
 from loader.errors import one_line
-from loader.load import rollups
+from loader.load import ledger, rollups
 from loader.load.database import connect
 from loader.load.sqlstate import is_lost
 
@@ -63,6 +65,9 @@ class Refresher:
         try:
             with connect(self._dsn()) as self._connection:
                 done = rollups.refresh(self._connection, self._stopped.is_set)
+                merged = ledger.merge(self._connection, self._stopped.is_set)
+            if merged:
+                log.info("merged %d rows of the ledger", merged, extra={"merged": merged})
             if done:
                 log.info("refreshed the rollups of %d hours and days", done, extra={"refreshed": done})
         except (psycopg.errors.SerializationFailure, *_OLDER_TABLES):
@@ -75,5 +80,5 @@ class Refresher:
             self._connection = None
             self._last = time.monotonic()
         if problem is not None and problem != self._reported and not self._stopped.is_set():
-            log.warning("could not refresh the rollups: %s", problem)
+            log.warning("could not refresh the rollups or merge the ledger: %s", problem)
         self._reported = problem

@@ -23,6 +23,12 @@ DECLARE
     version_before pg_catalog.int4;
     choice pg_catalog.text := pg_catalog.current_setting('analytics.foreign_keys', true);
     identity_choice CONSTANT pg_catalog.text := pg_catalog.current_setting('analytics.identity', true);
+    layout_choice CONSTANT pg_catalog.text := pg_catalog.current_setting('analytics.layout', true);
+    width_choice CONSTANT pg_catalog.text := pg_catalog.current_setting('analytics.width', true);
+    is_new CONSTANT pg_catalog.bool :=
+        pg_catalog.to_regclass('analytics_events') IS NULL AND pg_catalog.to_regclass('analytics_metrics') IS NULL;
+    parent pg_catalog.name;
+    key pg_catalog.name;
     foreign_name pg_catalog.name;
     foreign_owner pg_catalog.name;
     grantee_name pg_catalog.name;
@@ -52,8 +58,8 @@ BEGIN
         version INTEGER PRIMARY KEY,
         applied_at TIMESTAMPTZ NOT NULL DEFAULT pg_catalog.now()
     );
-    -- What was chosen when the schema was applied: foreign_keys is on or off,
-    -- identity is required, also without a row, or optional.
+    -- What was chosen when the schema was applied: foreign_keys is on or off, identity is required, also without a row,
+    -- or optional; layout is plain, also without a row, or partitioned, then partition_width is day, week or month.
     CREATE TABLE IF NOT EXISTS analytics_settings (
         name TEXT PRIMARY KEY,
         value TEXT NOT NULL
@@ -80,6 +86,40 @@ BEGIN
         timestamp TIMESTAMPTZ NOT NULL,
         created_at TIMESTAMPTZ DEFAULT pg_catalog.now()
     );
+
+    -- The partitioned layout: a row lies in the partition of the time in its UUIDv7 (see "partitions" below). An id below
+    -- 2020 lies in early, one from 2039 on, such as most of version 4, in other. What has no partition yet waits in
+    -- default.
+    IF coalesce(layout_choice, '') NOT IN ('', 'plain', 'partitioned') THEN
+        RAISE EXCEPTION 'analytics.layout is "%": set it to plain or partitioned', layout_choice;
+    ELSIF coalesce(width_choice, '') NOT IN ('', 'day', 'week', 'month') THEN
+        RAISE EXCEPTION 'analytics.width is "%": set it to day, week or month', width_choice;
+    END IF;
+    IF layout_choice = 'partitioned' AND is_new THEN
+        FOR parent, key IN VALUES ('analytics_events', 'event_id'), ('analytics_metrics', 'id') LOOP
+            EXECUTE pg_catalog.format('ALTER TABLE %I RENAME TO analytics_model', parent);
+            EXECUTE pg_catalog.format('CREATE TABLE %I (LIKE analytics_model INCLUDING DEFAULTS) PARTITION BY RANGE (%I)', parent, key);
+            DROP TABLE analytics_model;
+            EXECUTE pg_catalog.format('ALTER TABLE %I ADD PRIMARY KEY (%I)', parent, key);
+            EXECUTE pg_catalog.format('CREATE TABLE %I PARTITION OF %I FOR VALUES FROM (MINVALUE) TO (%L)',
+                parent || '_early', parent, '016f5e66-e800-0000-0000-000000000000');
+            EXECUTE pg_catalog.format('CREATE TABLE %I PARTITION OF %I FOR VALUES FROM (%L) TO (MAXVALUE)',
+                parent || '_other', parent, '02000000-0000-0000-0000-000000000000');
+            EXECUTE pg_catalog.format('CREATE TABLE %I PARTITION OF %I DEFAULT', parent || '_default', parent);
+        END LOOP;
+        INSERT INTO analytics_settings (name, value) VALUES ('layout', 'partitioned')
+            ON CONFLICT (name) DO UPDATE SET value = excluded.value;
+    ELSIF layout_choice <> '' AND layout_choice <> coalesce((SELECT value FROM analytics_settings WHERE name = 'layout'), 'plain') THEN
+        IF layout_choice = 'partitioned' THEN
+            RAISE EXCEPTION 'the tables exist and are plain, nothing was changed: run "loader migrate --to partitioned"';
+        ELSE
+            RAISE EXCEPTION 'the tables are partitioned and cannot become plain again, nothing was changed';
+        END IF;
+    END IF;
+    IF width_choice <> '' THEN  -- of partitions that are made from now on
+        INSERT INTO analytics_settings (name, value) VALUES ('partition_width', width_choice)
+            ON CONFLICT (name) DO UPDATE SET value = excluded.value;
+    END IF;
 
     -- The ledger: one row per chunk of a file, written in the transaction of its rows and keyed by a digest of its
     -- bytes, so that a chunk that is copied, renamed or read again after a crash is known.
@@ -411,6 +451,8 @@ BEGIN
     PERFORM pg_catalog.set_config('analytics.version_before', version_before::text, true);
     PERFORM pg_catalog.set_config('analytics.foreign_keys', value, true)
         FROM analytics_settings WHERE name = 'foreign_keys';
+    PERFORM pg_catalog.set_config('analytics.layout',
+        coalesce((SELECT value FROM analytics_settings WHERE name = 'layout'), 'plain'), true);
     PERFORM pg_catalog.set_config('analytics.identity', CASE WHEN is_optional THEN 'optional' ELSE 'required' END, true);
     PERFORM pg_catalog.set_config('search_path', caller_path, true);
 END
@@ -427,6 +469,7 @@ DECLARE
     users pg_catalog.oid;
     wanted pg_catalog.text;
     child pg_catalog.name;
+    child_table pg_catalog.regclass;
     parent pg_catalog.regclass;
     parent_type pg_catalog.regtype;
     key pg_catalog.name;
@@ -446,16 +489,19 @@ BEGIN
         WHERE nspname = 'auth' AND relname = 'users'
     );
 
-    FOR key, parent IN
-        SELECT conname, confrelid
+    -- A partitioned table gets a key from its partitions, which can be validated one by one (before PostgreSQL 18 a key of
+    -- the whole is validated at once, under a lock); see "validation".
+    FOR key, child_table, parent IN
+        SELECT conname, conrelid, confrelid
         FROM pg_constraint
         JOIN pg_class ON pg_class.oid = confrelid
         JOIN pg_namespace ON pg_namespace.oid = relnamespace
-        WHERE wanted = 'off' AND contype = 'f' AND conrelid = events AND conparentid = 0
+        WHERE wanted = 'off' AND contype = 'f' AND conparentid = 0
+            AND (conrelid = events OR conrelid IN (SELECT relid FROM pg_partition_tree(events)))
             AND (relname = 'family_units' OR (nspname = 'auth' AND relname = 'users'))
     LOOP
         BEGIN
-            EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', events, key);
+            EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', child_table, key);
             RAISE NOTICE 'dropped the foreign key to %', parent;
         EXCEPTION WHEN OTHERS THEN
             RAISE WARNING 'could not drop the foreign key to %: %; apply the schema again', parent, SQLERRM
@@ -463,12 +509,13 @@ BEGIN
         END;
     END LOOP;
 
-    FOR child, parent IN
-        SELECT link.child, link.parent
+    FOR child, parent, child_table IN
+        SELECT link.child, link.parent, pg_class.oid
         FROM (VALUES ('user_id', users), ('family_unit_id', families)) AS link (child, parent)
+        JOIN pg_class ON relkind <> 'p' AND (pg_class.oid = events OR pg_class.oid IN (SELECT relid FROM pg_partition_tree(events)))
         WHERE wanted = 'on' AND link.parent IS NOT NULL AND NOT EXISTS (
             SELECT FROM pg_constraint JOIN pg_attribute ON attrelid = conrelid AND attnum = conkey[1]
-            WHERE contype = 'f' AND conrelid = events AND confrelid = link.parent AND attname = link.child
+            WHERE contype = 'f' AND conrelid = pg_class.oid AND confrelid = link.parent AND attname = link.child
         )
     LOOP
         BEGIN
@@ -477,8 +524,10 @@ BEGIN
                 RAISE EXCEPTION 'its column "id" has the type %, not uuid', coalesce(parent_type::text, 'none')
                     USING ERRCODE = 'datatype_mismatch';
             END IF;
-            EXECUTE format('ALTER TABLE %s ADD FOREIGN KEY (%I) REFERENCES %s (id) NOT VALID', events, child, parent);
-            RAISE NOTICE 'added the foreign key from "%" to %', child, parent;
+            EXECUTE format('ALTER TABLE %s ADD FOREIGN KEY (%I) REFERENCES %s (id) NOT VALID', child_table, child, parent);
+            IF child_table = events THEN
+                RAISE NOTICE 'added the foreign key from "%" to %', child, parent;
+            END IF;
         EXCEPTION WHEN OTHERS THEN
             RAISE WARNING 'could not add the foreign key from "%" to %: %; correct that and apply the schema again, or leave the keys out',
                 child, parent, SQLERRM USING ERRCODE = SQLSTATE;
@@ -495,23 +544,46 @@ DECLARE
     caller_path CONSTANT pg_catalog.text := pg_catalog.current_setting('search_path');
     events CONSTANT pg_catalog.regclass := pg_catalog.to_regclass('analytics_events');
     key pg_catalog.name;
+    child pg_catalog.name;
+    child_table pg_catalog.regclass;
     parent pg_catalog.regclass;
 BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     PERFORM set_config('lock_timeout', '1s', true);
-    FOR key, parent IN
-        SELECT conname, confrelid
+    FOR key, child_table, parent IN
+        SELECT conname, conrelid, confrelid
         FROM pg_constraint
         JOIN pg_class ON pg_class.oid = confrelid
         JOIN pg_namespace ON pg_namespace.oid = relnamespace
-        WHERE contype = 'f' AND conrelid = events AND NOT convalidated
+        WHERE contype = 'f' AND NOT convalidated
+            AND (conrelid = events OR conrelid IN (SELECT relid FROM pg_partition_tree(events)))
             AND (relname = 'family_units' OR (nspname = 'auth' AND relname = 'users'))
     LOOP
         BEGIN
-            EXECUTE format('ALTER TABLE %s VALIDATE CONSTRAINT %I', events, key);
+            EXECUTE format('ALTER TABLE %s VALIDATE CONSTRAINT %I', child_table, key);
         EXCEPTION WHEN OTHERS THEN
             RAISE WARNING 'the foreign key to % holds for new rows only: %; remove such rows and apply the schema again',
                 parent, SQLERRM USING ERRCODE = SQLSTATE;
+        END;
+    END LOOP;
+
+    -- A key that all partitions have, valid, becomes one of the whole at once, and of partitions that are made later.
+    FOR child, parent IN
+        SELECT attname, confrelid
+        FROM pg_constraint JOIN pg_attribute ON attrelid = conrelid AND attnum = conkey[1]
+        JOIN pg_class ON pg_class.oid = confrelid
+        JOIN pg_namespace ON pg_namespace.oid = relnamespace
+        WHERE contype = 'f' AND convalidated AND conparentid = 0 AND (relname = 'family_units' OR (nspname = 'auth' AND relname = 'users'))
+            AND conrelid IN (SELECT relid FROM pg_partition_tree(events) WHERE isleaf)
+        GROUP BY 1, 2
+        HAVING count(*) = (SELECT count(*) FROM pg_partition_tree(events) WHERE isleaf)
+    LOOP
+        BEGIN
+            EXECUTE format('ALTER TABLE %s ADD FOREIGN KEY (%I) REFERENCES %s (id)', events, child, parent);
+            RAISE NOTICE 'added the foreign key from "%" to %', child, parent;
+        EXCEPTION WHEN OTHERS THEN
+            RAISE WARNING 'could not add the foreign key from "%" to %: %; apply the schema again', child, parent, SQLERRM
+                USING ERRCODE = SQLSTATE;
         END;
     END LOOP;
     PERFORM set_config('search_path', caller_path, true);
@@ -1561,6 +1633,146 @@ $function$;
 COMMENT ON FUNCTION @.analytics_refresh IS
 'Computes the rollups of touched hours and days that have ended, at most so many of each; returns how many: call it until 0. Returns 0 at once while another one runs. REPEATABLE READ only, and a serialization failure means: try again.';
 
+CREATE OR REPLACE FUNCTION @.analytics_check_rollups(since TIMESTAMPTZ, until TIMESTAMPTZ DEFAULT now())
+RETURNS TABLE (source TEXT, hour TIMESTAMPTZ, in_rows BIGINT, in_rollup BIGINT)
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+WITH counted AS (
+    SELECT 'events' AS source, date_trunc('hour', e.timestamp, 'UTC') AS hour, count(*) AS in_rows, 0::bigint AS in_rollup
+    FROM @.analytics_events e WHERE e.timestamp >= since AND e.timestamp < until GROUP BY 2
+    UNION ALL
+    SELECT 'metrics', date_trunc('hour', m.timestamp, 'UTC'), count(*), 0
+    FROM @.analytics_metrics m WHERE m.timestamp >= since AND m.timestamp < until GROUP BY 2
+    UNION ALL
+    SELECT 'events', r.hour, 0, r.events FROM @.analytics_hourly_events r WHERE r.hour >= since AND r.hour < until
+    UNION ALL
+    SELECT 'metrics', r.hour, 0, r.records FROM @.analytics_hourly_metrics r WHERE r.hour >= since AND r.hour < until
+)
+SELECT c.source, c.hour, sum(c.in_rows)::bigint, sum(c.in_rollup)::bigint
+FROM counted c
+WHERE c.hour >= since AND c.hour + interval '1 hour' <= until
+    AND NOT EXISTS (SELECT FROM @.analytics_sealed s WHERE s.source = c.source AND s.hour = c.hour)
+    AND NOT EXISTS (SELECT FROM @.analytics_touched t WHERE t.source = c.source AND t.hour IN (c.hour, '-infinity'))
+GROUP BY 1, 2 HAVING sum(c.in_rows) <> sum(c.in_rollup)
+ORDER BY 1, 2;
+END;
+COMMENT ON FUNCTION @.analytics_check_rollups IS
+'Hours whose rollup has another count than their rows: rows that others changed without analytics_mark. Reads all rows of the range.';
+
+-- ---- partitions ----
+-- With the partitioned layout, the indexes that a load writes to are those of the last days, so they stay in memory
+-- however large the table grows, and old rows go by dropping their partition. Bounds are midnights of UTC.
+
+CREATE OR REPLACE FUNCTION @.analytics_id_at(moment TIMESTAMPTZ) RETURNS UUID
+LANGUAGE sql STABLE STRICT PARALLEL SAFE
+BEGIN ATOMIC
+SELECT (lpad(to_hex(greatest(0, least(281474976710655, floor(extract(epoch FROM moment) * 1000)))::bigint), 12, '0')
+    || repeat('0', 20))::uuid;
+END;
+COMMENT ON FUNCTION @.analytics_id_at IS
+'The smallest UUIDv7 of a moment, in milliseconds. A condition on event_id, or on the id of a metric, lets Postgres skip partitions: event_id >= analytics_id_at(now() - interval ''1 day'').';
+
+CREATE OR REPLACE FUNCTION @.analytics_id_time(id UUID) RETURNS TIMESTAMPTZ
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+BEGIN ATOMIC
+SELECT to_timestamp(('x' || left(replace(id::text, '-', ''), 12))::bit(48)::bigint / 1000.0);
+END;
+COMMENT ON FUNCTION @.analytics_id_time IS 'The moment in a UUIDv7: when it was made.';
+
+CREATE OR REPLACE FUNCTION @.analytics_partitions(wanted TEXT)
+RETURNS TABLE (partition REGCLASS, low UUID, high UUID, is_default BOOLEAN)
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+SELECT c.oid::regclass, nullif(bound[1], 'MINVALUE')::uuid, nullif(bound[2], 'MAXVALUE')::uuid, b.expression = 'DEFAULT'
+FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+    CROSS JOIN pg_get_expr(c.relpartbound, c.oid) AS b (expression)
+    CROSS JOIN regexp_match(b.expression, '\(''?([0-9a-f-]{36}|MINVALUE)''?\) TO \(''?([0-9a-f-]{36}|MAXVALUE)''?\)') AS bound
+WHERE i.inhparent = to_regclass('@.analytics_' || wanted)::oid AND c.relpartbound IS NOT NULL;
+END;
+COMMENT ON FUNCTION @.analytics_partitions IS
+'The partitions of the source events or metrics with the ids they hold, low <= id < high; NULL is without a bound, and is_default holds what no other one does.';
+
+CREATE OR REPLACE FUNCTION @.analytics_make_partition(wanted TEXT, key NAME, since TIMESTAMPTZ, until TIMESTAMPTZ) RETURNS VOID
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $function$
+-- Created by itself and attached, which lets loads and reads go on: CREATE TABLE ... PARTITION OF takes ACCESS EXCLUSIVE
+-- on the parent. To attach it locks the default partition and the tables that foreign keys refer to.
+DECLARE
+    parent CONSTANT NAME := 'analytics_' || wanted;
+    waiting CONSTANT NAME := parent || '_default';
+    child CONSTANT NAME := parent || to_char(since, '_YYYYMMDD');
+    within CONSTANT TEXT := format('%1$I >= %2$L AND %1$I < %3$L', key, @.analytics_id_at(since), @.analytics_id_at(until));
+BEGIN
+    IF to_regclass(format('@.%I', child)) IS NOT NULL THEN
+        RAISE EXCEPTION 'the table "%" exists and is not a partition for % to %: rename or drop it', child, since, until;
+    END IF;
+    EXECUTE format('CREATE TABLE @.%I (LIKE @.%I INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING CONSTRAINTS '
+        'INCLUDING STORAGE INCLUDING COMPRESSION) WITH (autovacuum_vacuum_insert_scale_factor = 0.01)', child, parent);
+    IF to_regclass(format('@.%I', waiting)) IS NOT NULL THEN
+        EXECUTE format('LOCK TABLE @.%I IN ACCESS EXCLUSIVE MODE', waiting);
+        EXECUTE format('WITH moved AS (DELETE FROM @.%I WHERE %s RETURNING *) INSERT INTO @.%I SELECT * FROM moved',
+            waiting, within, child);
+    END IF;
+    EXECUTE format('ALTER TABLE @.%I ATTACH PARTITION @.%I FOR VALUES FROM (%L) TO (%L)',
+        parent, child, @.analytics_id_at(since), @.analytics_id_at(until));
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_make_partition IS
+'Internal. Makes one partition, and moves the rows into it that wait in the default partition.';
+
+CREATE OR REPLACE FUNCTION @.analytics_make_partitions(
+    since TIMESTAMPTZ DEFAULT NULL, until TIMESTAMPTZ DEFAULT NULL, at_most INT DEFAULT 1
+) RETURNS INT
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' SET lock_timeout = '100ms'
+AS $function$
+DECLARE
+    width CONSTANT TEXT := coalesce((SELECT value FROM @.analytics_settings WHERE name = 'partition_width'), 'day');
+    first CONSTANT TIMESTAMPTZ := coalesce(since, now() - interval '2 days');
+    finish CONSTANT TIMESTAMPTZ := coalesce(until, now() + interval '14 days' + ('1 ' || width)::interval);
+    wanted TEXT;
+    key NAME;
+    begins TIMESTAMPTZ;
+    ends TIMESTAMPTZ;
+    made INT := 0;
+BEGIN
+    IF NOT EXISTS (SELECT FROM @.analytics_settings WHERE name = 'layout' AND value <> 'plain') THEN
+        RETURN 0;
+    ELSIF NOT (first >= '2020-01-01' AND finish <= now() + interval '400 days') THEN  -- a wrong clock makes none
+        RAISE EXCEPTION 'cannot make partitions for % to %: only from 2020 on, and for 400 days ahead', first, finish;
+    END IF;
+    PERFORM pg_advisory_xact_lock(hashtext('analytics_partitions'));
+    FOR wanted, key IN VALUES ('events', 'event_id'), ('metrics', 'id') LOOP
+        begins := date_trunc(width, first);
+        WHILE made < at_most AND begins < finish LOOP
+            ends := (SELECT @.analytics_id_time(p.high) FROM @.analytics_partitions(wanted) p
+                WHERE NOT p.is_default AND coalesce(p.low <= @.analytics_id_at(begins), true) AND p.high > @.analytics_id_at(begins));
+            IF ends IS NULL THEN  -- up to the next boundary, or to the partition that begins before it
+                ends := (SELECT least(date_trunc(width, begins) + ('1 ' || width)::interval, min(@.analytics_id_time(p.low)))
+                    FROM @.analytics_partitions(wanted) p WHERE p.low > @.analytics_id_at(begins));
+                PERFORM @.analytics_make_partition(wanted, key, begins, ends);
+                made := made + 1;
+            END IF;
+            begins := ends;
+        END LOOP;
+        -- Rows of other days that wait in the default partition: loaded late, or from another clock.
+        WHILE since IS NULL AND made < at_most AND (SELECT count(*) FROM @.analytics_partitions(wanted)) < 400 LOOP
+            EXECUTE format($q$SELECT min(@.analytics_id_time(%1$I)) FROM @.%2$I
+                WHERE %1$I < @.analytics_id_at($1) AND substr(%1$I::text, 15, 1) = '7'$q$,
+                key, format('analytics_%s_default', wanted)) INTO begins USING finish;
+            EXIT WHEN begins IS NULL;
+            begins := greatest(date_trunc(width, begins), (SELECT max(@.analytics_id_time(p.high)) FROM @.analytics_partitions(wanted) p
+                WHERE p.high <= @.analytics_id_at(begins)));
+            ends := (SELECT least(date_trunc(width, begins) + ('1 ' || width)::interval, min(@.analytics_id_time(p.low)))
+                FROM @.analytics_partitions(wanted) p WHERE p.low > @.analytics_id_at(begins));
+            PERFORM @.analytics_make_partition(wanted, key, begins, ends);
+            made := made + 1;
+        END LOOP;
+    END LOOP;
+    RETURN made;
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_make_partitions IS
+'Makes missing partitions, at most so many, and returns how many: call it until 0, each time in a transaction of its own, because it locks the tables that foreign keys refer to. Without arguments: for the next 14 days, and for rows that wait in the default partition. Waits for a lock 100 ms at most: lock_not_available (55P03) means try again. Returns 0 for the plain layout.';
+
 -- ---- retention ----
 -- A low-water mark for each table, kept in analytics_settings: rows below it were deleted, so a load counts lines below
 -- it as expired. It is raised in the transaction that deletes. On partitioned tables whole partitions are dropped, and
@@ -1584,13 +1796,6 @@ ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE old.value::timesta
 END;
 COMMENT ON FUNCTION @.analytics_raise_mark IS 'Internal. Raises a low-water mark, and never lowers it.';
 
-CREATE OR REPLACE FUNCTION @.analytics_first_id(moment TIMESTAMPTZ) RETURNS UUID
-LANGUAGE sql STABLE PARALLEL SAFE
-BEGIN ATOMIC
-SELECT (lpad(to_hex((greatest(date_part('epoch', moment), 0) * 1000)::bigint), 12, '0') || repeat('0', 20))::uuid;
-END;
-COMMENT ON FUNCTION @.analytics_first_id IS 'Internal. The smallest UUID of a moment.';
-
 CREATE OR REPLACE FUNCTION @.analytics_has_time(id UUID) RETURNS BOOLEAN
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
 BEGIN ATOMIC
@@ -1602,15 +1807,9 @@ CREATE OR REPLACE FUNCTION @.analytics_time_partitions(wanted TEXT)
 RETURNS TABLE (child REGCLASS, since TIMESTAMPTZ, until TIMESTAMPTZ)
 LANGUAGE sql STABLE
 BEGIN ATOMIC
-SELECT p.child, to_timestamp(('x' || left(replace(p.bounds[1], '-', ''), 12))::bit(48)::bigint / 1000.0),
-    to_timestamp(('x' || left(replace(p.bounds[2], '-', ''), 12))::bit(48)::bigint / 1000.0)
-FROM (
-    SELECT c.oid::regclass AS child, regexp_match(pg_get_expr(c.relpartbound, c.oid),
-        'FROM \((?:MINVALUE|''([0-9a-f-]{36})'')\) TO \(''([0-9a-f-]{36})''\)') AS bounds
-    FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
-    WHERE i.inhparent = ('@.analytics_' || wanted)::regclass AND c.relname !~ '_(early|other|default)$'
-) p
-WHERE p.bounds IS NOT NULL ORDER BY 3;
+SELECT p.partition, @.analytics_id_time(p.low), @.analytics_id_time(p.high) FROM @.analytics_partitions(wanted) p
+WHERE p.high > @.analytics_id_at('2020-01-01 00:00+00')  -- which the early ids lie below
+ORDER BY p.high;
 END;
 COMMENT ON FUNCTION @.analytics_time_partitions IS
 'Internal. The partitions of ids between two moments (since is NULL for the table that was migrated); none if the tables are not partitioned.';
@@ -1621,9 +1820,8 @@ BEGIN ATOMIC
 SELECT ('@.analytics_' || wanted)::regclass
 WHERE NOT EXISTS (SELECT FROM pg_class WHERE oid = ('@.analytics_' || wanted)::regclass AND relkind = 'p')
 UNION ALL
-SELECT i.inhrelid::regclass FROM pg_inherits i
-WHERE i.inhparent = ('@.analytics_' || wanted)::regclass
-    AND i.inhrelid::regclass NOT IN (SELECT p.child FROM @.analytics_time_partitions(wanted) p WHERE p.since IS NOT NULL);
+SELECT p.partition FROM @.analytics_partitions(wanted) p
+WHERE p.partition NOT IN (SELECT t.child FROM @.analytics_time_partitions(wanted) t WHERE t.since IS NOT NULL);
 END;
 COMMENT ON FUNCTION @.analytics_untimed IS
 'Internal. The tables from which rows are deleted: the plain one, or the partitions without a beginning and end in time.';
@@ -1740,7 +1938,7 @@ BEGIN
             ), rows%1$s AS (
                 DELETE FROM %2$s e USING old%1$s old WHERE e.%4$I = old.key RETURNING e.*
             ), $q$, c.place, c.child, kind, key, CASE WHEN partitioned THEN format(
-                'AND (NOT @.analytics_has_time(%1$I) OR %1$I < @.analytics_first_id(@.analytics_kept_since($1)))', key) END), '')
+                'AND (NOT @.analytics_has_time(%1$I) OR %1$I < @.analytics_id_at(@.analytics_kept_since($1)))', key) END), '')
         || format('old AS MATERIALIZED (%s), rows AS (%s), ',
             string_agg(format('SELECT key FROM old%s', c.place), ' UNION ALL '),
             string_agg(format('SELECT %s FROM rows%s', kept, c.place), ' UNION ALL '))
@@ -1866,11 +2064,11 @@ BEGIN
     -- Other ids that happen to lie in the range stay, in the default partition: they have no time (3 in 100,000).
     IF wanted = 'events' THEN
         SELECT array_agg(e) INTO moved_events FROM @.analytics_events e
-            WHERE e.event_id >= @.analytics_first_id(coalesce(since_at, 'epoch')) AND e.event_id < @.analytics_first_id(until_at)
+            WHERE e.event_id >= @.analytics_id_at(coalesce(since_at, 'epoch')) AND e.event_id < @.analytics_id_at(until_at)
                 AND e.tableoid = partition::oid AND NOT @.analytics_has_time(e.event_id);
     ELSE
         SELECT array_agg(m) INTO moved_metrics FROM @.analytics_metrics m
-            WHERE m.id >= @.analytics_first_id(coalesce(since_at, 'epoch')) AND m.id < @.analytics_first_id(until_at)
+            WHERE m.id >= @.analytics_id_at(coalesce(since_at, 'epoch')) AND m.id < @.analytics_id_at(until_at)
                 AND m.tableoid = partition::oid AND NOT @.analytics_has_time(m.id);
     END IF;
     -- Readers and loads queue behind each attempt, so it is short, and they have their turn between two.
@@ -1956,33 +2154,7 @@ $function$;
 COMMENT ON FUNCTION @.analytics_merge_loads IS
 'Merges the ledger rows of the first hour from a moment on that ended an hour ago and has some: into one for each unbroken run of a writer''s segments. Returns how many it merged and up to where: call it from there until it returns no row.';
 
-CREATE OR REPLACE FUNCTION @.analytics_check_rollups(since TIMESTAMPTZ, until TIMESTAMPTZ DEFAULT now())
-RETURNS TABLE (source TEXT, hour TIMESTAMPTZ, in_rows BIGINT, in_rollup BIGINT)
-LANGUAGE sql STABLE
-BEGIN ATOMIC
-WITH counted AS (
-    SELECT 'events' AS source, date_trunc('hour', e.timestamp, 'UTC') AS hour, count(*) AS in_rows, 0::bigint AS in_rollup
-    FROM @.analytics_events e WHERE e.timestamp >= since AND e.timestamp < until GROUP BY 2
-    UNION ALL
-    SELECT 'metrics', date_trunc('hour', m.timestamp, 'UTC'), count(*), 0
-    FROM @.analytics_metrics m WHERE m.timestamp >= since AND m.timestamp < until GROUP BY 2
-    UNION ALL
-    SELECT 'events', r.hour, 0, r.events FROM @.analytics_hourly_events r WHERE r.hour >= since AND r.hour < until
-    UNION ALL
-    SELECT 'metrics', r.hour, 0, r.records FROM @.analytics_hourly_metrics r WHERE r.hour >= since AND r.hour < until
-)
-SELECT c.source, c.hour, sum(c.in_rows)::bigint, sum(c.in_rollup)::bigint
-FROM counted c
-WHERE c.hour >= since AND c.hour + interval '1 hour' <= until
-    AND NOT EXISTS (SELECT FROM @.analytics_sealed s WHERE s.source = c.source AND s.hour = c.hour)
-    AND NOT EXISTS (SELECT FROM @.analytics_touched t WHERE t.source = c.source AND t.hour IN (c.hour, '-infinity'))
-GROUP BY 1, 2 HAVING sum(c.in_rows) <> sum(c.in_rollup)
-ORDER BY 1, 2;
-END;
-COMMENT ON FUNCTION @.analytics_check_rollups IS
-'Hours whose rollup has another count than their rows: rows that others changed without analytics_mark. Reads all rows of the range.';
-
--- Who may insert events may mark hours and refresh; who may read the events may read their rollups; who may delete
+-- Who may insert events may mark hours, refresh and make partitions; who may read the events may read their rollups; who may delete
 -- them may refresh before that.
 DO $$
 DECLARE
@@ -1990,7 +2162,8 @@ DECLARE
     privilege TEXT;
 BEGIN
     REVOKE ALL ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_mark, @.analytics_roll_events,
-        @.analytics_roll_metrics, @.analytics_roll_users, @.analytics_merge_loads FROM PUBLIC;
+        @.analytics_roll_metrics, @.analytics_roll_users, @.analytics_make_partition, @.analytics_make_partitions,
+        @.analytics_merge_loads FROM PUBLIC;
     FOR grantee, privilege IN
         SELECT DISTINCT coalesce(quote_ident(r.rolname), 'PUBLIC'), a.privilege_type
         FROM pg_class c CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
@@ -2004,7 +2177,7 @@ BEGIN
         ELSE
             EXECUTE 'GRANT INSERT ON @.analytics_touched TO ' || grantee;
             EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_mark, '
-                '@.analytics_merge_loads TO ' || grantee;
+                '@.analytics_make_partitions, @.analytics_merge_loads TO ' || grantee;
         END IF;
     END LOOP;
 END
@@ -2057,8 +2230,9 @@ DECLARE
 BEGIN
     FOR grown IN
         SELECT c.oid FROM pg_class c
-        WHERE c.oid IN ('@.analytics_events'::regclass, '@.analytics_metrics'::regclass)
-            AND coalesce(array_to_string(c.reloptions, ' '), '') NOT LIKE '%autovacuum_vacuum_insert_scale_factor%'
+        WHERE (c.oid IN ('@.analytics_events'::regclass, '@.analytics_metrics'::regclass)
+                OR c.oid IN (SELECT p.partition FROM (VALUES ('events'), ('metrics')) w (name) CROSS JOIN @.analytics_partitions(w.name) p))
+            AND c.relkind = 'r' AND coalesce(array_to_string(c.reloptions, ' '), '') NOT LIKE '%autovacuum_vacuum_insert_scale_factor%'
     LOOP
         EXECUTE format('ALTER TABLE %s SET (autovacuum_vacuum_insert_scale_factor = 0.01)', grown);
     END LOOP;

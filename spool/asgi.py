@@ -4,11 +4,10 @@
     app.asgi_app = AnalyticsMiddleware(app.asgi_app)                  # Quart
     app = AnalyticsMiddleware(app)                                    # Litestar, Django and any other
 
-Each HTTP request is one `api_request_count`, one `api_request_duration_ms` and, if it failed, one
-`api_request_error_count`, labelled endpoint, method and status. Each WebSocket and excluded path has a scope
-and no metrics. The
-request's id is bound to the context, so that every event of the request has it in its metadata, and is
-returned in the response.
+Each HTTP request is one `api_request_count`, one `api_request_duration_ms` (unless they are sampled: see
+`request_timer_rate` in spool/settings.py) and, if it failed, one `api_request_error_count`, labelled endpoint,
+method and status. Each WebSocket and excluded path has a scope and no metrics. The request's id is bound to the
+context, so that every event of the request has it in its metadata, and is returned in the response.
 
 The status is the one that was sent. Without a response it is 500, which servers send then; if the client went
 away before the last byte it is 499.

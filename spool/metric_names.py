@@ -13,7 +13,7 @@ DROPPED_METRIC: Final = "spool_dropped_count"
 REQUEST_COUNT: Final = "api_request_count"
 """Counter, one per request."""
 REQUEST_DURATION: Final = "api_request_duration_ms"
-"""Timer, from the request's arrival to the last byte of the response."""
+"""Timer, from the request's arrival to the last byte of the response; `SPOOL_REQUEST_TIMER_RATE` samples it."""
 REQUEST_ERRORS: Final = "api_request_error_count"
 """Counter, one per response of 500 and above and per exception that the application did not handle."""
 

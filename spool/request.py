@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import sys
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final, Generic, TypeVar
 
-from spool import ids
+from spool import fork, ids
 from spool.context import in_force
 from spool.emitter import Emitter, get_emitter
 from spool.interruption import is_foreign
@@ -30,6 +31,9 @@ FAILED: Final = "500"
 """Status of a request that ended without a response: every server answers it so."""
 MARK: Final = "spool.request"
 """Key of an ASGI scope or a WSGI environment that a middleware serves already, so that an inner one does not."""
+
+SAMPLE_RATE: Final = "sample_rate"
+"""Label of a request's timer if only a part of the requests has one: that part."""
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 _VALID_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -196,6 +200,26 @@ class RequestTimer:
         milliseconds = (time.perf_counter_ns() - self._begin) / 1_000_000
         labels = {"endpoint": endpoint, "method": self._method, "status": status}
         self._emitter.increment_counter(metric_name=REQUEST_COUNT, labels=labels)
-        self._emitter.record_timer(metric_name=REQUEST_DURATION, duration_ms=milliseconds, labels=labels)
+        self._record_duration(milliseconds, labels)
         if failed or status >= "500":
             self._emitter.increment_counter(metric_name=REQUEST_ERRORS, labels=labels)
+
+    def _record_duration(self, milliseconds: float, labels: dict[str, str]) -> None:
+        """Record the timer, or with `request_timer_rate` only for that part of the requests.
+
+        Each request is drawn by itself: of a client that alternates between a fast and a slow request, one in
+        every n could be the slow ones alone.
+        """
+        rate = self._emitter.settings.request_timer_rate
+        if rate == 1:
+            self._emitter.record_timer(metric_name=REQUEST_DURATION, duration_ms=milliseconds, labels=labels)
+        elif _draw() < rate:
+            self._emitter.record_timer(
+                metric_name=REQUEST_DURATION, duration_ms=milliseconds, labels={**labels, SAMPLE_RATE: rate}
+            )
+
+
+_generator: Final = random.Random()
+"""Of this module alone: the application may seed the global one, for each request even."""
+_draw: Final = _generator.random
+fork.in_child(_generator.seed)  # else the first requests of all workers, the slow ones, are drawn alike

@@ -48,6 +48,7 @@ class Options(TypedDict, total=False):
     service: str | None
     release: str | None
     environment: str | None
+    request_timer_rate: float | None
     strict: bool | None
     disabled: bool | None
     console: bool | None
@@ -94,6 +95,9 @@ class Settings:
     labels, as `service`, `release` and `environment`. Empty is left out. At most 200 characters."""
     release: str = ""
     environment: str = ""
+    request_timer_rate: float = 1.0
+    """Part of the requests that the middlewares time, above 0 and at most 1; all are counted. Below 1 the timer's
+    lines have it as the label `sample_rate`."""
     strict: bool = False
     """Raise ValueError for what cannot be written, for development and tests."""
     disabled: bool = False
@@ -115,6 +119,11 @@ class Settings:
             raise SettingError("identity", f"must be required or optional, not {self.identity!r}")
         for name in DEFAULTS:
             _check_text(name, getattr(self, name))
+        _check_type("request_timer_rate", self.request_timer_rate, int, float)
+        if not 0 < self.request_timer_rate <= 1:  # nan is neither
+            raise SettingError(
+                "request_timer_rate", f"must be above 0 and at most 1: {self.request_timer_rate}"
+            )
         if "\0" in str(self.directory):
             raise SettingError(
                 "directory", f"must be a path, which has no NUL character: {str(self.directory)!r}"

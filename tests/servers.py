@@ -8,18 +8,19 @@ never wait for each other, as servers are released in the reverse order of their
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, cast, get_args
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 
 from loader.demo import embedded
-from loader.load import schema
+from loader.load import partitions, schema
 from tests.processes import locked
 
 DROP_QUESTIONS: Final = (
@@ -29,7 +30,9 @@ DROP_QUESTIONS: Final = (
 """A column that a question reads cannot change its type."""
 ROLE: Final = "analytics_loader"
 VERSIONS: Final = [version for version in (15, 16, 18) if embedded.binaries(version)]
-_TEMPLATE: Final = "with_the_schema"
+ONE_LAYOUT: Final = cast("schema.Layout | Literal['']", os.environ.get("TEST_LAYOUT", ""))
+"""The layout of the tables in every database of the tests; without it, partitioned on one version, else plain."""
+_MIXED: Final[dict[int, schema.Layout]] = {16: "partitioned"}
 _OTHERS_SECONDS: Final = 900.0
 """How long the worker that started a server waits for the others, before it is stopped under them."""
 
@@ -56,7 +59,7 @@ def servers(shared: Path) -> Iterator[Servers]:
 
 
 @contextmanager
-def database(server: str, template: str = _TEMPLATE) -> Iterator[str]:
+def database(server: str, template: str | None = None) -> Iterator[str]:
     """Yield the DSN of a database with the schema and the role, dropped with all its connections at the end.
 
     A copy of the template and its removal take 0.85 of the time that applying the schema does; a cluster with
@@ -64,6 +67,7 @@ def database(server: str, template: str = _TEMPLATE) -> Iterator[str]:
     """
     name = f"test_{uuid.uuid4().hex}"
     with psycopg.connect(server, autocommit=True) as admin:
+        template = template or _layout(admin.info.server_version)
         admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}".encode())
         try:
             yield make_conninfo(server, dbname=name)
@@ -81,7 +85,7 @@ def _shared_server(version: int, shared: Path) -> Iterator[str]:
             started = not known.exists()
             if started:
                 server = own.enter_context(embedded.server(version))
-                _make_template(server)
+                _make_templates(server)
                 known.write_text(server)
             fcntl.lockf(users, fcntl.LOCK_SH)
         yield known.read_text()
@@ -104,8 +108,15 @@ def _wait_for_the_others(users: int, starting: Path, known: Path) -> None:
         time.sleep(0.05)  # between two tries
 
 
-def _make_template(server: str) -> None:
-    with psycopg.connect(server, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {_TEMPLATE}".encode())
-    with psycopg.connect(server, dbname=_TEMPLATE) as connection:
-        schema.apply_schema(connection, role=ROLE)
+def _layout(server_version: int) -> schema.Layout:
+    """Return the layout of a test's tables, which is also the name of their template."""
+    return ONE_LAYOUT or _MIXED.get(server_version // 10000, "plain")
+
+
+def _make_templates(server: str) -> None:
+    for layout in get_args(schema.Layout):
+        with psycopg.connect(server, autocommit=True) as admin:
+            admin.execute(f"CREATE DATABASE {layout}".encode())
+        with psycopg.connect(server, dbname=layout) as connection:
+            schema.apply_schema(connection, layout=layout, role=ROLE)
+            partitions.make(connection)

@@ -47,6 +47,7 @@ def command(
       loader backfill --again archive/
     """
     from loader.cli.loading import dsn_source, finish, patient_workers
+    from loader.load.partitions import Ahead
     from loader.operate import backfill
     from loader.service import log_format
     from loader.service.signals import until_signal
@@ -60,6 +61,9 @@ def command(
         _dry_run(files, as_json)
         return
     source, spool = dsn_source(dsn), settings.spool_directory(spool_dir)
+    ahead = Ahead(source)
+    for file in files:
+        file.prepare = ahead.prepare
     with (
         until_signal() as signals,
         contextlib.closing(patient_workers(source, spool, workers, signals)) as pool,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from loader import settings
 from loader.cli import options, terminal
+
+if TYPE_CHECKING:
+    from loader.load import schema
 
 
 @click.command("init")
@@ -22,6 +27,15 @@ from loader.cli import options, terminal
     "events with SPOOL_IDENTITY=optional.",
 )  # fmt: skip
 @click.option(
+    "--layout", type=click.Choice(["plain", "partitioned"]), default=None,
+    help="Of new tables; remembered, at first plain. partitioned: one partition a day, so that loading stays as "
+    "fast as at first and old data is dropped at once. `loader migrate` converts plain tables.",
+)  # fmt: skip
+@click.option(
+    "--width", type=click.Choice(["day", "week", "month"]), default=None,
+    help="Of partitions that are made from now on; remembered, at first a day.",
+)  # fmt: skip
+@click.option(
     "--role", metavar="NAME",
     help="A least-privilege role (SELECT and INSERT) for the loader, created if it does not exist.",
 )  # fmt: skip
@@ -32,8 +46,9 @@ from loader.cli import options, terminal
 )  # fmt: skip
 @options.as_json
 def command(
-    dsn: str | None, foreign_keys: bool | None, optional_identity: bool | None, role: str | None,
-    reader: str | None, as_json: bool,
+    dsn: str | None, foreign_keys: bool | None, optional_identity: bool | None,
+    layout: schema.Layout | None, width: schema.Width | None, role: str | None, reader: str | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Create or upgrade the tables; idempotent.
 
@@ -43,9 +58,10 @@ def command(
       loader init --role analytics_loader --reader analytics_reader
       loader init --no-foreign-keys
       loader init --optional-identity
+      loader init --layout partitioned
     """
     from loader.cli.loading import only_for
-    from loader.load import database, indexes, schema
+    from loader.load import database, indexes, partitions, schema
 
     identity: schema.Identity | None = None
     if optional_identity is not None:
@@ -53,13 +69,16 @@ def command(
     actor = "the owner of the database, or a role that may create tables and roles in it"
     with only_for(actor), database.connect(settings.database_dsn(dsn)) as connection:
         applied = schema.apply_schema(
-            connection, foreign_keys=foreign_keys, identity=identity, role=role, reader=reader
-        )
+            connection, foreign_keys=foreign_keys, identity=identity, layout=layout, width=width, role=role,
+            reader=reader,
+        )  # fmt: skip
+        if made := partitions.make(connection):
+            applied.notes.append(f"made {made} partitions")
         applied.notes += [f'built the index "{name}"' for name in indexes.build(connection)]
     if as_json:
         terminal.print_json(
             {"version": applied.version, "before": applied.before, "role": role, "reader": reader,
-             "foreign_keys": applied.foreign_keys, "identity": applied.identity,
+             "foreign_keys": applied.foreign_keys, "identity": applied.identity, "layout": applied.layout,
              "notes": applied.notes, "warnings": applied.warnings}
         )  # fmt: skip
         return
@@ -67,6 +86,7 @@ def command(
     terminal.say(f"The tables are ready: version {applied.version}{upgraded}.")
     terminal.say(_FOREIGN_KEYS[applied.foreign_keys])
     terminal.say(_IDENTITY[applied.identity])
+    terminal.say(_LAYOUT[applied.layout])
     for note in applied.notes:
         terminal.say(note)
     for warning in applied.warnings:
@@ -80,4 +100,8 @@ _FOREIGN_KEYS = {
 _IDENTITY = {
     "required": "Identity: required (--optional-identity accepts events without a user or a family).",
     "optional": "Identity: optional, as was chosen (--required-identity rejects events without one).",
+}
+_LAYOUT = {
+    "plain": "Layout: plain (`loader migrate --to partitioned` converts it).",
+    "partitioned": "Layout: partitioned; the loader makes partitions for the coming days.",
 }

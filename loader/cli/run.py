@@ -96,7 +96,7 @@ def _run_once(
     from loader.cli.loading import finish, patient_workers
     from loader.files.lock import exclusive, holder
     from loader.files.scan import backlog, scan
-    from loader.service import accounts, daemon
+    from loader.service import accounts, daemon, upkeep
     from loader.service.health import Health
 
     if adopt and holder(spool):
@@ -110,6 +110,7 @@ def _run_once(
             accounts.settle_quietly(dsn, spool)  # what it reports is loaded, too
             found, report = daemon.once(spool, pool, archive, adopt)
             accounts.settle_quietly(dsn, spool)
+        upkeep.make_partitions_quietly(dsn)
     for name, reason in found.skipped.items():
         terminal.warn(f"skipped {name}: {reason}")
     finish(report, signals, as_json=as_json)

@@ -10,6 +10,7 @@ import psycopg
 from psycopg import sql
 
 from loader.load.database import Connection
+from loader.load.partitions import key_ranges
 from loader.load.tables import Table
 
 _BLOCK_ROWS: Final = 256
@@ -63,11 +64,22 @@ def existing_ids(connection: Connection, table: Table, ids: Sequence[str]) -> se
         return set()
     statement = sql.SQL(
         "SELECT found.key::text FROM pg_catalog.unnest(%s::uuid[]) AS wanted CROSS JOIN LATERAL "
-        "(SELECT {key} AS key FROM {table} WHERE {key} = wanted OFFSET 0) AS found"
-    ).format(key=sql.Identifier(table.key), table=sql.Identifier(table.name))
+        "(SELECT {key} AS key FROM {table} WHERE {key} = wanted AND ({in_range}) OFFSET 0) AS found"
+    ).format(
+        key=sql.Identifier(table.key), table=sql.Identifier(table.name), in_range=in_range(table, ids)
+    )  # fmt: skip
     return {key for (key,) in connection.execute(statement, ["{" + ",".join(ids) + "}"])}
 
 
 def any_missing(connection: Connection, table: Table, ids: Sequence[str]) -> bool:
     """Return whether any of some canonical UUIDs is not the key of a row. Raises psycopg.Error."""
     return len(existing_ids(connection, table, ids)) < len(set(ids))
+
+
+def in_range(table: Table, ids: Iterable[str], alias: str | None = None) -> sql.Composable:
+    """Return the condition that a key is within the ranges of some ids: see `key_ranges`."""
+    key = sql.Identifier(alias, table.key) if alias else sql.Identifier(table.key)
+    return sql.SQL(" OR ").join(
+        sql.SQL("{} BETWEEN {}::uuid AND {}::uuid").format(key, sql.Literal(low), sql.Literal(high))
+        for low, high in key_ranges(ids)
+    )

@@ -1,7 +1,8 @@
 """The indexes that serve the questions, built beside the load on tables that have rows.
 
 `CREATE INDEX CONCURRENTLY` cannot run in a transaction, so it is not part of schema.sql; what to build is
-(`analytics_indexes`).
+(`analytics_indexes`). A partitioned table gets an index by attaching those of its partitions
+(https://www.postgresql.org/docs/current/sql-createindex.html, "CONCURRENTLY").
 """
 
 from __future__ import annotations
@@ -10,18 +11,33 @@ from dataclasses import dataclass
 from typing import Final
 
 import psycopg
+from psycopg import sql
 
 from loader.load.database import Connection, transaction
 
 _WANTED: Final = (
     "SELECT name, definition, schema::pg_catalog.text, replaced.relname, coalesce(found.indisvalid, false), "
-    "found.indisvalid IS FALSE FROM analytics_indexes() AS wanted "
+    "found.indisvalid IS FALSE, "
+    "EXISTS (SELECT FROM pg_catalog.pg_class WHERE relkind = 'p' AND relnamespace = schema::pg_catalog.oid "
+    "AND relname = pg_catalog.substring(definition, 'analytics_(?:events|metrics)')) "
+    "FROM analytics_indexes() AS wanted "
     "LEFT JOIN pg_catalog.pg_class AS existing ON existing.relname = name "
     "AND existing.relnamespace = schema::pg_catalog.oid "
     "LEFT JOIN pg_catalog.pg_index AS found ON found.indexrelid = existing.oid "
     "LEFT JOIN pg_catalog.pg_class AS replaced ON replaced.relname = replaces "
     "AND replaced.relnamespace = schema::pg_catalog.oid"
 )
+_PARTITIONS_WITHOUT: Final = """
+    SELECT nspname, relname FROM pg_catalog.pg_inherits AS own
+    JOIN pg_catalog.pg_class ON pg_class.oid = own.inhrelid
+    JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace
+    WHERE own.inhparent = (SELECT indrelid FROM pg_catalog.pg_index WHERE indexrelid = %(index)s::regclass::oid)
+        AND NOT EXISTS (
+            SELECT FROM pg_catalog.pg_inherits AS attached
+            JOIN pg_catalog.pg_index ON indexrelid = attached.inhrelid AND indrelid = own.inhrelid
+            WHERE attached.inhparent = %(index)s::regclass::oid)
+    ORDER BY relname
+"""
 
 
 # No load waits for a lock that this waits for. A pooler may hand the session to others, so the limits come back.
@@ -39,6 +55,7 @@ class _Index:
     replaced: str | None
     valid: bool
     invalid: bool
+    of_partitioned: bool
 
 
 def build(connection: Connection) -> list[str]:
@@ -64,6 +81,10 @@ def build(connection: Connection) -> list[str]:
 
 
 def _build(connection: Connection, index: _Index) -> bool:
+    if index.of_partitioned:
+        if not index.valid:
+            _build_on_partitions(connection, index)
+        return not index.valid
     if index.invalid:
         _drop(connection, index.schema, index.name)
     if not index.valid:
@@ -71,6 +92,29 @@ def _build(connection: Connection, index: _Index) -> bool:
     if index.replaced is not None:
         _drop(connection, index.schema, index.replaced)
     return not index.valid
+
+
+def _build_on_partitions(connection: Connection, index: _Index) -> None:
+    """Build the index on each partition and attach it; the whole is valid once all partitions have theirs."""
+    table, columns = index.definition.split(" ", 1)
+    whole = f"{index.schema}.{index.name}"
+    if not index.invalid:
+        connection.execute(f"CREATE INDEX {index.name} ON ONLY {index.definition}".encode())
+    for schema, partition in connection.execute(_PARTITIONS_WITHOUT, {"index": whole}).fetchall():
+        name = index.name.replace(table.rpartition(".")[2], partition)
+        own = sql.Identifier(schema, name)
+        connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(own))
+        connection.execute(
+            sql.SQL("CREATE INDEX CONCURRENTLY {} ON {} {}").format(
+                sql.Identifier(name), sql.Identifier(schema, partition), _trusted(columns)
+            )
+        )
+        connection.execute(sql.SQL("ALTER INDEX {} ATTACH PARTITION {}").format(_trusted(whole), own))
+
+
+def _trusted(text: str) -> sql.SQL:
+    """Return SQL that `analytics_indexes` has written."""
+    return sql.SQL(text)
 
 
 def _drop(connection: Connection, schema: str, name: str) -> None:

@@ -27,7 +27,7 @@ from loader.load.decode import Reject
 from loader.load.isolate import insert_isolating
 from loader.load.lowwater import Marks
 from loader.load.outcome import Line, Outcome, decoded
-from loader.load.sqlstate import is_temporary
+from loader.load.sqlstate import is_temporary, lacks_partition
 from loader.load.staging import Inserted, NotStoredError, Staging
 from loader.load.tables import EVENTS, METRICS, Table
 from loader.load.triggers import triggers
@@ -60,7 +60,7 @@ def insert(connection: Connection, chunks: Sequence[Chunk], duplicates: float, m
         except NotStoredError:
             break
         except psycopg.Error as error:
-            if is_temporary(error):
+            if is_temporary(error) or lacks_partition(error):
                 raise
             break
         return outcomes

@@ -23,7 +23,14 @@ from psycopg import sql
 from loader.load.copying import copying
 from loader.load.database import Connection
 from loader.load.decode import Reject, Row
-from loader.load.sqlstate import Action, action, is_temporary, retry_pattern
+from loader.load.sqlstate import (
+    MIGRATION_CHECKS,
+    Action,
+    action,
+    is_temporary,
+    lacks_partition,
+    retry_pattern,
+)
 from loader.load.staging import Inserted, NotStoredError, Staging
 from loader.load.tables import Table
 from loader.load.triggers import not_stored, triggers
@@ -65,7 +72,7 @@ def _insert(staging: Staging) -> Inserted:
             staging.discard(found)
             orphans |= found
         except psycopg.Error as error:
-            if is_temporary(error):
+            if is_temporary(error) or lacks_partition(error):
                 raise
             return _insert_each(staging, error) + Inserted(refused=orphans)
 
@@ -147,6 +154,7 @@ _ROW_BY_ROW: Final = """
         each record;
         detail text;
         context text;
+        violated_check text;
     BEGIN
         FOR each IN SELECT * FROM {source} WHERE position = ANY(positions) ORDER BY {key}, position LOOP
             BEGIN
@@ -154,8 +162,10 @@ _ROW_BY_ROW: Final = """
             EXCEPTION WHEN query_canceled OR assert_failure OR OTHERS THEN
                 GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, words = MESSAGE_TEXT,
                     detail = PG_EXCEPTION_DETAIL, context = PG_EXCEPTION_CONTEXT,
-                    violated = COLUMN_NAME;
-                IF code ~ {outage} AND pg_catalog.split_part(context, E'\\n', 1) !~ 'RAISE' THEN
+                    violated = COLUMN_NAME, violated_check = CONSTRAINT_NAME;
+                IF (code ~ {outage} OR code = '23514' AND violated_check = ANY ({waits}))
+                    AND pg_catalog.split_part(context, E'\\n', 1) !~ 'RAISE'
+                THEN
                     RAISE;
                 END IF;
                 words := pg_catalog.concat_ws(': ', words, nullif(detail, ''));
@@ -208,7 +218,7 @@ def _accepts_newest(staging: Staging) -> bool:
     try:
         with staging.connection.transaction(force_rollback=True):
             copied = staging.run(
-                "INSERT INTO {table} ({all}) SELECT {values} FROM {table} ORDER BY id DESC LIMIT 1 RETURNING 1",
+                "INSERT INTO {table} ({all}) SELECT {values} FROM {table} ORDER BY {key} DESC LIMIT 1 RETURNING 1",
                 values=sql.SQL(", ").join(values),
             )
             return copied.fetchone() is not None
@@ -230,6 +240,7 @@ def _row_by_row(
     body = staging.format(
         _ROW_BY_ROW, source=source, target=target, values=sql.SQL(", ").join(values),
         columns=sql.SQL(", ").join(map(sql.Identifier, columns)), outage=sql.Literal(retry_pattern()),
+        waits=sql.Literal(["", *MIGRATION_CHECKS]),
     )  # fmt: skip
     staging.run(_CREATE, body=sql.Literal(body.as_string(staging.connection)))
     found = staging.run("SELECT * FROM pg_temp.loader_each_row(%s::int[])", list(positions))

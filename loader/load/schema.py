@@ -38,7 +38,8 @@ _FOUND: Final = (
 )
 _REPORTED: Final = (
     "SELECT pg_catalog.current_setting('analytics.version_before'), "
-    "pg_catalog.current_setting('analytics.foreign_keys'), pg_catalog.current_setting('analytics.identity')"
+    "pg_catalog.current_setting('analytics.foreign_keys'), pg_catalog.current_setting('analytics.identity'), "
+    "pg_catalog.current_setting('analytics.layout')"
 )
 """What the first statement of schema.sql leaves for its transaction."""
 _SUCCESS: Final = "00000"
@@ -46,6 +47,8 @@ _SUCCESS: Final = "00000"
 
 ForeignKeys = Literal["on", "off"]
 Identity = Literal["required", "optional"]
+Layout = Literal["plain", "partitioned"]
+Width = Literal["day", "week", "month"]
 
 
 class _Notice(NamedTuple):
@@ -62,6 +65,7 @@ class Applied:
     version: int = SCHEMA_VERSION
     foreign_keys: ForeignKeys = "on"
     identity: Identity = "required"
+    layout: Layout = "plain"
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -76,12 +80,14 @@ class Applied:
 
 def apply_schema(
     connection: Connection, *, foreign_keys: bool | None = None, identity: Identity | None = None,
-    role: str | None = None, reader: str | None = None, patience: float = PATIENCE,
+    layout: Layout | None = None, width: Width | None = None, role: str | None = None,
+    reader: str | None = None, patience: float = PATIENCE,
 ) -> Applied:  # fmt: skip
     """Apply schema.sql, role.sql for a role, and reader.sql for a reader. Idempotent.
 
-    `foreign_keys` and `identity` are choices to remember; None keeps what was chosen before. New tables get
-    the keys, and require an identity.
+    `foreign_keys`, `identity`, `layout` and `width` (of partitions) are choices to remember; None keeps what
+    was chosen before. New tables get the keys, require an identity, and are plain. Tables that exist keep
+    their layout. Partitions are created afterwards, by partitions.py.
     The connection must not be in a transaction: the tables and the questions have one, each step of the keys
     another. Tables with rows get no new indexes here: see indexes.py. Raises psycopg.Error, and LoaderError
     for tables that cannot be loaded; then nothing was changed.
@@ -93,7 +99,8 @@ def apply_schema(
         deviations.refuse(deviations.find(connection))
         choice = "" if foreign_keys is None else "on" if foreign_keys else "off"
         _set(connection, "analytics.foreign_keys", choice)
-        _set(connection, "analytics.identity", identity or "")
+        for setting, chosen in (("identity", identity), ("layout", layout), ("width", width)):
+            _set(connection, f"analytics.{setting}", chosen or "")
         _set(connection, "analytics.indexes", "later")
         connection.execute(statements["tables"])
         connection.execute(statements["questions"])
@@ -102,7 +109,8 @@ def apply_schema(
                 _set(connection, f"analytics.{kind}", name)
                 connection.execute(_script(f"{kind}.sql").encode())
         ((version, *choices),) = connection.execute(_REPORTED).fetchall()
-        applied.before, (applied.foreign_keys, applied.identity) = int(version), choices
+        applied.before = int(version)
+        applied.foreign_keys, applied.identity, applied.layout = choices
         applied.warnings += [str(each) for each in deviations.find(connection)]
 
     _until_locked(connection, apply_tables, applied, patience)

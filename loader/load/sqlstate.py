@@ -51,6 +51,7 @@ def action(sqlstate: str | None) -> Action:
     return _ACTIONS.get(sqlstate) or _ACTIONS.get(sqlstate[:2], Action.STOP)
 
 
+_CHECK_VIOLATION: Final = "23514"
 _RAISE: Final = "exec_stmt_raise"
 """Function of Postgres' source that reports what PL/pgSQL's RAISE raised."""
 
@@ -68,6 +69,21 @@ def is_temporary(error: psycopg.Error) -> bool:
 def is_lost(error: psycopg.Error) -> bool:
     """Whether the connection broke, or the server ended it, as after a time without work."""
     return error.sqlstate is None or error.sqlstate.startswith(("08", "57P", "25P03", "25P04"))
+
+
+MIGRATION_CHECKS: Final = ("analytics_events_until", "analytics_metrics_until")
+"""Constraints of a table that is being migrated; see migrate.py."""
+
+
+def lacks_partition(error: psycopg.Error) -> bool:
+    """Whether a row waits for its partition to be made, or for a migration to end; it is not at fault.
+
+    Postgres reports both as 23514, the former without the name of a constraint (ExecFindPartition and
+    ExecPartitionCheckEmitError in its source).
+    """
+    if error.sqlstate != _CHECK_VIOLATION or is_raised(error):
+        return False
+    return (error.diag.constraint_name or "") in ("", *MIGRATION_CHECKS)
 
 
 def retry_pattern() -> str:
@@ -120,7 +136,14 @@ def explain(error: psycopg.Error | OSError | LoaderError) -> LoaderError:
         return OutOfReachError(f"the database is out of reach: {message}")
     if action(error.sqlstate) is Action.RETRY:
         return OutOfReachError(f"the database can't load now: {message}")
-    return LoaderError(": ".join(filter(None, (message, advice(error.sqlstate)))))
+    help_text = _partition_advice(error) if lacks_partition(error) else advice(error.sqlstate)
+    return LoaderError(": ".join(filter(None, (message, help_text))))
+
+
+def _partition_advice(error: psycopg.Error) -> str:
+    if error.diag.constraint_name:
+        return "`loader migrate` has not finished: run it again"
+    return "create the partition, or a default partition"
 
 
 def _login_advice(message: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Final, LiteralString
 import psycopg
 from psycopg import sql
 
-from loader.load.copying import RowWriter, copying
+from loader.load.copying import RowWriter, copying, in_range
 from loader.load.database import Connection
 from loader.load.decode import Reject, Row
 from loader.load.tables import FILLED_IN, Table
@@ -169,27 +169,32 @@ class Staging:
         OFFSET 0 keeps the planner, which knows nothing of a fresh temporary table, from scanning the whole
         table: each key is looked up in the index.
         """
+        if not self.keys:
+            return Inserted()
         equal, unequal, stored = self.run(
             "WITH compared AS MATERIALIZED (SELECT staged.position, "
             "CASE WHEN {differ} THEN pg_catalog.left(stored::text, {shown}) END AS other "
             "FROM {staging} staged CROSS JOIN LATERAL "
-            "(SELECT * FROM {table} found WHERE found.{key} = staged.{key} OFFSET 0) AS stored "
+            "(SELECT * FROM {table} found WHERE found.{key} = staged.{key} AND ({in_range}) OFFSET 0) AS stored "
             "WHERE %s::int[] IS NULL OR position = ANY(%s::int[])) "
             "SELECT pg_catalog.array_agg(position) FILTER (WHERE other IS NULL), "
             "pg_catalog.array_agg(position) FILTER (WHERE other IS NOT NULL), "
             "pg_catalog.array_agg(other) FILTER (WHERE other IS NOT NULL) FROM compared",
             positions and list(positions), positions and list(positions),
+            in_range=in_range(self.table, self.keys.values(), "found"),
         ).fetchall()[0]  # fmt: skip
         return Inserted(equal or [], list(map(Collision, unequal or [], stored or [])))
 
     def absent(self, positions: Sequence[int]) -> list[int]:
         """Return those of the positions whose key is not in the table."""
+        if not self.keys:
+            return []
         found = self.run(
             "SELECT position FROM {staging} staged LEFT JOIN LATERAL (SELECT true AS here FROM {table} found "
-            "WHERE found.{key} = staged.{key} LIMIT 1) AS stored ON true "
+            "WHERE found.{key} = staged.{key} AND ({in_range}) LIMIT 1) AS stored ON true "
             "WHERE here IS NULL AND position = ANY(%s::int[]) ORDER BY position",
-            list(positions),
-        )
+            list(positions), in_range=in_range(self.table, self.keys.values(), "found"),
+        )  # fmt: skip
         return [position for (position,) in found]
 
     def _insert_all_but(self, positions: Sequence[int]) -> int:

@@ -40,6 +40,8 @@ class GivenFile:
         # A path may hold any bytes.
         self.name = path.encode("utf-8", "backslashreplace").decode() if self._path else "stdin"
         self.wrap: Wrap = lambda stream: stream
+        self.prepare: Callable[[Iterable[bytes]], None] = lambda _: None
+        """Called with the lines of each chunk before it is loaded."""
 
     def size(self) -> int:
         """Return its bytes as they are on disk; 0 for standard input. Raises OSError."""
@@ -49,7 +51,9 @@ class GivenFile:
         """Yield its lines. Raises UNREADABLE, after the complete lines before."""
         with self.wrap(self._open()) as stream:
             lines = lines_of(stream, self.name)
-            yield from chunks(lines, self.name, reading=replace(self._reading, progressed=progressed))
+            for chunk in chunks(lines, self.name, reading=replace(self._reading, progressed=progressed)):
+                self.prepare(chunk.lines())
+                yield chunk
 
     def _open(self) -> BinaryIO:
         if self._path is None:

@@ -54,7 +54,7 @@ _COUNT: Final = (
     "SELECT pg_catalog.count(*) FROM {table} WHERE {kind} OPERATOR(pg_catalog.=) %s AND timestamp < %s"
 )
 _COUNT_UNTIMED: Final = (
-    _COUNT + " AND (NOT analytics_has_time({key}) OR {key} < analytics_first_id(%s::timestamptz))"
+    _COUNT + " AND (NOT analytics_has_time({key}) OR {key} < analytics_id_at(%s::timestamptz))"
 )
 _NAME: Final = "SELECT pg_catalog.to_regclass('{table}')::text"
 _COUNT_ALL: Final = "SELECT pg_catalog.count(*) FROM {table}"

@@ -26,10 +26,10 @@ from loader.service.accounts import Accounts
 from loader.service.health import Health
 from loader.service.notify import Notifier
 from loader.service.parents import ParentRetries
-from loader.service.rollup import Refresher
 from loader.service.run import Report
 from loader.service.signals import Signals
 from loader.service.summary import Summary
+from loader.service.upkeep import partitioner, refresher
 from loader.service.workers import Workers
 from spool.segment import OPEN, SEALED
 
@@ -61,7 +61,7 @@ class Daemon:
         self._workers = Workers(dsn, spool, count, signals, None, self.health, self._tick)
         self._parents = ParentRetries(dsn, spool, signals, self.health)
         self._accounts = Accounts(dsn, spool, signals, self.health)
-        self._refresher = Refresher(dsn)
+        self._upkeep = (refresher(dsn), partitioner(dsn))
         self._summary = Summary(spool, self.health)
         self._rescan = min(RESCAN_SECONDS, notifier.watchdog_seconds / 4 or RESCAN_SECONDS)
         self._reloads = 0
@@ -71,17 +71,15 @@ class Daemon:
 
     def run(self) -> None:
         """Return when asked to stop. Raises LoaderError where another loader has the spool, OSError."""
-        with (
-            exclusive(self._spool),
-            contextlib.closing(self._workers),
-            contextlib.closing(self._parents),
-            contextlib.closing(self._accounts),
-            contextlib.closing(self._refresher),
-        ):
+        parts = (self._workers, self._parents, self._accounts, *self._upkeep)
+        with exclusive(self._spool), contextlib.ExitStack() as ending:
+            for part in reversed(parts):
+                ending.callback(part.close)
             log.info("watching %s", self._spool)
             self._prepare()
             self._parents.start()
             self._accounts.start()
+            self._tick_upkeep(busy=False)
             self._load_all()
             for _ in self._hints():
                 self._load_all()
@@ -116,15 +114,19 @@ class Daemon:
         else:
             self.health.unreadable = None
             self._report_pass(found, report)
-            self._refresher.tick(busy=report.files > 0)
+            self._tick_upkeep(busy=report.files > 0)
             more = found.more
         self._report_status()
         return more
 
     def _tick(self) -> None:
         """While the workers load."""
-        self._refresher.tick(busy=True)
+        self._tick_upkeep(busy=True)
         self._report_status()
+
+    def _tick_upkeep(self, *, busy: bool) -> None:
+        for kind in self._upkeep:
+            kind.tick(busy=busy)
 
     def _reload(self) -> None:
         """Reconnect, with the settings as they are now."""

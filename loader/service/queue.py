@@ -83,10 +83,10 @@ class BatchQueue:
                 self._end()
             self._put_down()
 
-    def set_aside(self, batch: Batch, error: OSError) -> None:
-        """Note that the rejects of a batch could not be written; see `LoadRun.set_aside`."""
+    def set_aside(self, batch: Batch, reason: str) -> None:
+        """Note that some chunks of a batch cannot be loaded at the moment; see `LoadRun.set_aside`."""
         with self._changed:
-            self._run.set_aside(batch, error)
+            self._run.set_aside(batch, reason)
             self._put_down()
 
     def give_up(self) -> None:

@@ -78,19 +78,20 @@ class LoadRun:
             for _, file in batch:
                 self._postpone(file.source, reason)
 
-    def set_aside(self, batch: Batch, error: OSError) -> None:
-        """Note that the rejects of a batch cannot be written, as on a full disk.
+    def set_aside(self, batch: Batch, reason: str) -> None:
+        """Note that some chunks of a batch cannot be loaded at the moment.
 
-        That must not hold up the others: loading them is what frees space. So the batch is halved until the
-        chunks that have rejects are alone; their files stay, to be loaded the next time.
+        Their rejects cannot be written (on a full disk, loading the others is what frees space), or a row has
+        no partition. So the batch is halved until these chunks are alone; their files stay, to be loaded the
+        next time.
         """
         with self._lock:
             if len(batch) > 1:
                 half = len(batch) // 2
-                self._divided += [batch[:half], batch[half:]]
+                self._divided.extendleft([batch[half:], batch[:half]])  # so that the order of the files stays
                 return
             ((_, file),) = batch
-            self._postpone(file.source, f"waits: its rejects could not be written: {error}")
+            self._postpone(file.source, f"waits: {reason}")
 
     def commit(self, batch: Batch, loaded: Loaded) -> None:
         """Note that a batch is committed."""

@@ -27,7 +27,7 @@ from loader.files.rejects import CannotWriteError
 from loader.load.counts import Loaded
 from loader.load.database import Connection, connect
 from loader.load.schema import SCHEMA_VERSION, schema_version
-from loader.load.sqlstate import explain, is_temporary
+from loader.load.sqlstate import explain, is_temporary, lacks_partition
 from loader.service.connection import WorkerConnection
 from loader.service.health import Health
 from loader.service.queue import BatchQueue
@@ -122,11 +122,14 @@ class Workers:
             if is_temporary(error):
                 batches.give_back(batch)
                 raise
-            batches.postpone(batch, error, str(explain(error)))
+            if lacks_partition(error):
+                batches.set_aside(batch, str(explain(error)))
+            else:
+                batches.postpone(batch, error, str(explain(error)))
         except LoaderError as error:  # the ledger does not keep its rows
             batches.postpone(batch, error, str(error))
         except CannotWriteError as error:
-            batches.set_aside(batch, error)
+            batches.set_aside(batch, f"its rejects could not be written: {error}")
         except BaseException:
             batches.give_back(batch)
             raise

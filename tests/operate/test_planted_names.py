@@ -163,7 +163,7 @@ def test_psql_applies_the_schema_without_what_was_planted(planted: Connection) -
     for command in (psql, [*psql, "-1"], psql):
         ended = subprocess.run(command, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
-    assert schema.schema_version(planted) == 4
+    assert schema.schema_version(planted) == 5
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from loader.load import rollups
 from loader.load.database import Connection
-from loader.service.rollup import Refresher
+from loader.service.upkeep import refresher
 from tests.load.lines import event, metric, number, rows, segment
 from tests.processes import Cli, eventually
 from tests.see import data, independent
@@ -369,14 +369,14 @@ def test_the_daemon_refreshes_what_its_loads_touched(
         rollups.touched(one_connection).hours == 2
     )  # the event's, and the metric's, which is in another zone
     one_connection.rollback()
-    monkeypatch.setattr("loader.service.rollup.IDLE_SECONDS", 0.0)
-    refresher = Refresher(lambda: cli.dsn)
-    refresher.tick(busy=True)  # not due
+    monkeypatch.setattr("loader.service.upkeep.IDLE_SECONDS", 0.0)
+    upkeep = refresher(lambda: cli.dsn)
+    upkeep.tick(busy=True)  # not due
     assert rollups.touched(one_connection).hours == 2
     one_connection.rollback()
-    refresher.tick(busy=False)
+    upkeep.tick(busy=False)
     eventually(lambda: number(one_connection, "SELECT count(*) FROM analytics_touched") == 0)
-    refresher.close()
+    upkeep.close()
     assert rows(one_connection, "SELECT event_type, events FROM analytics_hourly_events") == [
         ("memory_posted", 10)
     ]

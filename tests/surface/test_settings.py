@@ -18,6 +18,7 @@ INVALID = {
     "SPOOL_MAX_LINE_BYTES": ["0", str(8 << 20)],
     "SPOOL_MAX_SPOOL_BYTES": ["-1", "100", str((8 << 20) - 1)],
     "SPOOL_FSYNC": ["maybe"],
+    "SPOOL_REQUEST_TIMER_RATE": ["half", "10%", "0", "-0.1", "1.01", "nan", "inf"],
     "SPOOL_STRICT": ["2"],
     "SPOOL_REDACT": [",", "+", " + , "],
 }
@@ -39,7 +40,8 @@ def test_an_invalid_variable_is_named_where_an_emitter_is_made(
     [
         {"max_age": "soon"}, {"max_age": True}, {"segment_bytes": 8192.5}, {"max_spool_bytes": 5000},
         {"max_line_bytes": 60000, "segment_bytes": 8192, "max_spool_bytes": 65536}, {"redact": "password"},
-        {"directory": "a\0b"},
+        {"directory": "a\0b"}, {"request_timer_rate": 0}, {"request_timer_rate": True},
+        {"request_timer_rate": "0.5"},
     ],
     ids=shown,
 )  # fmt: skip

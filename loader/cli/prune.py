@@ -56,8 +56,9 @@ def command(
     from loader.operate import prune
     from loader.service.signals import until_signal
 
-    ages = prune.Ages(events or age, metrics or age, ledger or age, files or age)
-    _check(ages, given=(age, events, metrics, ledger, files))
+    own = (events, metrics, ledger, files)
+    ages = prune.Ages(*(age if each is None else each for each in own))
+    _check(ages, given=(age, *own))
     to_files = _export(export, dry_run=dry_run)
     spool = settings.spool_directory(spool_dir)
     with until_signal() as signals, database.connect(settings.database_dsn(dsn)) as connection:

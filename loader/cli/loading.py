@@ -66,7 +66,7 @@ def finish(report: Report, signals: Signals | None, *, as_json: bool, **more: ob
             terminal.warn(f"{name} {reason}")
     if report.loaded.known and not report.loaded.counts.lines:
         terminal.warn(ALL_KNOWN)
-    if expired := report.loaded.counts.expired:
+    if (expired := report.loaded.counts.expired) and not as_json:  # which has the count
         terminal.warn(EXPIRED % expired)
     if signals is not None and signals.stop.is_set():
         raise LoaderError(INTERRUPTED)

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pyarrow.parquet as pq
@@ -49,7 +50,7 @@ A_DAY = """
 
 @pytest.fixture
 def owner(one_server: str) -> Iterator[Connection]:
-    """Partitioned tables with foreign keys, and partitions for the last 50 days."""
+    """Partitioned tables with foreign keys, and partitions for some days."""
     with database(one_server, template="partitioned") as dsn, psycopg.connect(dsn) as connection:
         connection.execute(
             "CREATE SCHEMA auth; CREATE TABLE auth.users (id uuid PRIMARY KEY, name text); "
@@ -63,7 +64,8 @@ def owner(one_server: str) -> Iterator[Connection]:
             f"GRANT USAGE ON SCHEMA auth TO {ROLE}; GRANT SELECT ON auth.users, family_units TO {ROLE}".encode()
         )
         connection.commit()
-        partitions.make(connection, NOW - timedelta(days=50), NOW + timedelta(days=2))
+        for first, last in ((41, 35), (11, 9)):
+            partitions.make(connection, NOW - timedelta(days=first), NOW - timedelta(days=last))
         yield connection
         connection.rollback()
 
@@ -100,11 +102,8 @@ def answers(connection: Connection) -> list[object]:
     return [rows(connection, statement) for statement in ANSWERS]
 
 
-def prune(cli: Cli, *arguments: str | Path) -> dict[str, dict[str, dict[str, int]]]:
-    found: dict[str, dict[str, dict[str, int]]] = json.loads(
-        cli.owner()("prune", "--older-than", "30d", "--json", *arguments)
-    )
-    return found
+def prune(cli: Cli, *arguments: str | Path) -> Any:
+    return json.loads(cli.owner()("prune", "--older-than", "30d", "--json", *arguments))
 
 
 @pytest.mark.parametrize("refreshed", [True, False])
@@ -125,10 +124,7 @@ def test_dropping_partitions_changes_no_answer(loader: Cli, owner: Connection, *
     assert answers(owner) == before
     loader("rollup")
     assert answers(owner) == before
-    assert (
-        sum(each for each in (prune(loader)["events"], prune(loader)["metrics"]) if isinstance(each, int))
-        == 0
-    )
+    assert prune(loader)["events"] == 0
     assert answers(owner) == before
 
 
@@ -194,7 +190,7 @@ def test_prune_that_is_killed_between_rollup_and_drop_has_done_nothing(
         )
     assert answers(owner) == before
     assert number(owner, PARTITIONS) == partitions_before
-    assert prune(loader)["events"] == 61  # type: ignore[comparison-overlap]  # counts are beside the partitions
+    assert prune(loader)["events"] == 61
     assert answers(owner) == before
 
 
@@ -203,8 +199,8 @@ def test_a_long_transaction_on_the_applications_tables_is_not_waited_for(
 ) -> None:
     load_days(loader)
     with psycopg.connect(owner.info.dsn) as application:
-        application.execute("UPDATE auth.users SET name = 'held'; SELECT FROM family_units FOR UPDATE")
-        assert prune(loader)["events"] == 61  # type: ignore[comparison-overlap]  # as above
+        application.execute("UPDATE auth.users SET name = 'held'; INSERT INTO family_units VALUES (gen_random_uuid())")
+        assert prune(loader)["events"] == 61
     assert number(owner, PARTITIONS) == 0
 
 
@@ -248,7 +244,8 @@ def watching(dsn: str, *statements: str) -> Iterator[list[Watch]]:
 def test_ten_partitions_dropped_and_made_beside_everything_keep_nobody_waiting(
     loader: Cli, owner: Connection
 ) -> None:
-    for days in range(31, 45):
+    partitions.make(owner, NOW - timedelta(days=45), NOW - timedelta(days=30))
+    for days in range(32, 45):
         owner.execute(A_DAY.encode(), {"days": days, "rows": 20_000})
     owner.execute("SELECT analytics_mark('events', now() - interval '50 days', now())")
     owner.commit()

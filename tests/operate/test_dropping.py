@@ -199,7 +199,9 @@ def test_a_long_transaction_on_the_applications_tables_is_not_waited_for(
 ) -> None:
     load_days(loader)
     with psycopg.connect(owner.info.dsn) as application:
-        application.execute("UPDATE auth.users SET name = 'held'; INSERT INTO family_units VALUES (gen_random_uuid())")
+        application.execute(
+            "UPDATE auth.users SET name = 'held'; INSERT INTO family_units VALUES (gen_random_uuid())"
+        )
         assert prune(loader)["events"] == 61
     assert number(owner, PARTITIONS) == 0
 

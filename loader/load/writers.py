@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from loader.files.writers import Stated
+from loader.load import lowwater
 from loader.load.database import Connection
 
 VERSION: Final = 4
@@ -42,7 +43,9 @@ _SUM: Final = f"""
         coalesce(pg_catalog.sum(rejects), 0)::bigint, coalesce(pg_catalog.sum(dropped), 0)::bigint,
         coalesce(pg_catalog.sum(pending), 0)::bigint, coalesce(pg_catalog.sum(missing), 0)::bigint,
         coalesce(pg_catalog.array_agg(writer) FILTER (WHERE missing <> 0::bigint), ARRAY[]::text[]),
-        ARRAY(SELECT segment FROM absent ORDER BY segment LIMIT {_SHOWN}), (SELECT pg_catalog.count(*) FROM absent)
+        ARRAY(SELECT segment FROM absent ORDER BY segment LIMIT {_SHOWN}), (SELECT pg_catalog.count(*) FROM absent),
+        -- Tables of version 4 do not have it.
+        coalesce(pg_catalog.sum((pg_catalog.to_jsonb(each) ->> 'expired'::text)::bigint), 0)::bigint
     FROM each
 """
 
@@ -64,6 +67,7 @@ class Conservation:
     missing_segments: Sequence[str]
     """The first of them."""
     missing_segment_count: int
+    expired: int
 
     @property
     def holds(self) -> bool:
@@ -86,10 +90,11 @@ def record(connection: Connection, stated: Sequence[Stated]) -> None:
 
 def last_loaded(connection: Connection) -> dict[str, int]:
     """Return the last segment of each writer in the ledger. Raises psycopg.Error."""
+    last = "segment + segments - 1::bigint" if lowwater.exist(connection) else "segment"
     statement = (
-        "SELECT writer, pg_catalog.max(segment) FROM analytics_loads WHERE writer IS NOT NULL GROUP BY writer"
+        f"SELECT writer, pg_catalog.max({last}) FROM analytics_loads WHERE writer IS NOT NULL GROUP BY writer"
     )
-    return dict(connection.execute(statement).fetchall())
+    return dict(connection.execute(statement.encode()).fetchall())
 
 
 def conservation(connection: Connection) -> Conservation:

@@ -137,7 +137,12 @@ BEGIN
         loader_host TEXT NOT NULL,
         loaded_at TIMESTAMPTZ NOT NULL DEFAULT pg_catalog.now(),
         erased BIGINT NOT NULL DEFAULT 0,
-        CONSTRAINT every_line_is_accounted_for CHECK (lines = events + metrics + duplicates + rejected + erased)
+        expired BIGINT NOT NULL DEFAULT 0,
+        segments BIGINT NOT NULL DEFAULT 1,
+        digests BYTEA,
+        first_loaded_at TIMESTAMPTZ,
+        CONSTRAINT every_line_is_accounted_for
+            CHECK (lines = events + metrics + duplicates + rejected + erased + expired)
     );
 
     -- The accounts of writers (spool/account.py); the loader adds a row when an account has changed. The last
@@ -203,19 +208,6 @@ BEGIN
             )::bigint) STORED;
     END IF;
 
-    -- ---- Since version 5: lines of people who were erased. Loaders of version 4 do not name the column -------------
-    IF NOT EXISTS (
-        SELECT FROM pg_catalog.pg_attribute WHERE attname = 'erased'
-            AND attrelid = pg_catalog.to_regclass('analytics_loads')::pg_catalog.oid
-    ) THEN
-        ALTER TABLE analytics_loads ADD COLUMN IF NOT EXISTS erased BIGINT NOT NULL DEFAULT 0;
-        ALTER TABLE analytics_loads
-            DROP CONSTRAINT IF EXISTS every_line_is_accounted_for,
-            ADD CONSTRAINT every_line_is_accounted_for
-                CHECK (lines = events + metrics + duplicates + rejected + erased);
-    END IF;
-    -- ---- End of the ledger of version 5 ----------------------------------------------------------------------------
-
     IF pg_catalog.to_regclass('analytics_events_family_time') IS NULL THEN
         CREATE INDEX analytics_events_family_time ON analytics_events (family_unit_id, timestamp);
     END IF;
@@ -226,6 +218,41 @@ BEGIN
     IF pg_catalog.to_regclass('analytics_loads_loaded_at') IS NULL THEN
         CREATE INDEX analytics_loads_loaded_at ON analytics_loads (loaded_at);
     END IF;
+
+    -- ---- Since version 5: retention ---------------------------------------------------------------------------------
+
+    -- `erased`: lines of erased people. `expired`: lines below the low-water mark of their table (analytics_kept_since), which were not loaded.
+    -- A merged row (analytics_merge_loads) is of `segments` successive segments, the first of which is named, has their
+    -- sums, and the first 8 bytes of each digest, so that each is known when it is read again.
+    IF NOT EXISTS (
+        SELECT FROM pg_catalog.pg_attribute WHERE attname = 'expired'
+            AND attrelid = pg_catalog.to_regclass('analytics_loads')::pg_catalog.oid
+    ) THEN
+        ALTER TABLE analytics_loads
+            ADD COLUMN IF NOT EXISTS erased BIGINT NOT NULL DEFAULT 0,
+            ADD COLUMN IF NOT EXISTS expired BIGINT NOT NULL DEFAULT 0,
+            ADD COLUMN IF NOT EXISTS segments BIGINT NOT NULL DEFAULT 1,
+            ADD COLUMN IF NOT EXISTS digests BYTEA,
+            ADD COLUMN IF NOT EXISTS first_loaded_at TIMESTAMPTZ;
+        ALTER TABLE analytics_loads DROP CONSTRAINT IF EXISTS every_line_is_accounted_for;
+        -- Not validated: the rows so far have passed the stricter one.
+        ALTER TABLE analytics_loads ADD CONSTRAINT every_line_is_accounted_for
+            CHECK (lines = events + metrics + duplicates + rejected + erased + expired) NOT VALID;
+    END IF;
+    IF EXISTS (
+        SELECT FROM pg_catalog.pg_attribute WHERE attname = 'digests' AND attstorage <> 'e'
+            AND attrelid = pg_catalog.to_regclass('analytics_loads')::pg_catalog.oid
+    ) THEN
+        ALTER TABLE analytics_loads ALTER COLUMN digests SET STORAGE EXTERNAL;  -- cannot be compressed
+    END IF;
+    IF pg_catalog.to_regclass('analytics_loads_segment') IS NULL THEN
+        CREATE INDEX analytics_loads_segment ON analytics_loads (writer, segment) WHERE writer IS NOT NULL;
+    END IF;
+    IF pg_catalog.to_regclass('analytics_loads_merged') IS NULL THEN
+        CREATE INDEX analytics_loads_merged ON analytics_loads (writer, segment) WHERE digests IS NOT NULL;
+    END IF;
+
+    -- ---- End of version 5: retention --------------------------------------------------------------------------------
 
     -- Views for reading.
 
@@ -245,12 +272,13 @@ BEGIN
     -- Each writer counts its segments from 1 without gaps, so a missing number below a loaded one is a file
     -- that was lost, or is not loaded yet.
     CREATE OR REPLACE VIEW analytics_missing_segments AS
-    WITH counted AS (
-        SELECT writer, pg_catalog.max(segment) AS last FROM analytics_loads WHERE writer IS NOT NULL GROUP BY writer
+    WITH gaps AS (
+        SELECT writer, segment AS until, coalesce(pg_catalog.max(segment + segments) OVER (
+            PARTITION BY writer ORDER BY segment ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+        ), 1::bigint) AS since
+        FROM analytics_loads WHERE writer IS NOT NULL
     )
-    SELECT writer, number FROM counted, pg_catalog.generate_series(1, last) AS number
-    EXCEPT
-    SELECT writer, segment FROM analytics_loads WHERE writer IS NOT NULL;
+    SELECT writer, number FROM gaps CROSS JOIN LATERAL pg_catalog.generate_series(since, until - 1::bigint) AS number;
 
     -- The choice of foreign keys is stored. Older versions did not store it: their tables stay as they are.
     IF choice IN ('on', 'off') THEN
@@ -333,34 +361,51 @@ BEGIN
         END IF;
     END IF;
 
-    -- The sum for each writer: emitted = rows + duplicates + rejects + erased + dropped + pending + missing. A
+    -- The sum for each writer: emitted = rows + duplicates + rejects + erased + expired + dropped + pending + missing. A
     -- writer's account of its first segments is compared with the ledger; for its later segments only the
     -- ledger and the spool are evidence. A segment that is neither in the ledger nor in the spool is missing.
     -- If a chunk was loaded again, the first load counts, so a reject that was loaded later is still a reject
-    -- here.
+    -- here. Merged rows are of whole segments that are not pending and that the account covers.
     CREATE OR REPLACE VIEW analytics_conservation AS
     WITH stated AS (
         SELECT DISTINCT ON (writer) * FROM analytics_writers ORDER BY writer, reported_at DESC
+    ), first_time AS (
+        SELECT DISTINCT ON (writer, segment, byte_offset) *
+        FROM analytics_loads AS each
+        WHERE writer IS NOT NULL AND digests IS NULL AND (byte_offset > 0::bigint OR NOT EXISTS (
+            SELECT FROM (
+                SELECT merged.segment + merged.segments AS until FROM analytics_loads AS merged
+                WHERE merged.digests IS NOT NULL AND merged.writer = each.writer AND merged.segment <= each.segment
+                ORDER BY merged.segment DESC LIMIT 1
+            ) AS range WHERE until > each.segment
+        ))
+        ORDER BY writer, segment, byte_offset, loaded_at
     ), loaded AS (
-        SELECT writer, segment, pg_catalog.sum(lines) AS lines, pg_catalog.sum(events + metrics) AS rows,
-            pg_catalog.sum(duplicates) AS duplicates, pg_catalog.sum(rejected) AS rejects,
-            pg_catalog.sum(erased) AS erased
-        FROM (
-            SELECT DISTINCT ON (writer, segment, byte_offset) * FROM analytics_loads
-            WHERE writer IS NOT NULL ORDER BY writer, segment, byte_offset, loaded_at
-        ) AS once
+        SELECT writer, segment, 1::bigint AS segments, pg_catalog.sum(lines) AS lines,
+            pg_catalog.sum(events + metrics) AS rows, pg_catalog.sum(duplicates) AS duplicates,
+            pg_catalog.sum(rejected) AS rejects, pg_catalog.sum(erased) AS erased,
+            pg_catalog.sum(expired) AS expired
+        FROM first_time
         GROUP BY writer, segment
+        UNION ALL
+        SELECT writer, segment, segments, lines::numeric, (events + metrics)::numeric, duplicates::numeric,
+            rejected::numeric, erased::numeric, expired::numeric
+        FROM analytics_loads WHERE digests IS NOT NULL AND writer IS NOT NULL
     ), pending AS (
         SELECT stated.writer, waiting.segment,
-            greatest(waiting.lines::numeric - coalesce(loaded.lines, 0::numeric), 0::numeric) AS lines
+            greatest(waiting.lines::numeric - coalesce(pg_catalog.sum(loaded.lines), 0::numeric), 0::numeric) AS lines
         FROM stated
         CROSS JOIN LATERAL ROWS FROM (pg_catalog.unnest(pending_segments), pg_catalog.unnest(pending_lines))
             AS waiting (segment, lines)
-        LEFT JOIN loaded ON loaded.writer = stated.writer AND loaded.segment = waiting.segment
+        LEFT JOIN loaded ON loaded.writer = stated.writer
+            AND loaded.segment <= waiting.segment AND loaded.segment + loaded.segments > waiting.segment
+        GROUP BY stated.writer, waiting.segment, waiting.lines
     ), located AS (
-        SELECT writer, segment, lines, rows, duplicates, rejects, erased, 0::numeric AS pending FROM loaded
+        SELECT writer, segment, segments, lines, rows, duplicates, rejects, erased, expired, 0::numeric AS pending
+            FROM loaded
         UNION ALL
-        SELECT writer, segment, lines, 0::numeric, 0::numeric, 0::numeric, 0::numeric, lines FROM pending
+        SELECT writer, segment, 1::bigint, lines, 0::numeric, 0::numeric, 0::numeric, 0::numeric, 0::numeric, lines
+            FROM pending
     ), summed AS (
         SELECT coalesce(stated.writer, located.writer) AS writer,
             coalesce(pg_catalog.min(stated.lines), 0::bigint)::numeric AS stated_lines,
@@ -368,7 +413,8 @@ BEGIN
             -- Segments that a running writer created after its account may be loaded in any order.
             CASE WHEN NOT pg_catalog.bool_and(stated.ended)
                 THEN greatest(pg_catalog.min(stated.segments), pg_catalog.min(stated.begun))
-                ELSE greatest(pg_catalog.min(stated.segments), pg_catalog.min(stated.begun), pg_catalog.max(segment))
+                ELSE greatest(pg_catalog.min(stated.segments), pg_catalog.min(stated.begun),
+                    pg_catalog.max(segment + located.segments - 1::bigint))
             END AS last,
             pg_catalog.bool_and(stated.ended) AS ended,
             coalesce(pg_catalog.sum(located.lines) FILTER (WHERE segment <= stated.segments), 0::numeric) AS found,
@@ -378,22 +424,34 @@ BEGIN
             coalesce(pg_catalog.sum(duplicates), 0::numeric) AS duplicates,
             coalesce(pg_catalog.sum(rejects), 0::numeric) AS rejects,
             coalesce(pg_catalog.sum(erased), 0::numeric) AS erased,
+            coalesce(pg_catalog.sum(expired), 0::numeric) AS expired,
             coalesce(pg_catalog.sum(pending), 0::numeric) AS pending
         FROM stated FULL JOIN located ON located.writer = stated.writer
         GROUP BY 1
+    ), gaps AS (
+        SELECT writer, coalesce(pg_catalog.max(segment + segments) OVER (
+            PARTITION BY writer ORDER BY segment ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+        ), 1::bigint) AS since, segment AS until
+        FROM (
+            SELECT writer, segment, segments FROM located
+            UNION ALL
+            SELECT writer, last + 1::bigint, 1::bigint FROM summed WHERE last IS NOT NULL
+        ) AS bounds
     ), absent AS (
-        SELECT writer, pg_catalog.array_agg(
-            writer || '-'::text || pg_catalog.repeat('0', 6 - pg_catalog.length(number::text)) || number::text
+        SELECT gaps.writer, pg_catalog.array_agg(
+            gaps.writer || '-'::text || pg_catalog.repeat('0', 6 - pg_catalog.length(number::text)) || number::text
             ORDER BY number) AS segments
-        FROM summed CROSS JOIN LATERAL pg_catalog.generate_series(1::bigint, last) AS number
-        WHERE NOT EXISTS (SELECT FROM located WHERE located.writer = summed.writer AND segment = number)
-        GROUP BY writer
+        FROM gaps
+        JOIN summed ON summed.writer = gaps.writer
+        CROSS JOIN LATERAL pg_catalog.generate_series(since, least(until - 1::bigint, last)) AS number
+        GROUP BY gaps.writer
     )
     SELECT summed.writer, (stated_lines + found_later + dropped)::bigint AS emitted, rows::bigint AS rows,
         duplicates::bigint AS duplicates, rejects::bigint AS rejects, dropped::bigint AS dropped,
         pending::bigint AS pending, (stated_lines - found)::bigint AS missing,
         coalesce(absent.segments, ARRAY[]::text[]) AS missing_segments, coalesce(ended, false) AS ended,
-        erased::bigint AS erased  -- the last: a view that exists may get columns at its end alone
+        -- The last ones: an existing view may only get columns at its end.
+        erased::bigint AS erased, expired::bigint AS expired
     FROM summed LEFT JOIN absent ON absent.writer = summed.writer;
 
     -- Roles that may load also get the privileges for accounts, even if an upgrade does not name the role.
@@ -1598,158 +1656,6 @@ $function$;
 COMMENT ON FUNCTION @.analytics_refresh IS
 'Computes the rollups of touched hours and days that have ended, at most at_most of each; returns their number: call it until it returns 0. Returns 0 immediately while another refresh runs. REPEATABLE READ only; after a serialization failure, try again.';
 
-CREATE OR REPLACE FUNCTION @.analytics_row_hours(wanted TEXT, before TIMESTAMPTZ) RETURNS SETOF TIMESTAMPTZ
-LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
-DECLARE
-    name CONSTANT TEXT := CASE wanted WHEN 'events' THEN 'event_type' WHEN 'metrics' THEN 'metric_name' END;
-BEGIN
-    RETURN QUERY EXECUTE format($q$
-        WITH RECURSIVE kinds AS (
-            (SELECT %1$I AS kind FROM @.analytics_%2$s ORDER BY 1 LIMIT 1)
-            UNION ALL
-            SELECT (SELECT %1$I FROM @.analytics_%2$s WHERE %1$I > k.kind ORDER BY 1 LIMIT 1) FROM kinds k WHERE k.kind IS NOT NULL
-        ), leaps AS (
-            SELECT k.kind, (SELECT min(timestamp) FROM @.analytics_%2$s
-                WHERE %1$I = k.kind AND timestamp > '-infinity' AND timestamp < $1) AS at
-            FROM kinds k WHERE k.kind IS NOT NULL
-            UNION ALL
-            SELECT l.kind, (SELECT min(timestamp) FROM @.analytics_%2$s
-                WHERE %1$I = l.kind AND timestamp >= date_trunc('hour', l.at, 'UTC') + interval '1 hour' AND timestamp < $1)
-            FROM leaps l WHERE l.at IS NOT NULL
-        )
-        SELECT DISTINCT date_trunc('hour', l.at, 'UTC') FROM leaps l WHERE l.at IS NOT NULL $q$, name, wanted) USING before;
-END
-$function$;
-COMMENT ON FUNCTION @.analytics_row_hours IS
-'Internal. The hours before a moment with rows, by a loose index scan over the index that starts with their kind.';
-
-CREATE OR REPLACE FUNCTION @.analytics_prunable(wanted TEXT, before TIMESTAMPTZ) RETURNS SETOF TIMESTAMPTZ
-LANGUAGE sql STABLE
-BEGIN ATOMIC
-SELECT h.hour FROM (
-    SELECT r AS hour FROM @.analytics_row_hours(wanted, before) r
-    UNION
-    SELECT t.hour FROM @.analytics_touched t WHERE t.source = wanted AND isfinite(t.hour)
-    UNION
-    (SELECT r.hour FROM @.analytics_hourly_events r WHERE wanted = 'events'
-    UNION SELECT r.hour FROM @.analytics_hourly_metrics r WHERE wanted = 'metrics'
-    EXCEPT SELECT s.hour FROM @.analytics_sealed s WHERE s.source = wanted)
-) h
-WHERE h.hour + interval '1 hour' <= before ORDER BY 1;
-END;
-COMMENT ON FUNCTION @.analytics_prunable IS
-'Hours that ended before a moment and have rows of the source (events or metrics), for analytics_prune_hour.';
-
-CREATE OR REPLACE FUNCTION @.analytics_prune_hour(wanted TEXT, pruned TIMESTAMPTZ, at_most INT DEFAULT 5000) RETURNS BIGINT
-LANGUAGE plpgsql SECURITY DEFINER SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp
-AS $function$
--- A batch moves rows into the sealed rollup of their hour. Readers add the remaining rows, because the mark
--- of the hour is deleted only with its last row.
-DECLARE
-    the_day CONSTANT TIMESTAMPTZ := date_trunc('day', pruned, 'UTC');
-    already BOOLEAN;
-    gone BIGINT;
-BEGIN
-    IF wanted NOT IN ('events', 'metrics') THEN
-        RAISE EXCEPTION 'cannot prune "%": events or metrics', wanted;
-    ELSIF pruned <> date_trunc('hour', pruned, 'UTC') OR pruned > now() - interval '1 hour' THEN
-        RAISE EXCEPTION '% is not the beginning of an hour that has ended', pruned;
-    ELSIF at_most < 1 THEN
-        RAISE EXCEPTION 'at_most must be 1 or more, not %', at_most;
-    END IF;
-    -- It runs as the owner (current_user), on behalf of roles that may delete the rows themselves.
-    IF NOT has_table_privilege(session_user, format('@.analytics_%I', wanted)::regclass, 'DELETE') THEN
-        RAISE EXCEPTION 'permission denied to prune: "%" may not DELETE from analytics_%', session_user, wanted
-            USING ERRCODE = 'insufficient_privilege';
-    END IF;
-    PERFORM pg_advisory_xact_lock(hashtext('analytics_rollup'));
-    IF EXISTS (SELECT FROM @.analytics_touched WHERE source = wanted AND hour = '-infinity') THEN
-        RAISE EXCEPTION 'the rollups of % are not computed yet', wanted USING HINT = 'Run "loader rollup".';
-    END IF;
-    already := EXISTS (SELECT FROM @.analytics_sealed WHERE source = wanted AND hour = pruned);
-    IF wanted = 'events' THEN
-        -- Before the first hour of a day is pruned: from here on the user days of that day are only added to.
-        IF NOT EXISTS (
-            SELECT FROM @.analytics_sealed s
-            WHERE s.source = 'events' AND s.hour >= the_day AND s.hour < the_day + interval '24 hours'
-        ) THEN
-            PERFORM @.analytics_roll_users(ARRAY[the_day]);
-        END IF;
-        IF NOT already THEN
-            DELETE FROM @.analytics_hourly_events WHERE hour = pruned;
-        END IF;
-        WITH RECURSIVE kinds AS (  -- by leaps: BRIN finds an hour only if rows lie in the order of their time
-            (SELECT event_type AS kind FROM @.analytics_events ORDER BY 1 LIMIT 1)
-            UNION ALL
-            SELECT (SELECT event_type FROM @.analytics_events WHERE event_type > k.kind ORDER BY 1 LIMIT 1)
-            FROM kinds k WHERE k.kind IS NOT NULL
-        ), old AS MATERIALIZED (
-            SELECT found.event_id FROM kinds k CROSS JOIN LATERAL (
-                SELECT event_id FROM @.analytics_events
-                WHERE event_type = k.kind AND timestamp >= pruned AND timestamp < pruned + interval '1 hour' LIMIT at_most
-            ) found LIMIT at_most
-        ), rows AS (
-            DELETE FROM @.analytics_events e USING old WHERE e.event_id = old.event_id
-            RETURNING e.event_type, e.user_id, e.family_unit_id, e.timestamp
-        ), unmarked AS (
-            DELETE FROM @.analytics_touched
-            WHERE source = wanted AND hour = pruned AND (SELECT count(*) FROM old) < at_most
-        ), marked AS (
-            INSERT INTO @.analytics_touched (hour, source) SELECT pruned, wanted WHERE (SELECT count(*) FROM old) = at_most
-                AND NOT EXISTS (SELECT FROM @.analytics_touched WHERE source = wanted AND hour = pruned)
-        ), users AS (
-            INSERT INTO @.analytics_user_days AS old (day, user_id, family_unit_id, quarters)
-            SELECT (pruned AT TIME ZONE 'UTC')::date, user_id, family_unit_id,
-                bit_or(set_bit(0::bit(96), floor(date_part('epoch', timestamp - the_day) / 900)::int, 1))
-            FROM rows GROUP BY 1, 2, 3
-            ON CONFLICT (day, user_id, family_unit_id) DO UPDATE SET quarters = old.quarters | excluded.quarters
-        ), hourly AS (
-            INSERT INTO @.analytics_hourly_events AS old (hour, event_type, events)
-            SELECT pruned, event_type, count(*) FROM rows GROUP BY 2
-            ON CONFLICT (hour, event_type) DO UPDATE SET events = old.events + excluded.events
-        )
-        SELECT count(*) INTO gone FROM rows;
-    ELSE
-        IF NOT already THEN
-            DELETE FROM @.analytics_hourly_metrics WHERE hour = pruned;
-        END IF;
-        WITH RECURSIVE kinds AS (  -- by leaps: BRIN finds an hour only if rows lie in the order of their time
-            (SELECT metric_name AS kind FROM @.analytics_metrics ORDER BY 1 LIMIT 1)
-            UNION ALL
-            SELECT (SELECT metric_name FROM @.analytics_metrics WHERE metric_name > k.kind ORDER BY 1 LIMIT 1)
-            FROM kinds k WHERE k.kind IS NOT NULL
-        ), old AS MATERIALIZED (
-            SELECT found.id FROM kinds k CROSS JOIN LATERAL (
-                SELECT id FROM @.analytics_metrics
-                WHERE metric_name = k.kind AND timestamp >= pruned AND timestamp < pruned + interval '1 hour' LIMIT at_most
-            ) found LIMIT at_most
-        ), rows AS (
-            DELETE FROM @.analytics_metrics m USING old WHERE m.id = old.id RETURNING m.metric_name, m.labels, m.value
-        ), unmarked AS (
-            DELETE FROM @.analytics_touched
-            WHERE source = wanted AND hour = pruned AND (SELECT count(*) FROM old) < at_most
-        ), marked AS (
-            INSERT INTO @.analytics_touched (hour, source) SELECT pruned, wanted WHERE (SELECT count(*) FROM old) = at_most
-                AND NOT EXISTS (SELECT FROM @.analytics_touched WHERE source = wanted AND hour = pruned)
-        ), bucketed AS (
-            SELECT metric_name, labels, @.analytics_value_bucket(value) AS bucket, count(*) AS n, sum(value) AS sum,
-                min(value) AS min, max(value) AS max
-            FROM rows GROUP BY 1, 2, 3
-        ), hourly AS (
-            INSERT INTO @.analytics_hourly_metrics (hour, metric_name, labels, records, sum, min, max, buckets, counts)
-            SELECT pruned, metric_name, labels, sum(n), sum(sum), min(min), max(max),
-                array_agg(bucket ORDER BY bucket), array_agg(n::int ORDER BY bucket)
-            FROM bucketed GROUP BY 2, 3
-        )
-        SELECT count(*) INTO gone FROM rows;
-    END IF;
-    INSERT INTO @.analytics_sealed (source, hour) VALUES (wanted, pruned) ON CONFLICT DO NOTHING;
-    RETURN gone;
-END
-$function$;
-COMMENT ON FUNCTION @.analytics_prune_hour IS
-'Deletes at most at_most rows of one hour and keeps its rollup, which is final from then on: later rows are read in addition to it, and added at the next call. Returns the number of deleted rows: call it until that is less than at_most, each time in its own READ COMMITTED transaction.';
-
 CREATE OR REPLACE FUNCTION @.analytics_check_rollups(since TIMESTAMPTZ, until TIMESTAMPTZ DEFAULT now())
 RETURNS TABLE (source TEXT, hour TIMESTAMPTZ, in_rows BIGINT, in_rollup BIGINT)
 LANGUAGE sql STABLE
@@ -1891,15 +1797,397 @@ $function$;
 COMMENT ON FUNCTION @.analytics_make_partitions IS
 'Makes missing partitions, at most so many, and returns how many: call it until 0, each time in a transaction of its own, because it locks the tables that foreign keys refer to. Without arguments: for the next 14 days, and for rows that wait in the default partition. Waits for a lock 100 ms at most: lock_not_available (55P03) means try again. Returns 0 for the plain layout.';
 
--- Roles that may insert events may mark hours, refresh and make partitions; roles that may read events may read their
--- rollups; roles that may delete events may refresh before that.
+-- ---- retention ----
+-- A low-water mark for each table, kept in analytics_settings: rows below it were deleted, so a load counts lines below
+-- it as expired. It is raised in the transaction that deletes. On partitioned tables whole partitions are dropped, and
+-- only in those without a bound in time are rows deleted: what has a UUIDv7 by its time, the others by `timestamp`.
+
+CREATE OR REPLACE FUNCTION @.analytics_kept_since(wanted TEXT) RETURNS TIMESTAMPTZ
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+SELECT max(s.value::timestamptz) FROM @.analytics_settings s WHERE s.name = wanted || '_kept_since';
+END;
+COMMENT ON FUNCTION @.analytics_kept_since IS
+'The low-water mark of events or metrics: older rows were pruned, and lines below it are expired. NULL if nothing was pruned.';
+
+CREATE OR REPLACE FUNCTION @.analytics_raise_mark(wanted TEXT, moment TIMESTAMPTZ) RETURNS VOID
+LANGUAGE sql
+BEGIN ATOMIC
+INSERT INTO @.analytics_settings AS old (name, value)
+SELECT wanted || '_kept_since',
+    to_char(greatest(moment, timestamptz '0001-01-01 00:00+00') AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
+ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE old.value::timestamptz < excluded.value::timestamptz;
+END;
+COMMENT ON FUNCTION @.analytics_raise_mark IS 'Internal. Raises a low-water mark, and never lowers it.';
+
+CREATE OR REPLACE FUNCTION @.analytics_has_time(id UUID) RETURNS BOOLEAN
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+BEGIN ATOMIC
+SELECT get_byte(uuid_send(id), 6) >> 4 = 7;
+END;
+COMMENT ON FUNCTION @.analytics_has_time IS 'Internal. Whether a UUID begins with the time at which it was made (version 7).';
+
+CREATE OR REPLACE FUNCTION @.analytics_time_partitions(wanted TEXT)
+RETURNS TABLE (child REGCLASS, since TIMESTAMPTZ, until TIMESTAMPTZ)
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+SELECT p.partition, @.analytics_id_time(p.low), @.analytics_id_time(p.high) FROM @.analytics_partitions(wanted) p
+WHERE p.high > @.analytics_id_at('2020-01-01 00:00+00')  -- which the early ids lie below
+ORDER BY p.high;
+END;
+COMMENT ON FUNCTION @.analytics_time_partitions IS
+'Internal. The partitions of ids between two moments (since is NULL for the table that was migrated); none if the tables are not partitioned.';
+
+CREATE OR REPLACE FUNCTION @.analytics_untimed(wanted TEXT) RETURNS SETOF REGCLASS
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+SELECT ('@.analytics_' || wanted)::regclass
+WHERE NOT EXISTS (SELECT FROM pg_class WHERE oid = ('@.analytics_' || wanted)::regclass AND relkind = 'p')
+UNION ALL
+SELECT p.partition FROM @.analytics_partitions(wanted) p
+WHERE p.partition NOT IN (SELECT t.child FROM @.analytics_time_partitions(wanted) t WHERE t.since IS NOT NULL);
+END;
+COMMENT ON FUNCTION @.analytics_untimed IS
+'Internal. The tables from which rows are deleted: the plain one, or the partitions without a beginning and end in time.';
+
+CREATE OR REPLACE FUNCTION @.analytics_row_hours(wanted TEXT, before TIMESTAMPTZ) RETURNS SETOF TIMESTAMPTZ
+LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    name CONSTANT TEXT := CASE wanted WHEN 'events' THEN 'event_type' WHEN 'metrics' THEN 'metric_name' END;
+    child REGCLASS;
+BEGIN
+    FOR child IN SELECT * FROM @.analytics_untimed(wanted) LOOP
+        RETURN QUERY EXECUTE format($q$
+            WITH RECURSIVE kinds AS (
+                (SELECT %1$I AS kind FROM %2$s ORDER BY 1 LIMIT 1)
+                UNION ALL
+                SELECT (SELECT %1$I FROM %2$s WHERE %1$I > k.kind ORDER BY 1 LIMIT 1) FROM kinds k WHERE k.kind IS NOT NULL
+            ), leaps AS (
+                SELECT k.kind, (SELECT min(timestamp) FROM %2$s
+                    WHERE %1$I = k.kind AND timestamp > '-infinity' AND timestamp < $1) AS at
+                FROM kinds k WHERE k.kind IS NOT NULL
+                UNION ALL
+                SELECT l.kind, (SELECT min(timestamp) FROM %2$s
+                    WHERE %1$I = l.kind AND timestamp >= date_trunc('hour', l.at, 'UTC') + interval '1 hour' AND timestamp < $1)
+                FROM leaps l WHERE l.at IS NOT NULL
+            )
+            SELECT DISTINCT date_trunc('hour', l.at, 'UTC') FROM leaps l WHERE l.at IS NOT NULL $q$, name, child) USING before;
+    END LOOP;
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_row_hours IS
+'Internal. The hours before a moment that have rows to delete, by leaps through the index that begins with their kind.';
+
+CREATE OR REPLACE FUNCTION @.analytics_prunable(wanted TEXT, before TIMESTAMPTZ) RETURNS SETOF TIMESTAMPTZ
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+SELECT h.hour FROM (
+    SELECT r AS hour FROM @.analytics_row_hours(wanted, before) r
+    UNION
+    SELECT t.hour FROM @.analytics_touched t WHERE t.source = wanted AND isfinite(t.hour)
+    UNION
+    (SELECT r.hour FROM @.analytics_hourly_events r WHERE wanted = 'events'
+    UNION SELECT r.hour FROM @.analytics_hourly_metrics r WHERE wanted = 'metrics'
+    EXCEPT SELECT s.hour FROM @.analytics_sealed s WHERE s.source = wanted)
+) h
+WHERE h.hour + interval '1 hour' <= before ORDER BY 1;
+END;
+COMMENT ON FUNCTION @.analytics_prunable IS
+'Hours that lie before a moment as a whole and have rows of the source events or metrics: for analytics_prune_hour.';
+
+CREATE OR REPLACE FUNCTION @.analytics_check_pruner(wanted TEXT) RETURNS VOID
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+BEGIN
+    IF wanted NOT IN ('events', 'metrics') THEN
+        RAISE EXCEPTION 'cannot prune "%": events or metrics', wanted;
+    END IF;
+    -- Pruning runs as the owner, for whoever may delete the rows itself; current_user is the owner there.
+    IF NOT has_table_privilege(session_user, format('@.analytics_%I', wanted)::regclass, 'DELETE') THEN
+        RAISE EXCEPTION 'permission denied to prune: "%" may not DELETE from analytics_%', session_user, wanted
+            USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    PERFORM pg_advisory_xact_lock(hashtext('analytics_rollup'));
+    IF EXISTS (SELECT FROM @.analytics_touched WHERE source = wanted AND hour = '-infinity') THEN
+        RAISE EXCEPTION 'the rollups of % are not computed yet', wanted USING HINT = 'Run "loader rollup".';
+    END IF;
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_check_pruner IS
+'Internal. Fails for a role that may not prune, and takes the lock of whatever changes a rollup.';
+
+CREATE OR REPLACE FUNCTION @.analytics_prune_hour(wanted TEXT, pruned TIMESTAMPTZ, at_most INT DEFAULT 5000) RETURNS BIGINT
+LANGUAGE plpgsql SECURITY DEFINER SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp
+AS $function$
+-- A batch moves rows into the rollup of their hour, which is sealed: readers add what is left in rows, as the mark of
+-- the hour is deleted with its last row. One statement, so that it deletes no mark of rows that it does not see.
+DECLARE
+    the_day CONSTANT TIMESTAMPTZ := date_trunc('day', pruned, 'UTC');
+    key CONSTANT NAME := CASE wanted WHEN 'events' THEN 'event_id' ELSE 'id' END;
+    kind CONSTANT NAME := CASE wanted WHEN 'events' THEN 'event_type' ELSE 'metric_name' END;
+    kept CONSTANT NAME := CASE wanted WHEN 'events' THEN 'event_type, user_id, family_unit_id, timestamp'
+        ELSE 'metric_name, labels, value' END;
+    children REGCLASS[];
+    partitioned BOOLEAN;
+    gone BIGINT;
+BEGIN
+    PERFORM @.analytics_check_pruner(wanted);
+    IF pruned <> date_trunc('hour', pruned, 'UTC') OR pruned > now() - interval '1 hour' THEN
+        RAISE EXCEPTION '% is not the beginning of an hour that has ended', pruned;
+    ELSIF at_most < 1 THEN
+        RAISE EXCEPTION 'at_most must be 1 or more, not %', at_most;
+    END IF;
+    PERFORM @.analytics_raise_mark(wanted, pruned + interval '1 hour');
+    children := ARRAY(SELECT @.analytics_untimed(wanted));
+    partitioned := children <> ARRAY[('@.analytics_' || wanted)::regclass];
+    IF wanted = 'events' AND NOT EXISTS (  -- Before the first hour of a day goes: from here on its user days are only added to.
+        SELECT FROM @.analytics_sealed s
+        WHERE s.source = 'events' AND s.hour >= the_day AND s.hour < the_day + interval '24 hours'
+    ) THEN
+        PERFORM @.analytics_roll_users(ARRAY[the_day]);
+    END IF;
+    IF NOT EXISTS (SELECT FROM @.analytics_sealed WHERE source = wanted AND hour = pruned) THEN
+        EXECUTE format('DELETE FROM @.analytics_hourly_%s WHERE hour = $1', wanted) USING pruned;
+    END IF;
+    EXECUTE (
+        SELECT 'WITH RECURSIVE ' || string_agg(format($q$
+            kinds%1$s AS (  -- by leaps: BRIN finds an hour only if rows lie in the order of their time
+                (SELECT %3$I AS kind FROM %2$s ORDER BY 1 LIMIT 1)
+                UNION ALL
+                SELECT (SELECT %3$I FROM %2$s WHERE %3$I > k.kind ORDER BY 1 LIMIT 1) FROM kinds%1$s k WHERE k.kind IS NOT NULL
+            ), old%1$s AS MATERIALIZED (
+                SELECT found.key FROM kinds%1$s k CROSS JOIN LATERAL (
+                    SELECT %4$I AS key FROM %2$s
+                    WHERE %3$I = k.kind AND timestamp >= $2 AND timestamp < $2 + interval '1 hour' %5$s LIMIT $3
+                ) found LIMIT $3
+            ), rows%1$s AS (
+                DELETE FROM %2$s e USING old%1$s old WHERE e.%4$I = old.key RETURNING e.*
+            ), $q$, c.place, c.child, kind, key, CASE WHEN partitioned THEN format(
+                'AND (NOT @.analytics_has_time(%1$I) OR %1$I < @.analytics_id_at(@.analytics_kept_since($1)))', key) END), '')
+        || format('old AS MATERIALIZED (%s), rows AS (%s), ',
+            string_agg(format('SELECT key FROM old%s', c.place), ' UNION ALL '),
+            string_agg(format('SELECT %s FROM rows%s', kept, c.place), ' UNION ALL '))
+        || format($q$
+            remain AS MATERIALIZED (SELECT (SELECT count(*) FROM old) >= $3 %s AS yes), unmarked AS (
+                DELETE FROM @.analytics_touched WHERE source = $1 AND hour = $2 AND NOT (SELECT yes FROM remain)
+            ), marked AS (
+                INSERT INTO @.analytics_touched (hour, source) SELECT $2, $1 FROM remain WHERE yes
+                    AND NOT EXISTS (SELECT FROM @.analytics_touched WHERE source = $1 AND hour = $2)
+            ), $q$, CASE WHEN partitioned THEN format('OR EXISTS (SELECT FROM @.analytics_%1$s e '
+                'WHERE e.timestamp >= $2 AND e.timestamp < $2 + interval ''1 hour'' AND e.%2$I NOT IN (SELECT key FROM old))',
+                wanted, key) END)
+        || CASE wanted WHEN 'events' THEN $q$
+            users AS (
+                INSERT INTO @.analytics_user_days AS old (day, user_id, family_unit_id, quarters)
+                SELECT ($2 AT TIME ZONE 'UTC')::date, user_id, family_unit_id, bit_or(set_bit(0::bit(96),
+                    floor(date_part('epoch', timestamp - date_trunc('day', $2, 'UTC')) / 900)::int, 1))
+                FROM rows GROUP BY 1, 2, 3
+                ON CONFLICT (day, user_id, family_unit_id) DO UPDATE SET quarters = old.quarters | excluded.quarters
+            ), hourly AS (
+                INSERT INTO @.analytics_hourly_events AS old (hour, event_type, events)
+                SELECT $2, event_type, count(*) FROM rows GROUP BY 2
+                ON CONFLICT (hour, event_type) DO UPDATE SET events = old.events + excluded.events
+            ) $q$ ELSE $q$
+            bucketed AS (
+                SELECT metric_name, labels, @.analytics_value_bucket(value) AS bucket, count(*) AS n, sum(value) AS sum,
+                    min(value) AS min, max(value) AS max
+                FROM rows GROUP BY 1, 2, 3
+            ), hourly AS (
+                INSERT INTO @.analytics_hourly_metrics (hour, metric_name, labels, records, sum, min, max, buckets, counts)
+                SELECT $2, metric_name, labels, sum(n), sum(sum), min(min), max(max),
+                    array_agg(bucket ORDER BY bucket), array_agg(n::int ORDER BY bucket)
+                FROM bucketed GROUP BY 2, 3
+            ) $q$ END
+        || 'SELECT count(*) FROM rows'
+        FROM unnest(children) WITH ORDINALITY AS c (child, place)
+    ) INTO gone USING wanted, pruned, at_most;
+    INSERT INTO @.analytics_sealed (source, hour) VALUES (wanted, pruned) ON CONFLICT DO NOTHING;
+    RETURN gone;
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_prune_hour IS
+'Deletes rows of one hour, at most so many of a table, and keeps its rollup, which is final from here on: rows that arrive later are read beside it, and added at the next call. Returns the rows deleted: call it until that is less than at_most, each time in a transaction of its own, READ COMMITTED.';
+
+CREATE OR REPLACE FUNCTION @.analytics_drop_partition(
+    wanted TEXT, partition REGCLASS, before TIMESTAMPTZ, expected BIGINT DEFAULT NULL
+) RETURNS TABLE (rows BIGINT, newer BIGINT)
+LANGUAGE plpgsql SECURITY DEFINER SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp
+AS $function$
+-- DROP alone: DETACH locks the tables that the foreign keys refer to, DROP does not (tests/operate/test_partitions.py).
+-- All that takes long comes before it, while only rows of this partition wait.
+DECLARE
+    key CONSTANT NAME := CASE wanted WHEN 'events' THEN 'event_id' ELSE 'id' END;
+    is_timed CONSTANT TEXT := format('@.analytics_has_time(%I)', key);
+    since_at TIMESTAMPTZ;
+    until_at TIMESTAMPTZ;
+    hours TIMESTAMPTZ[];
+    moved_events @.analytics_events[];
+    moved_metrics @.analytics_metrics[];
+    dropped BOOLEAN := false;
+BEGIN
+    PERFORM @.analytics_check_pruner(wanted);
+    SELECT p.since, p.until INTO since_at, until_at FROM @.analytics_time_partitions(wanted) p WHERE p.child = partition;
+    IF until_at IS NULL THEN
+        RAISE EXCEPTION '"%" is not a partition of analytics_% by time', partition, wanted;
+    ELSIF until_at > least(before, now()) THEN
+        RAISE EXCEPTION '"%" has ids up to %, which is not older than %', partition, until_at, before;
+    END IF;
+    -- Nobody adds a row from here on. A vacuum gives way after deadlock_timeout, a second by default.
+    PERFORM set_config('lock_timeout', '5s', true);
+    EXECUTE format('LOCK TABLE %s IN SHARE MODE', partition);
+    EXECUTE format('SELECT count(*), count(*) FILTER (WHERE timestamp >= $1) FROM %s', partition) INTO rows, newer USING before;
+    IF rows <> expected THEN
+        RAISE EXCEPTION '"%" has % rows, of which % were exported: try again', partition, rows, expected
+            USING ERRCODE = 'serialization_failure';
+    END IF;
+    EXECUTE format($q$SELECT ARRAY(SELECT DISTINCT date_trunc('hour', timestamp, 'UTC') FROM %s WHERE %s)$q$, partition, is_timed)
+        INTO hours;
+    IF wanted = 'events' THEN
+        -- Before the first hour of a day goes: from here on its user days are only added to.
+        PERFORM @.analytics_roll_users(ARRAY(
+            SELECT DISTINCT date_trunc('day', h, 'UTC') FROM unnest(hours) h WHERE NOT EXISTS (
+                SELECT FROM @.analytics_sealed s WHERE s.source = 'events' AND s.hour >= date_trunc('day', h, 'UTC')
+                    AND s.hour < date_trunc('day', h, 'UTC') + interval '24 hours')
+        ));
+    END IF;
+    EXECUTE format($q$DELETE FROM @.analytics_hourly_%1$s WHERE hour = ANY ($1)
+        AND hour NOT IN (SELECT s.hour FROM @.analytics_sealed s WHERE s.source = %1$L)$q$, wanted) USING hours;
+    EXECUTE CASE wanted WHEN 'events' THEN format($q$
+        WITH users AS (
+            INSERT INTO @.analytics_user_days AS old (day, user_id, family_unit_id, quarters)
+            SELECT (timestamp AT TIME ZONE 'UTC')::date, user_id, family_unit_id, bit_or(set_bit(0::bit(96),
+                floor(date_part('epoch', (timestamp AT TIME ZONE 'UTC')::time) / 900)::int, 1))
+            FROM %1$s WHERE %2$s GROUP BY 1, 2, 3
+            ON CONFLICT (day, user_id, family_unit_id) DO UPDATE SET quarters = old.quarters | excluded.quarters
+        )
+        INSERT INTO @.analytics_hourly_events AS old (hour, event_type, events)
+        SELECT date_trunc('hour', timestamp, 'UTC'), event_type, count(*) FROM %1$s WHERE %2$s GROUP BY 1, 2
+        ON CONFLICT (hour, event_type) DO UPDATE SET events = old.events + excluded.events $q$, partition, is_timed)
+    ELSE format($q$
+        INSERT INTO @.analytics_hourly_metrics (hour, metric_name, labels, records, sum, min, max, buckets, counts)
+        SELECT hour, metric_name, labels, sum(n), sum(sum), min(min), max(max),
+            array_agg(bucket ORDER BY bucket), array_agg(n::int ORDER BY bucket)
+        FROM (
+            SELECT date_trunc('hour', timestamp, 'UTC') AS hour, metric_name, labels,
+                @.analytics_value_bucket(value) AS bucket, count(*) AS n, sum(value) AS sum, min(value) AS min, max(value) AS max
+            FROM %s WHERE %s GROUP BY 1, 2, 3, 4
+        ) b GROUP BY 1, 2, 3 $q$, partition, is_timed) END;
+    INSERT INTO @.analytics_sealed (source, hour) SELECT wanted, h FROM unnest(hours) h ON CONFLICT DO NOTHING;
+    -- One statement, so that it deletes no mark of rows that it does not see.
+    EXECUTE format($q$
+        WITH remaining AS MATERIALIZED (
+            SELECT h FROM unnest($1) h WHERE EXISTS (
+                SELECT FROM @.analytics_%1$s e WHERE e.timestamp >= h AND e.timestamp < h + interval '1 hour'
+                    AND (e.tableoid <> $2 OR NOT %2$s))
+        ), unmarked AS (
+            DELETE FROM @.analytics_touched WHERE source = $3 AND hour = ANY ($1) AND hour NOT IN (SELECT h FROM remaining)
+        )
+        INSERT INTO @.analytics_touched (hour, source)
+        SELECT h, $3 FROM remaining WHERE NOT EXISTS (SELECT FROM @.analytics_touched t WHERE t.source = $3 AND t.hour = h)
+        $q$, wanted, is_timed) USING hours, partition::oid, wanted;
+    PERFORM @.analytics_raise_mark(wanted, until_at);
+    -- Other ids that happen to lie in the range stay, in the default partition: they have no time (3 in 100,000).
+    IF wanted = 'events' THEN
+        SELECT array_agg(e) INTO moved_events FROM @.analytics_events e
+            WHERE e.event_id >= @.analytics_id_at(coalesce(since_at, 'epoch')) AND e.event_id < @.analytics_id_at(until_at)
+                AND e.tableoid = partition::oid AND NOT @.analytics_has_time(e.event_id);
+    ELSE
+        SELECT array_agg(m) INTO moved_metrics FROM @.analytics_metrics m
+            WHERE m.id >= @.analytics_id_at(coalesce(since_at, 'epoch')) AND m.id < @.analytics_id_at(until_at)
+                AND m.tableoid = partition::oid AND NOT @.analytics_has_time(m.id);
+    END IF;
+    -- Readers and loads queue behind each attempt, so it is short, and they have their turn between two.
+    PERFORM set_config('lock_timeout', '100ms', true);
+    FOR attempt IN 1..20 LOOP
+        BEGIN
+            EXECUTE format('DROP TABLE %s', partition);
+            dropped := true;
+            EXIT;
+        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+            PERFORM pg_sleep(0.1 + 0.3 * random());
+        END;
+    END LOOP;
+    IF NOT dropped THEN
+        RAISE EXCEPTION 'could not get the lock to drop "%"', partition USING ERRCODE = 'lock_not_available';
+    END IF;
+    INSERT INTO @.analytics_events SELECT (e).* FROM unnest(moved_events) e;
+    INSERT INTO @.analytics_metrics SELECT (m).* FROM unnest(moved_metrics) m;
+    rows := rows - coalesce(cardinality(moved_events), 0) - coalesce(cardinality(moved_metrics), 0);
+    RETURN NEXT;
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_drop_partition IS
+'Drops a partition whose ids are older than a moment: keeps the rollup of its hours, which is final from here on, and raises the low-water mark. Returns its rows, and how many of them had a newer timestamp. expected: fails if it has another number of rows.';
+
+-- ---- keeping the ledger small ----
+
+CREATE OR REPLACE FUNCTION @.analytics_merge_loads(since TIMESTAMPTZ DEFAULT '-infinity')
+RETURNS TABLE (merged BIGINT, until TIMESTAMPTZ)
+LANGUAGE plpgsql SECURITY DEFINER SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
+-- Only whole segments of one chunk, loaded once, which their writer's last statement covers and does not have in the
+-- spool: the sums of analytics_conservation stay exact. Gaps between numbers stay gaps.
+DECLARE
+    begins TIMESTAMPTZ;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock(hashtext('analytics_merge')) THEN
+        RETURN;
+    END IF;
+    begins := date_trunc('hour', (
+        SELECT l.loaded_at FROM @.analytics_loads l
+        WHERE l.loaded_at >= since AND l.loaded_at < date_trunc('hour', now() - interval '1 hour', 'UTC')
+            AND l.writer IS NOT NULL AND l.digests IS NULL AND l.byte_offset = 0
+        ORDER BY l.loaded_at LIMIT 1
+    ), 'UTC');
+    IF begins IS NULL THEN
+        RETURN;
+    END IF;
+    until := begins + interval '1 hour';
+    WITH ripe AS MATERIALIZED (
+        SELECT l.digest FROM @.analytics_loads l LEFT JOIN LATERAL (
+            SELECT w.segments, w.pending_segments FROM @.analytics_writers w
+            WHERE w.writer = l.writer ORDER BY w.reported_at DESC LIMIT 1
+        ) stated ON true
+        WHERE l.loaded_at >= begins AND l.loaded_at < begins + interval '1 hour'
+            AND l.writer IS NOT NULL AND l.digests IS NULL AND l.byte_offset = 0
+            AND (stated.segments IS NULL OR l.segment <= stated.segments AND l.segment <> ALL (stated.pending_segments))
+            AND NOT EXISTS (
+                SELECT FROM @.analytics_loads o WHERE o.writer = l.writer AND o.segment = l.segment AND o.digest <> l.digest
+            ) AND NOT EXISTS (
+                SELECT FROM (
+                    SELECT m.segment + m.segments AS after FROM @.analytics_loads m
+                    WHERE m.digests IS NOT NULL AND m.writer = l.writer AND m.segment <= l.segment
+                    ORDER BY m.segment DESC LIMIT 1
+                ) range WHERE range.after > l.segment
+            )
+    ), gone AS (
+        DELETE FROM @.analytics_loads l USING ripe r WHERE l.digest = r.digest RETURNING l.*
+    ), runs AS (
+        SELECT g.*, g.segment - row_number() OVER (PARTITION BY g.writer ORDER BY g.segment) AS run FROM gone g
+    ), kept AS (
+        INSERT INTO @.analytics_loads (digest, file, byte_offset, bytes, lines, events, metrics, duplicates, rejected,
+            erased, expired, loader_host, loaded_at, first_loaded_at, segments, digests)
+        SELECT sha256(string_agg(r.digest, '' ORDER BY r.segment)), (array_agg(r.file ORDER BY r.segment))[1], 0, sum(r.bytes),
+            sum(r.lines), sum(r.events), sum(r.metrics), sum(r.duplicates), sum(r.rejected), sum(r.erased), sum(r.expired),
+            max(r.loader_host), max(r.loaded_at), min(r.loaded_at), count(*),
+            string_agg(substr(r.digest, 1, 8), '' ORDER BY r.segment)
+        FROM runs r GROUP BY r.writer, r.run
+    )
+    SELECT count(*) INTO merged FROM gone;
+    RETURN NEXT;
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_merge_loads IS
+'Merges the ledger rows of the first hour from a moment on that ended an hour ago and has some: into one for each unbroken run of a writer''s segments. Returns how many it merged and up to where: call it from there until it returns no row.';
+
+-- Who may insert events may mark hours, refresh and make partitions; who may read the events may read their rollups; who may delete
+-- them may refresh before that.
 DO $$
 DECLARE
     grantee TEXT;
     privilege TEXT;
 BEGIN
     REVOKE ALL ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_mark, @.analytics_roll_events,
-        @.analytics_roll_metrics, @.analytics_roll_users, @.analytics_make_partition, @.analytics_make_partitions FROM PUBLIC;
+        @.analytics_roll_metrics, @.analytics_roll_users, @.analytics_make_partition, @.analytics_make_partitions,
+        @.analytics_merge_loads FROM PUBLIC;
     FOR grantee, privilege IN
         SELECT DISTINCT coalesce(quote_ident(r.rolname), 'PUBLIC'), a.privilege_type
         FROM pg_class c CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
@@ -1909,11 +2197,11 @@ BEGIN
             EXECUTE 'GRANT SELECT ON @.analytics_touched, @.analytics_sealed, @.analytics_hourly_events, @.analytics_hourly_metrics, '
                 '@.analytics_user_days TO ' || grantee;
         ELSIF privilege = 'DELETE' THEN
-            EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh TO ' || grantee;
+            EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh, @.analytics_merge_loads TO ' || grantee;
         ELSE
             EXECUTE 'GRANT INSERT ON @.analytics_touched TO ' || grantee;
             EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_mark, '
-                '@.analytics_make_partitions TO ' || grantee;
+                '@.analytics_make_partitions, @.analytics_merge_loads TO ' || grantee;
         END IF;
     END LOOP;
 END

@@ -45,7 +45,7 @@ BEGIN
     EXECUTE format('GRANT SELECT ON %1$I.analytics_sealed, %1$I.analytics_hourly_events, %1$I.analytics_hourly_metrics, '
         '%1$I.analytics_user_days TO %2$I', home, loader);
     EXECUTE format('GRANT EXECUTE ON FUNCTION %1$I.analytics_refresh, %1$I.analytics_rebuild, %1$I.analytics_mark, '
-        '%1$I.analytics_make_partitions TO %2$I', home, loader);
+        '%1$I.analytics_make_partitions, %1$I.analytics_merge_loads TO %2$I', home, loader);
     RAISE NOTICE 'granted to "%": SELECT on the rollups, INSERT on their marks, EXECUTE on their refresh', loader;
     -- Who was erased, which each load looks up.
     EXECUTE format('GRANT SELECT ON %1$I.analytics_erasures, %1$I.analytics_erasure_keys TO %2$I', home, loader);

@@ -22,15 +22,21 @@ if TYPE_CHECKING:
 @options.workers
 @click.option("--dry-run", is_flag=True, help="Check every line without a database; load nothing.")
 @click.option("--again", is_flag=True, help="Also load chunks that are in the ledger: restores deleted rows.")
+@click.option(
+    "--keep-expired", is_flag=True,
+    help="Also load lines that are older than the pruned data. The functions then count them twice. Implies "
+    "--again.",
+)  # fmt: skip
 @options.as_json
 def command(
     paths: tuple[str, ...], dsn: str | None, spool_dir: Path | None, workers: int, dry_run: bool,
-    again: bool, as_json: bool,
+    again: bool, keep_expired: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Load files, directories, or - for standard input.
 
     Files may be compressed with gzip, zstd, bzip2 or xz, and are never modified. Rejected lines are written
-    to the spool's rejected/. Files that are already loaded are skipped unless --again is given.
+    to the spool's rejected/. Files that are already loaded are skipped unless --again is given. Lines older
+    than what `loader prune` deleted count as expired and are not loaded unless --keep-expired is given.
 
     \b
     Examples:
@@ -46,7 +52,7 @@ def command(
     from loader.service.signals import until_signal
 
     log_format.to_stderr()
-    found = backfill.find(paths, again=again)
+    found = backfill.find(paths, again=again or keep_expired, keep_expired=keep_expired)
     files = found.files
     for name, reason in found.skipped.items():
         terminal.warn(f"skipped {name}: {reason}")

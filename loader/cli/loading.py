@@ -28,6 +28,7 @@ ALL_KNOWN: Final = (
     "all lines are already loaded, so nothing was done; if rows were deleted since, `loader backfill "
     "--again` restores them"
 )
+EXPIRED: Final = "%d lines are older than what was pruned, so they were not loaded: `loader backfill --keep-expired` loads them"
 
 
 def dsn_source(given: str | None) -> Callable[[], str]:
@@ -65,6 +66,8 @@ def finish(report: Report, signals: Signals | None, *, as_json: bool, **more: ob
             terminal.warn(f"{name} {reason}")
     if report.loaded.known and not report.loaded.counts.lines:
         terminal.warn(ALL_KNOWN)
+    if (expired := report.loaded.counts.expired) and not as_json:  # which has the count
+        terminal.warn(EXPIRED % expired)
     if signals is not None and signals.stop.is_set():
         raise LoaderError(INTERRUPTED)
     if report.failures:

@@ -34,18 +34,23 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 class Age(click.ParamType[timedelta]):
-    """An age such as `90d`: a number and w, d, h or m for weeks, days, hours or minutes."""
+    """An age such as `90d`: a number and y, w, d, h or m for years (of 365 days), weeks, days, hours or minutes."""
 
     name = "age"
-    _UNITS: Final = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes"}
+    _UNITS: Final = {
+        "y": timedelta(days=365), "w": timedelta(weeks=1), "d": timedelta(days=1), "h": timedelta(hours=1),
+        "m": timedelta(minutes=1),
+    }  # fmt: skip
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
         """Return the age; the server's clock decides which moment it denotes."""
-        parts = re.fullmatch(r"(\d{1,6})([wdhm])", str(value))
+        parts = re.fullmatch(r"(\d{1,6})([ywdhm])", str(value))
         if parts is None:
-            self.fail(f"{value!r} is not an age: write a number and w, d, h or m, such as 90d.", param, ctx)
-        age = timedelta(**{self._UNITS[parts[2]]: int(parts[1])})
+            self.fail(
+                f"{value!r} is not an age: write a number and y, w, d, h or m, such as 90d.", param, ctx
+            )
         try:
+            age = int(parts[1]) * self._UNITS[parts[2]]
             datetime.now(UTC) - age
         except OverflowError:
             self.fail(f"{value!r} is before the year 1.", param, ctx)

@@ -39,6 +39,8 @@ class Chunk:
     """The digest of an oversize line, whose bytes are not kept."""
     again: bool = False
     """Load the chunk even if the ledger has its digest."""
+    keep_expired: bool = False
+    """Load lines below the low-water mark, too."""
 
     @cached_property
     def digest(self) -> bytes:
@@ -70,6 +72,8 @@ class Reading:
     """Whether the file may still be written: a last line without a newline is then left for the next load."""
     again: bool = False
     """Whether to load chunks that the ledger already has."""
+    keep_expired: bool = False
+    """Whether to load lines below the low-water mark."""
     progressed: Callable[[], None] = lambda: None
     """Called for each piece of a long line."""
 
@@ -99,7 +103,16 @@ def chunks(
             rest = bytes(data[whole:])
             del data[whole:]
             count = data.count(b"\n") + (not data.endswith(b"\n"))
-            chunk = Chunk(file, offset, len(data), line, count, data, again=reading.again)
+            chunk = Chunk(
+                file,
+                offset,
+                len(data),
+                line,
+                count,
+                data,
+                again=reading.again,
+                keep_expired=reading.keep_expired,
+            )
         line += chunk.line_count
         yield chunk
         offset += chunk.size

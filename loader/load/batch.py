@@ -6,11 +6,12 @@
     is the digest in the ledger?          the same                         the same
     decode; COPY; staging; isolate        the same                         the same
     marks of touched hours; ledger rows   the same                         the same
+    were rows pruned in the meantime?     the same                         the same
     reject files, whole and synced        reject files, no ledger row      written again under their name
     COMMIT                                all of it, or none, or unknown   the digest in the ledger
 
 The caller retires the files afterwards. Every line of a chunk becomes a new row, a duplicate of an equal row,
-a reject, or is erased; a CHECK of the ledger verifies the sum in each transaction.
+a reject, or is counted as erased or expired; a CHECK of the ledger verifies the sum in each transaction.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from loader.errors import LoaderError
 from loader.files import rejects
 from loader.files.chunk import Chunk
 from loader.files.rejects import Rejected
-from loader.load import erasures, ledger, marks
+from loader.load import erasures, ledger, lowwater, marks
 from loader.load.counts import Counts, Loaded
 from loader.load.database import Connection, transaction
 from loader.load.insert import insert, insert_lines
@@ -44,12 +45,13 @@ def load(connection: Connection, batch: Sequence[Chunk], spool: Path, duplicates
     even if the ledger has it.
     """
     with transaction(connection):
-        erased = erasures.current(connection)
-        known = ledger.known(connection, [chunk.digest for chunk in batch])
+        erased, low = erasures.current(connection), lowwater.read(connection)
+        known = ledger.known(connection, batch)
         fresh, repeated = _divide(batch, known)
-        outcomes = insert(connection, fresh, duplicates, erased) if fresh else []
+        outcomes = insert(connection, fresh, duplicates, erased, low) if fresh else []
         marks.record(connection, outcomes)
         outcomes, overtaken = _record(connection, outcomes, known)
+        lowwater.check_unchanged(connection, low)
         for outcome in outcomes:
             rejects.write(spool, outcome.chunk, outcome.rejects)
     repeated += [outcome.chunk for outcome in overtaken]
@@ -94,25 +96,26 @@ def _retry_piece(connection: Connection, path: Path, piece: Sequence[Rejected], 
     retried = [rejected for rejected in piece if rejected.code != OVERSIZE]
     left = [rejected for rejected in piece if rejected.code == OVERSIZE]
     name = f"{rejects.DIRECTORY}/{path.name}"
-    outcome = Outcome(Chunk(name, 0, sum(len(each.raw) + 1 for each in retried), 1, len(retried), b""))
+    chunk = Chunk(name, 0, sum(len(each.raw) + 1 for each in retried), 1, len(retried), b"")
     begin = kept.tell()
     try:
         with transaction(connection):
-            outcome.erasures = erasures.current(connection)
+            outcome = Outcome(chunk, erasures.current(connection), lowwater.read(connection))
             lines = kept_lines(outcome.erasures, (rejected.raw for rejected in retried))
             insert_lines(connection, list(decoded_lines(outcome, lines)))
             marks.record(connection, [outcome])
             loaded = replace(outcome.counts, rejected=0)
             if loaded.lines:
                 digest = secrets.token_bytes(32)
-                ledger.record(connection, [Entry(digest, name, 0, outcome.chunk.size, loaded)])
+                ledger.record(connection, [Entry(digest, name, 0, chunk.size, loaded)])
+            lowwater.check_unchanged(connection, outcome.marks)
             left += [_in_its_place(now, retried[now.line - 1]) for now in outcome.rejects]
             _keep(kept, left)
     except (psycopg.Error, LoaderError):
         kept.seek(begin)
         kept.truncate()
         raise
-    return Loaded(loaded + Counts(rejected=len(left)), bytes=outcome.chunk.size)
+    return Loaded(loaded + Counts(rejected=len(left)), bytes=chunk.size)
 
 
 def _keep(kept: BinaryIO, piece: Sequence[Rejected]) -> None:

@@ -20,10 +20,12 @@ class Counts:
     duplicates: int = 0
     rejected: int = 0
     erased: int = 0
+    expired: int = 0
+    """Lines below the low-water mark of their table, which were not loaded."""
 
     @property
     def lines(self) -> int:
-        return self.events + self.metrics + self.duplicates + self.rejected + self.erased
+        return self.events + self.metrics + self.duplicates + self.rejected + self.erased + self.expired
 
     @property
     def rows(self) -> int:
@@ -55,6 +57,7 @@ class Loaded:
         return {
             "lines": counts.lines + self.known, "events": counts.events, "metrics": counts.metrics,
             "duplicates": counts.duplicates, "rejected": counts.rejected, "erased": counts.erased,
+            "expired": counts.expired,
             "known": self.known,
         }  # fmt: skip
 

@@ -26,6 +26,7 @@ from loader.load.database import Connection
 from loader.load.decode import Reject
 from loader.load.erasures import Erasures
 from loader.load.isolate import insert_isolating
+from loader.load.lowwater import Marks
 from loader.load.outcome import Line, Outcome, decoded
 from loader.load.sqlstate import is_temporary, lacks_partition, meets_new_partition
 from loader.load.staging import Inserted, NotStoredError, Staging
@@ -46,14 +47,18 @@ _Way = Callable[[Connection, Sequence[Outcome]], None]
 
 
 def insert(
-    connection: Connection, chunks: Sequence[Chunk], duplicates: float, erasures: Erasures | None
+    connection: Connection,
+    chunks: Sequence[Chunk],
+    duplicates: float,
+    erasures: Erasures | None,
+    marks: Marks,
 ) -> list[Outcome]:
     """Insert the lines of some chunks. `duplicates` is the expected share of existing rows.
 
     Raises psycopg.Error if the rows are not at fault.
     """
     for way in _ways(duplicates):
-        outcomes = [Outcome(chunk, erasures) for chunk in chunks]
+        outcomes = [Outcome(chunk, erasures, marks) for chunk in chunks]
         try:
             with connection.transaction():
                 way(connection, outcomes)
@@ -68,7 +73,7 @@ def insert(
                 raise
             break
         return outcomes
-    outcomes = [Outcome(chunk, erasures) for chunk in chunks]
+    outcomes = [Outcome(chunk, erasures, marks) for chunk in chunks]
     insert_lines(connection, list(decoded(outcomes)))
     return outcomes
 

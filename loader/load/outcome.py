@@ -14,6 +14,7 @@ import orjson
 from loader.files.chunk import Chunk
 from loader.files.mentions import ERASED_LINE, is_erased
 from loader.files.rejects import Rejected
+from loader.load import lowwater
 from loader.load.counts import Counts, Loaded
 from loader.load.decode import ERASED, Reject, Row, decode
 from loader.load.erasures import Erasures
@@ -39,11 +40,13 @@ class Outcome:
 
     chunk: Chunk
     erasures: Erasures | None = None
-    """Who was erased; None for tables that do not know."""
+    """Who was erased; None for tables that do not record it."""
+    marks: lowwater.Marks = field(default_factory=dict)
     events: int = 0
     metrics: int = 0
     duplicates: int = 0
     erased: int = 0
+    expired: int = 0
     rejects: list[Rejected] = field(default_factory=list)
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
     event_hours: set[str] = field(default_factory=set)
@@ -52,7 +55,9 @@ class Outcome:
 
     @property
     def counts(self) -> Counts:
-        return Counts(self.events, self.metrics, self.duplicates, len(self.rejects), self.erased)
+        return Counts(
+            self.events, self.metrics, self.duplicates, len(self.rejects), self.erased, self.expired
+        )
 
     def loaded(self) -> Loaded:
         return Loaded(self.counts, bytes=self.chunk.size, dropped=self.dropped)
@@ -105,7 +110,7 @@ class Line(msgspec.Struct, frozen=True, gc=False):
 
 
 def decoded(outcomes: Sequence[Outcome]) -> Iterator[Line]:
-    """Yield the lines of the chunks that have a row; reject or erase the others."""
+    """Yield the lines of the chunks that have a row; reject the others, or count them as erased or expired."""
     for outcome in outcomes:
         lines, erasures = outcome.chunk.lines(), outcome.erasures
         # The whole chunk is searched first: few have anything that was erased.
@@ -124,10 +129,14 @@ def kept_lines(erasures: Erasures | None, lines: Iterable[bytes]) -> Iterator[by
 def decoded_lines(outcome: Outcome, lines: Iterable[bytes]) -> Iterator[Line]:
     """Do as `decoded`, for the given lines of the outcome's chunk."""
     chunk = outcome.chunk
+    marks = lowwater.NONE if chunk.keep_expired else outcome.marks
     for number, raw in enumerate(lines, chunk.first_line):
         row = _oversize(chunk) if chunk.oversize and not is_erased(raw) else decode(raw)
         if isinstance(row, Row):
-            yield Line(outcome, number, raw, row)
+            if (mark := marks.get(row.table)) is not None and mark.expires(row):
+                outcome.expired += 1
+            else:
+                yield Line(outcome, number, raw, row)
         elif row.code == ERASED and outcome.erasures is not None:
             outcome.erased += 1
         elif row.code != BLANK:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from loader.files.writers import Stated
+from loader.load import lowwater
 from loader.load.database import Connection, has_column
 
 VERSION: Final = 4
@@ -43,7 +44,8 @@ _SUM: Final = """
         coalesce(pg_catalog.sum(dropped), 0)::bigint,
         coalesce(pg_catalog.sum(pending), 0)::bigint, coalesce(pg_catalog.sum(missing), 0)::bigint,
         coalesce(pg_catalog.array_agg(writer) FILTER (WHERE missing <> 0::bigint), ARRAY[]::text[]),
-        ARRAY(SELECT segment FROM absent ORDER BY segment LIMIT {shown}), (SELECT pg_catalog.count(*) FROM absent)
+        ARRAY(SELECT segment FROM absent ORDER BY segment LIMIT {shown}), (SELECT pg_catalog.count(*) FROM absent),
+        coalesce(pg_catalog.sum({expired}), 0)::bigint
     FROM each
 """
 
@@ -66,6 +68,7 @@ class Conservation:
     missing_segments: Sequence[str]
     """The first missing segments."""
     missing_segment_count: int
+    expired: int
 
     @property
     def holds(self) -> bool:
@@ -88,14 +91,18 @@ def record(connection: Connection, stated: Sequence[Stated]) -> None:
 
 def last_loaded(connection: Connection) -> dict[str, int]:
     """Return the last segment of each writer in the ledger. Raises psycopg.Error."""
+    last = "segment + segments - 1::bigint" if lowwater.exist(connection) else "segment"
     statement = (
-        "SELECT writer, pg_catalog.max(segment) FROM analytics_loads WHERE writer IS NOT NULL GROUP BY writer"
+        f"SELECT writer, pg_catalog.max({last}) FROM analytics_loads WHERE writer IS NOT NULL GROUP BY writer"
     )
-    return dict(connection.execute(statement).fetchall())
+    return dict(connection.execute(statement.encode()).fetchall())
 
 
 def conservation(connection: Connection) -> Conservation:
     """Return the totals over all writers. Raises psycopg.Error."""
-    erased = "erased" if has_column(connection, "analytics_conservation", "erased") else "0"
-    (row,) = connection.execute(_SUM.format(erased=erased, shown=_SHOWN).encode()).fetchall()
+    later = {
+        name: name if has_column(connection, "analytics_conservation", name) else "0"
+        for name in ("erased", "expired")
+    }
+    (row,) = connection.execute(_SUM.format(shown=_SHOWN, **later).encode()).fetchall()
     return Conservation(*row)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -29,13 +29,15 @@ Wrap = Callable[[BinaryIO], BinaryIO]
 class GivenFile:
     """A file named by the user, or standard input. A file `found` in a directory must not be a link.
 
-    `again` also loads chunks that are in the ledger.
+    `again` also loads chunks that are in the ledger; `keep_expired` also lines below the low-water mark.
     """
 
-    def __init__(self, path: str, *, found: bool = False, again: bool = False) -> None:
+    def __init__(
+        self, path: str, *, found: bool = False, again: bool = False, keep_expired: bool = False
+    ) -> None:
         self._path = None if path == STDIN else Path(path)
         self._found = found
-        self._again = again
+        self._reading = Reading(again=again, keep_expired=keep_expired)
         # A path may contain any bytes.
         self.name = path.encode("utf-8", "backslashreplace").decode() if self._path else "stdin"
         self.wrap: Wrap = lambda stream: stream
@@ -50,7 +52,7 @@ class GivenFile:
         """Yield its chunks. Raises UNREADABLE, after the complete lines before the error."""
         with self.wrap(self._open()) as stream:
             lines = lines_of(stream, self.name)
-            for chunk in chunks(lines, self.name, reading=Reading(again=self._again, progressed=progressed)):
+            for chunk in chunks(lines, self.name, reading=replace(self._reading, progressed=progressed)):
                 self.prepare(chunk.lines())
                 yield chunk
 
@@ -83,7 +85,7 @@ class DryRun:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def find(names: Iterable[str], *, again: bool = False) -> Found:
+def find(names: Iterable[str], *, again: bool = False, keep_expired: bool = False) -> Found:
     """Return the named files and those in directories, for each directory oldest first.
 
     Raises UsageError for a path that does not exist or cannot be loaded.
@@ -92,7 +94,7 @@ def find(names: Iterable[str], *, again: bool = False) -> Found:
     for given in names:
         path = Path(given)
         if given != STDIN and path.is_dir():
-            _add_directory(given, found, again=again)
+            _add_directory(given, found, again=again, keep_expired=keep_expired)
         elif given != STDIN and not path.exists():
             raise UsageError(f"{given} does not exist")
         elif path.suffix == OPEN:
@@ -100,11 +102,11 @@ def find(names: Iterable[str], *, again: bool = False) -> Found:
                 f"{given} is an open segment: move it into a spool, where `loader run --once` seals it"
             )
         else:
-            found.files.append(GivenFile(given, again=again))
+            found.files.append(GivenFile(given, again=again, keep_expired=keep_expired))
     return found
 
 
-def _add_directory(given: str, found: Found, *, again: bool) -> None:
+def _add_directory(given: str, found: Found, *, again: bool, keep_expired: bool) -> None:
     """Add every file below a directory, and record all other entries."""
     files: list[str] = []
     for parent, below, names in os.walk(given):  # a link to a file is refused when it is opened
@@ -123,7 +125,9 @@ def _add_directory(given: str, found: Found, *, again: bool) -> None:
                 found.skipped[path] = reason
     if not files and not found.skipped:
         raise UsageError(f"{given} contains no file")
-    found.files += [GivenFile(path, found=True, again=again) for path in sorted(files)]
+    found.files += [
+        GivenFile(path, found=True, again=again, keep_expired=keep_expired) for path in sorted(files)
+    ]
 
 
 def _why_skipped(name: str) -> str | None:

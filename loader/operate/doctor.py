@@ -555,7 +555,9 @@ def _conservation(
         total = writers.conservation(connection)
     equation = (
         f"{total.writers} writers emitted {total.emitted} lines = {total.rows} rows + {total.duplicates} duplicates + "
-        f"{total.rejects} rejects + {total.erased} erased + {total.dropped} dropped + {total.pending} pending"
+        f"{total.rejects} rejects + {total.erased} erased + "
+        + f"{total.expired} expired + " * (total.expired > 0)
+        + f"{total.dropped} dropped + {total.pending} pending"
     )
     if total.holds:
         yield _ok("conservation", equation)

@@ -1,11 +1,14 @@
 """Deletes data older than the retention time: rows, ledger rows, rejected and archived files.
 
-The age of a row is that of the hour of its `timestamp`, by the server's clock. Rows are deleted in batches,
-each a transaction that takes no lock needed by a load. Their counts remain in the rollups, which are
-refreshed first (schema.sql, analytics_prune_hour). A batch is repeated after a deadlock or a lock timeout.
-The age of ledger rows is the time since their load; the rows of one writer are deleted together, once the
-last one is old, because the view of missing segments counts from 1. After that, a file that is read again,
-such as from an archive, is loaded again. The age of files is that of their modification time.
+Rows are deleted by the server's clock. Their counts remain in the rollups, which are refreshed first. Partitions
+with old ids are dropped, oldest first, each in a transaction (schema.sql, analytics_drop_partition). Other rows
+are deleted by the hour of their `timestamp` in batches, each a transaction that takes no lock needed by a load
+(analytics_prune_hour). The transaction that deletes rows raises the low-water mark of their table: older lines
+are not loaded again. A transaction is repeated after a deadlock or a lock timeout.
+
+The age of ledger rows is the time since their load; the rows of one writer are deleted together, once the last
+one is old, because the view of missing segments counts from 1. The remaining rows are merged
+(analytics_merge_loads). The age of files is that of their modification time.
 
 Operators are qualified, because for `varchar` an operator of another schema may match better (see schema.sql).
 """
@@ -19,7 +22,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -28,9 +31,10 @@ from typing import Any, Final, Literal, LiteralString, cast
 import psycopg
 from psycopg import sql
 
+from loader.errors import LoaderError
 from loader.files import nofollow, rejects
 from loader.files.retire import SUFFIX
-from loader.load import rollups
+from loader.load import ledger, lowwater, rollups
 from loader.load.database import Connection, transaction
 from loader.load.tables import EVENTS, METRICS, Table
 from spool.segment import SEALED
@@ -48,6 +52,24 @@ _KINDS: Final = (
 """The existing kinds, by a loose index scan."""
 _COUNT: Final = (
     "SELECT pg_catalog.count(*) FROM {table} WHERE {kind} OPERATOR(pg_catalog.=) %s AND timestamp < %s"
+)
+_COUNT_UNTIMED: Final = (
+    _COUNT + " AND (NOT analytics_has_time({key}) OR {key} < analytics_id_at(%s::timestamptz))"
+)
+_NAME: Final = "SELECT pg_catalog.to_regclass('{table}')::text"
+_COUNT_ALL: Final = "SELECT pg_catalog.count(*) FROM {table}"
+_PARTITIONS: Final = (
+    "SELECT child::text, since, until FROM analytics_time_partitions(%s::text) "
+    "WHERE until <= %s::timestamptz ORDER BY until"
+)
+_UNTIMED: Final = "SELECT child::text FROM analytics_untimed(%s::text) AS child"
+_CUTOFF: Final = (
+    "SELECT least(%s::timestamptz, pg_catalog.min(since)) FROM analytics_time_partitions(%s::text) "
+    "WHERE until > %s::timestamptz"
+)
+"""Up to where rows are deleted: what is left in partitions by time begins there."""
+_DROP: Final = (
+    "SELECT rows, newer FROM analytics_drop_partition(%s::text, %s::regclass, %s::timestamptz, %s::bigint)"
 )
 _HOURS: Final = "SELECT hour FROM analytics_prunable(%s::text, %s::timestamptz) AS hour"
 _PRUNE_HOUR: Final = "SELECT analytics_prune_hour(%s::text, %s::timestamptz, %s::int4)"
@@ -70,6 +92,11 @@ _DELETE_STATEMENTS: Final = (
 """The last account of a running writer is kept, like its ledger rows."""
 
 
+SourceName = Literal["events", "metrics"]
+Export = Callable[[Connection, SourceName, str], int]
+"""Write a partition, by its name, to a file, and return its rows; raises OSError, LoaderError, psycopg.Error."""
+
+_SOURCES: Final[Mapping[Table, SourceName]] = {EVENTS: "events", METRICS: "metrics"}
 _LOCK_SECONDS: Final = 5
 _PATIENCE: Final = 60.0
 """Seconds for which a batch is repeated while other sessions block it."""
@@ -77,12 +104,44 @@ _REPEATED: Final = ("40001", "40P01", "55P03", "57014")
 """serialization_failure, deadlock_detected, lock_not_available, query_canceled (by a timeout)."""
 
 
+@dataclass(frozen=True)
+class Ages:
+    """How long to keep the rows of each table, the ledger's rows, and files. None: for ever."""
+
+    events: timedelta | None = None
+    metrics: timedelta | None = None
+    loads: timedelta | None = None
+    files: timedelta | None = None
+
+    @classmethod
+    def of_all(cls, age: timedelta) -> Ages:
+        """Return one age for everything."""
+        return cls(age, age, age, age)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition of the ids in `since <= time < until`; the one that was a plain table begins at no time."""
+
+    name: str
+    since: datetime | None
+    until: datetime
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """The rows of a partition that was dropped, and how many of them had a newer timestamp than is kept."""
+
+    rows: int
+    newer: int
+
+
 @dataclass
 class Pruned:
     """The number of old or deleted items: rows by table, `loads` of the ledger, files.
 
-    `skipped` maps each archive entry that is not a day's directory to the reason for skipping it, and
-    `failures` maps what could not be deleted.
+    `dropped` has the partitions among the rows. `skipped` maps each archive entry that is not a day's directory
+    to the reason for skipping it, and `failures` maps what could not be deleted.
     """
 
     events: int = 0
@@ -90,6 +149,7 @@ class Pruned:
     loads: int = 0
     rejected_files: int = 0
     archived_files: int = 0
+    dropped: dict[str, Dropped] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -102,86 +162,188 @@ class Pruned:
 
 
 class Rows:
-    """The rows older than `age`; `before` is the limit by the server's clock. Methods raise psycopg.Error.
+    """The rows older than their age by the server's clock. Methods raise psycopg.Error.
 
-    Only whole hours of the tables are deleted: rows of the hour that contains `before` are kept until it has passed.
+    Only whole hours of the tables are deleted: rows of the hour in which an age ends are kept until it has passed.
     """
 
-    def __init__(self, connection: Connection, age: timedelta, stop: threading.Event) -> None:
+    def __init__(
+        self, connection: Connection, ages: Ages | timedelta, stop: threading.Event,
+        export: Export | None = None,
+    ) -> None:  # fmt: skip
         self._connection = connection
         self._stop = stop
-        statement = (
-            "SELECT before, pg_catalog.date_trunc('hour', before, 'UTC') "
-            "FROM (SELECT pg_catalog.now() - %s::interval AS before) AS clock"
-        )
-        ((self._before, self._before_hour),) = self._run(statement, EVENTS, age)
+        self._ages = ages if isinstance(ages, Ages) else Ages.of_all(ages)
+        self._export = export
+        ((self._now,),) = self._run("SELECT pg_catalog.now()", EVENTS)
+        self._hours = {
+            table: self._before_hour(age)
+            for table, age in ((EVENTS, self._ages.events), (METRICS, self._ages.metrics))
+            if age is not None
+        }
+
+    @property
+    def limits(self) -> dict[str, datetime | None]:
+        """Return what each kind has to be older than."""
+        return {name: age and self._now - age for name, age in vars(self._ages).items()}
 
     @property
     def before(self) -> datetime:
-        return cast(datetime, self._before)
+        """The latest of the limits."""
+        return max(limit for limit in self.limits.values() if limit is not None)
 
     def count(self) -> Pruned:
-        events, metrics = (
-            sum(self._number(_COUNT, table, kind, self._before_hour) for kind in self._kinds(table))
-            for table in (EVENTS, METRICS)
-        )
-        return Pruned(events, metrics, self._number(_COUNT_LOADS, EVENTS, self._writers(), self._before))
+        pruned = Pruned()
+        for table, source in _SOURCES.items():
+            if table in self._hours:
+                setattr(pruned, source, self._count_rows(table, source, pruned.dropped))
+        if (limit := self.limits["loads"]) is not None:
+            pruned.loads = self._number(_COUNT_LOADS, EVENTS, self._writers(limit), limit)
+        return pruned
 
     def delete(self, deleted: Callable[[int], None]) -> Pruned:
         """Delete them, or stop when asked to; `deleted` is called with the rows of each committed batch.
 
-        Raises LoaderError if the tables are of a version without rollups.
+        Raises LoaderError if the tables are of a version without marks, and what an export raises.
         """
         rollups.refresh_patiently(self._connection, self._stop.is_set, _PATIENCE)
-        events, metrics = (self._delete_rows(source, deleted) for source in ("events", "metrics"))
-        # Before the ledger rows: without those, lines would appear to be missing.
-        self._delete_statements(self._writers())
-        return Pruned(events, metrics, self._delete_loads(deleted))
+        if not self._has_marks():
+            raise LoaderError("the tables have no low-water marks: run `loader init` as their owner")
+        pruned = Pruned()
+        for table, source in _SOURCES.items():
+            if table in self._hours:
+                dropped = self._drop_partitions(table, source, deleted, pruned.dropped)
+                setattr(pruned, source, dropped + self._delete_rows(table, source, deleted))
+        if (limit := self.limits["loads"]) is not None:
+            # Before the ledger's rows: without those, lines would seem to be missing.
+            self._delete_statements(self._writers(limit), limit)
+            pruned.loads = self._delete_loads(deleted, limit)
+        ledger.merge(self._connection, self._stop.is_set)
+        return pruned
 
-    def _delete_statements(self, writers: list[str]) -> None:
-        """Delete old accounts of writers, including the last one if the writer's ledger rows are old."""
-        if self._run("SELECT pg_catalog.to_regclass('analytics_writers') IS NOT NULL", EVENTS) == [(True,)]:
-            self._run(_DELETE_STATEMENTS, EVENTS, self._before, writers)
+    def _has_marks(self) -> bool:
+        with transaction(self._connection):
+            return lowwater.exist(self._connection)
 
-    def _delete_rows(self, source: Literal["events", "metrics"], deleted: Callable[[int], None]) -> int:
+    def _before_hour(self, age: timedelta) -> datetime:
+        statement = "SELECT pg_catalog.date_trunc('hour', %s::timestamptz, 'UTC')"
+        ((hour,),) = self._run(statement, EVENTS, self._now - age)
+        return cast(datetime, hour)
+
+    def _partitions(self, table: Table, source: SourceName) -> list[Partition]:
+        """Return those that are old, the oldest first."""
+        return [Partition(*found) for found in self._run(_PARTITIONS, table, source, self._hours[table])]
+
+    def _cutoff(self, table: Table, source: SourceName) -> datetime:
+        before = self._hours[table]
+        ((cutoff,),) = self._run(_CUTOFF, table, before, source, before)
+        return cast(datetime, cutoff)
+
+    def _count_rows(self, table: Table, source: SourceName, dropped: dict[str, Dropped]) -> int:
+        before = self._hours[table]
+        if not self._has_marks():  # of an earlier version, which has no partitions either
+            return sum(self._number(_COUNT, table, kind, before) for kind in self._kinds(table))
+        old, total = self._partitions(table, source), 0
+        for partition in old:
+            count = self._number(_COUNT_ALL, table, name=partition.name)
+            newer = self._number(_COUNT_ALL + " WHERE timestamp >= %s", table, before, name=partition.name)
+            dropped[partition.name] = Dropped(count, newer)
+            total += count
+        cutoff, parent = self._cutoff(table, source), self._run(_NAME, table)
+        for (child,) in self._run(_UNTIMED, table, source):
+            if child in dropped:
+                continue
+            values = (cutoff,) if [(child,)] == parent else (cutoff, cutoff)
+            statement = _COUNT if [(child,)] == parent else _COUNT_UNTIMED
+            total += sum(
+                self._number(statement, table, kind, *values, name=child)
+                for kind in self._kinds(table, child)
+            )
+        return total
+
+    def _drop_partitions(
+        self, table: Table, source: SourceName, deleted: Callable[[int], None], dropped: dict[str, Dropped]
+    ) -> int:
         total = 0
-        for (hour,) in self._run(_HOURS, EVENTS, source, self._before_hour):
+        for partition in self._partitions(table, source):
+            if self._stop.is_set():
+                break
+            dropped[partition.name] = self._drop(table, source, partition)
+            total += dropped[partition.name].rows
+            deleted(dropped[partition.name].rows)
+        return total
+
+    def _drop(self, table: Table, source: SourceName, partition: Partition) -> Dropped:
+        """Export a partition, and drop it if no row came in between."""
+
+        def drop() -> list[tuple[Any, ...]]:
+            expected = self._export and self._export(self._connection, source, partition.name)
+            with transaction(self._connection):
+                values = (source, partition.name, self._hours[table], expected)
+                return self._connection.execute(_DROP.encode(), values).fetchall()
+
+        ((rows, newer),) = self._patiently(drop)
+        return Dropped(rows, newer)
+
+    def _delete_statements(self, writers: list[str], limit: datetime) -> None:
+        """Remove the old statements of writers, all of those whose ledger rows are old."""
+        if self._run("SELECT pg_catalog.to_regclass('analytics_writers') IS NOT NULL", EVENTS) == [(True,)]:
+            self._run(_DELETE_STATEMENTS, EVENTS, limit, writers)
+
+    def _delete_rows(self, table: Table, source: SourceName, deleted: Callable[[int], None]) -> int:
+        total = 0
+        for (hour,) in self._run(_HOURS, EVENTS, source, self._cutoff(table, source)):
             count = BATCH_ROWS
-            while count == BATCH_ROWS and not self._stop.is_set():
+            while count >= BATCH_ROWS and not self._stop.is_set():
                 count = self._number(_PRUNE_HOUR, EVENTS, source, hour, BATCH_ROWS)
                 total += count
                 deleted(count)
         return total
 
-    def _delete_loads(self, deleted: Callable[[int], None]) -> int:
-        total, count, since, writers = 0, BATCH_ROWS, "-infinity", self._writers()
+    def _delete_loads(self, deleted: Callable[[int], None], limit: datetime) -> int:
+        total, count, since, writers = 0, BATCH_ROWS, "-infinity", self._writers(limit)
         while count == BATCH_ROWS and not self._stop.is_set():
-            ((count, last),) = self._run(_DELETE_LOADS, EVENTS, writers, self._before, since, BATCH_ROWS)
+            ((count, last),) = self._run(_DELETE_LOADS, EVENTS, writers, limit, since, BATCH_ROWS)
             since = last or since
             total += count
             deleted(count)
         return total
 
-    def _kinds(self, table: Table) -> list[str]:
-        return [kind for (kind,) in self._run(_KINDS, table)]
+    def _kinds(self, table: Table, name: str | None = None) -> list[str]:
+        return [kind for (kind,) in self._run(_KINDS, table, name=name)]
 
-    def _writers(self) -> list[str]:
+    def _writers(self, limit: datetime) -> list[str]:
         """Return the writers with a segment loaded since then."""
-        return [writer for (writer,) in self._run(_WRITERS, EVENTS, self._before)]
+        return [writer for (writer,) in self._run(_WRITERS, EVENTS, limit)]
 
-    def _number(self, statement: LiteralString, table: Table, *values: object) -> int:
-        ((number,),) = self._run(statement, table, *values)
+    def _number(
+        self, statement: LiteralString, table: Table, *values: object, name: str | None = None
+    ) -> int:
+        ((number,),) = self._run(statement, table, *values, name=name)
         return int(number)
 
-    def _run(self, statement: LiteralString, table: Table, *values: object) -> list[tuple[Any, ...]]:
-        """Run a statement in its own transaction, and retry if other sessions blocked it."""
-        text = sql.SQL(statement).format(table=sql.Identifier(table.name), kind=sql.Identifier(table.kind))
+    def _run(
+        self, statement: LiteralString, table: Table, *values: object, name: str | None = None
+    ) -> list[tuple[Any, ...]]:
+        """Run a statement in a transaction of its own; `name` is a partition's, as the catalog writes it."""
+        text = sql.SQL(statement).format(
+            table=sql.Identifier(table.name) if name is None else sql.SQL(name),
+            kind=sql.Identifier(table.kind), key=sql.Identifier(table.key),
+        )  # fmt: skip
+
+        def run() -> list[tuple[Any, ...]]:
+            with transaction(self._connection):
+                self._connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'".encode())
+                return self._connection.execute(text, values).fetchall()
+
+        return self._patiently(run)
+
+    def _patiently(self, run: Callable[[], list[tuple[Any, ...]]]) -> list[tuple[Any, ...]]:
+        """Run a transaction, again if other sessions were in its way."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                with transaction(self._connection):
-                    self._connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'".encode())
-                    return self._connection.execute(text, values).fetchall()
+                return run()
             except psycopg.Error as error:
                 if error.sqlstate not in _REPEATED or time.monotonic() > deadline or self._stop.is_set():
                     raise

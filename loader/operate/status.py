@@ -15,7 +15,7 @@ from loader.files.lock import holder
 from loader.files.scan import Backlog, backlog
 from loader.files.waiting import waiting
 from loader.files.writers import statements
-from loader.load import rollups
+from loader.load import lowwater, rollups
 from loader.load.counts import Counts
 from loader.load.database import Connection, has_column
 from loader.load.dropped import dropped, unreported
@@ -88,11 +88,14 @@ def reject_counts(directory: Path) -> Iterator[tuple[Path, Counter[str]]]:
 def ledger(connection: Connection) -> Ledger:
     """Return the totals of the ledger. Raises psycopg.Error."""
     erased = "erased" if has_column(connection, "analytics_loads", "erased") else "0"
+    # Of merged rows and of expired lines: tables of an earlier version have neither.
+    segments, expired = ("segments", "expired") if lowwater.exist(connection) else ("1", "0")
     row = connection.execute(
-        "SELECT pg_catalog.count(*), coalesce(pg_catalog.sum(events), 0)::bigint, "
+        f"SELECT coalesce(pg_catalog.sum({segments}), 0)::bigint, coalesce(pg_catalog.sum(events), 0)::bigint, "
         "coalesce(pg_catalog.sum(metrics), 0)::bigint, coalesce(pg_catalog.sum(duplicates), 0)::bigint, "
         "coalesce(pg_catalog.sum(rejected), 0)::bigint, "
-        f"coalesce(pg_catalog.sum({erased}), 0)::bigint, pg_catalog.max(loaded_at), "
+        f"coalesce(pg_catalog.sum({erased}), 0)::bigint, coalesce(pg_catalog.sum({expired}), 0)::bigint, "
+        "pg_catalog.max(loaded_at), "
         "coalesce(pg_catalog.sum(events + metrics) FILTER "
         "(WHERE loaded_at > pg_catalog.now() - pg_catalog.make_interval(mins => %s::int)), 0)::float, "
         "coalesce(pg_catalog.sum(lines) FILTER (WHERE pg_catalog.starts_with(file, %s)), 0)::bigint "

@@ -152,7 +152,7 @@ class Daemon:
             facts = {"files": report.files, **report.loaded.facts()}
             log.debug(
                 "%(files)d files: %(events)d events, %(metrics)d metrics, %(duplicates)d duplicates, "
-                "%(rejected)d rejected, %(erased)d erased, %(known)d known",
+                "%(rejected)d rejected, %(erased)d erased, %(expired)d expired, %(known)d known",
                 facts, extra={**facts, "bytes": report.loaded.bytes},
             )  # fmt: skip
 

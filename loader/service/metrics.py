@@ -125,6 +125,7 @@ class _LoaderCollector(Collector):
             ("duplicates", "Lines whose equal row existed.", counts.duplicates),
             ("rejects", "Lines that were rejected.", counts.rejected),
             ("erased", "Lines of people and families that were erased.", counts.erased),
+            ("expired", "Lines that are older than what was pruned, and were not loaded.", counts.expired),
             ("known_lines", "Lines that the ledger already knew.", health.total.known),
             ("retries", "Attempts to load a batch that failed and were repeated.", health.retries),
         ):

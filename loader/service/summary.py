@@ -41,7 +41,8 @@ class Summary:
         }  # fmt: skip
         log.info(
             "%(files)d files in %(seconds).0f s: %(rows)d rows (%(events)d events, %(metrics)d metrics), "
-            "%(duplicates)d duplicates, %(rejected)d rejected, %(erased)d erased, %(known)d known; "
+            "%(duplicates)d duplicates, %(rejected)d rejected, %(erased)d erased, %(expired)d expired, "
+            "%(known)d known; "
             "lag %(lag_seconds).1f s",
             facts, extra=facts,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Final
 import psycopg
 
 from loader.errors import one_line
-from loader.load import partitions, rollups
+from loader.load import ledger, partitions, rollups
 from loader.load.database import Connection, connect
 from loader.load.sqlstate import is_lost
 
@@ -95,8 +95,11 @@ class Upkeep:
 
 
 def refresher(dsn: Callable[[], str]) -> Upkeep:
-    """Return the maintenance of the rollups, which waits for no lock and holds none that a load needs."""
-    return Upkeep(dsn, "refresh the rollups", _refresh, lambda busy: BUSY_SECONDS if busy else IDLE_SECONDS)
+    """Return the maintenance of the rollups and the ledger, which waits for no lock that a load holds."""
+    return Upkeep(
+        dsn, "refresh the rollups or merge the ledger", _refresh,
+        lambda busy: BUSY_SECONDS if busy else IDLE_SECONDS,
+    )  # fmt: skip
 
 
 def partitioner(dsn: Callable[[], str]) -> Upkeep:
@@ -113,6 +116,8 @@ def make_partitions_quietly(dsn: Callable[[], str]) -> None:
 def _refresh(connection: Connection, stopped: Stopped) -> None:
     if done := rollups.refresh(connection, stopped):
         log.info("refreshed the rollups of %d hours and days", done, extra={"refreshed": done})
+    if merged := ledger.merge(connection, stopped):
+        log.info("merged %d rows of the ledger", merged, extra={"merged": merged})
 
 
 def _make_partitions(connection: Connection, stopped: Stopped) -> None:

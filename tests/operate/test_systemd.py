@@ -32,6 +32,7 @@ from tests.processes import (
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "systemd"
 SERVICES = ("analytics-loader.service", "analytics-loader@.service")
+PRUNE = ("analytics-prune.service", "analytics-prune.timer")
 EXPOSURE = 1.5
 """At most, of 10, for what a service is not kept from."""
 PR_SET_MDWE = 65
@@ -53,7 +54,27 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path, name: str) ->
 
 
 @needs_systemd
-@pytest.mark.parametrize("name", SERVICES)
+def test_systemd_finds_nothing_wrong_with_the_timer(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("loader")
+    for name in PRUNE:
+        text = (UNITS / name).read_text().replace("/opt/analytics-spool/bin/loader", str(program))
+        (tmp_path / name).write_text(text)
+    assert run("systemd-analyze", "verify", *(tmp_path / name for name in PRUNE)) == ""
+
+
+def test_the_prune_unit_connects_as_the_owner_and_runs_what_the_command_line_accepts(
+    cli: Cli, one_connection: Connection
+) -> None:
+    text = (UNITS / PRUNE[0]).read_text()
+    assert "LoadCredential=dsn:/etc/analytics-loader/owner.dsn" in text
+    (start,) = re.findall("^ExecStart=(.*)", text, re.MULTILINE)
+    program, *arguments = start.split()
+    assert program == "/opt/analytics-spool/bin/loader" and "removed: events 0" in cli.owner()(*arguments)
+    assert number(one_connection, "SELECT count(*) FROM analytics_events") == 0
+
+
+@needs_systemd
+@pytest.mark.parametrize("name", [*SERVICES, PRUNE[0]])
 def test_the_unit_is_kept_from_what_it_does_not_need(name: str) -> None:
     report = run("systemd-analyze", "security", "--offline=true", "--no-pager", UNITS / name)
     level = re.search(r"Overall exposure level for .*: ([0-9.]+)", report)

@@ -55,8 +55,8 @@ def test_rows_that_come_late_into_a_pruned_hour_are_added_by_the_next_prune(
     cli: Cli, loaded: Connection
 ) -> None:
     cli.owner()("prune", "--older-than", "90d")
-    segment(cli.spool, 2, event(500, timestamp="2020-01-01T00:45:00Z"))
-    cli("run", "--once")
+    late = segment(cli.spool, 2, event(500, timestamp="2020-01-01T00:45:00Z"))
+    cli("backfill", "--keep-expired", late)
     for _ in range(2):
         assert number(loaded, TREND) == 31
         loaded.commit()

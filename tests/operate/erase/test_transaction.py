@@ -9,7 +9,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from loader.load import batch, erasures, schema
+from loader.load import batch, erasures, lowwater, schema
 from loader.load.counts import Counts
 from loader.load.database import Connection, connect, transaction
 from loader.load.insert import insert
@@ -90,7 +90,7 @@ def test_a_load_that_began_before_the_erasure_is_waited_for(one_connection: Conn
             seen = erasures.current(loading)
             erasing.start()
             eventually(lambda: waits_for_erasure(one_connection))
-            insert(loading, [chunk(of(ANNA, 1), of(BERT, 2))], 0.0, seen)
+            insert(loading, [chunk(of(ANNA, 1), of(BERT, 2))], 0.0, seen, lowwater.NONE)
         erasing.join()
     assert rows(one_connection, "SELECT user_id FROM analytics_events") == [(BERT,)]
 

@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "ask": "Answer a question about what was loaded.",
     "report": "Summarize what was loaded, in the terminal or as a page.",
     "export": "Write events or metrics to Parquet, CSV or NDJSON.",
+    "migrate": "Divide plain tables into partitions, beside loaders and readers.",
     "rollup": "Compute the rollups of the hours that loads touched.",
     "prune": "Remove old rows, ledger rows, and rejected and archived files.",
     "schema": "Print the format of a line, for writers in other languages.",

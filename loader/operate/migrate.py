@@ -241,13 +241,13 @@ class _Migration:
 
     def _check(self, table: Table, cut: str) -> None:
         """Check all rows, unless the switch has to move some of them first."""
+        self._report(f"checking all rows of {table.name}, beside loads and readers")
         with transaction(self._connection):
             statement = sql.SQL("SELECT count(*) FROM {} WHERE {} >= {}").format(
                 self._name(table.name), sql.Identifier(table.key), sql.Literal(cut)
             )
             ((beyond,),) = self._connection.execute(statement).fetchall()
             if not beyond:
-                self._report(f"checking all rows of {table.name}, beside loads and readers")
                 self._validate(table)
                 return
             ((rows, _),) = self._rows(_SIZE, [self._quoted(table.name)])

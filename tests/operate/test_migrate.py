@@ -15,12 +15,10 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from loader.load import schema
 from loader.load.database import Connection
-from loader.operate import migrate
 from spool.ids import uuid7
 from tests.load.lines import event, metric, number, rows, segment, wait_for_events
-from tests.processes import HANGS_AFTER, LOADER, Cli, eventually, slowness
+from tests.processes import HANGS_AFTER, LOADER, Cli, slowness
 from tests.servers import ROLE, database
 
 FILL = """

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 @click.option(
     "--dry-run", is_flag=True, help="Report what is to be done and what is in the way; change nothing."
 )
-def command(width: schema.Width | None, dsn: str | None, dry_run: bool) -> None:
-    """Divide plain tables into partitions, in place, while loaders and readers go on.
+@options.as_json
+def command(width: schema.Width | None, dsn: str | None, dry_run: bool, as_json: bool) -> None:
+    """Divide plain tables into partitions, beside loaders and readers.
 
     The rows stay where they are: the old tables become the first partitions. It may be interrupted at any
     time; run again, it goes on. Objects of your own that use the tables are listed and nothing is changed.
@@ -44,13 +45,17 @@ def command(width: schema.Width | None, dsn: str | None, dry_run: bool) -> None:
     from loader.operate.dependents import CannotMigrateError
 
     actor = "the owner of the tables"
+    steps: list[str] = []
+    report = steps.append if as_json else terminal.say
     with only_for(actor), database.connect(settings.database_dsn(dsn)) as connection:
         try:
             if dry_run:
-                migrate.plan(connection, terminal.say)
+                migrate.plan(connection, report)
             else:
-                migrate.migrate(connection, terminal.say, width)
+                migrate.migrate(connection, report, width)
         except CannotMigrateError as error:
             for obstacle in error.obstacles:
                 terminal.warn(str(obstacle))
             raise
+    if as_json:
+        terminal.print_json({"dry_run": dry_run, "steps": steps})

@@ -338,7 +338,7 @@ class _Migration:
                     schema.bind_again(self._connection, self._schema, [*views, *functions])
                     if left := dependents.users(self._connection, old):  # made since the steps before
                         raise CannotMigrateError(left)
-                self._report(f"switched: the tables were locked for {time.monotonic() - begun:.2f} s")
+                self._report(f"switched: the tables were locked for at most {time.monotonic() - begun:.2f} s")
                 return
             except psycopg.errors.DeadlockDetected as error:
                 self._pause(error, deadline)

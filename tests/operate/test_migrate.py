@@ -15,7 +15,9 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from loader.load import schema
 from loader.load.database import Connection
+from loader.operate import migrate
 from spool.ids import uuid7
 from tests.load.lines import event, metric, number, rows, segment, wait_for_events
 from tests.processes import HANGS_AFTER, LOADER, Cli, slowness
@@ -218,3 +220,131 @@ def test_it_can_be_killed_at_each_step_with_millions_of_rows(server: str, spool:
         check_under_load(
             connection, Cli(spool, make_conninfo(dsn, user=ROLE)), 2_000_000, connections_too=True
         )
+
+
+DEPENDENT = {
+    "view mine": "CREATE VIEW mine AS SELECT event_type FROM analytics_events",
+    "materialized view kept": "CREATE MATERIALIZED VIEW kept AS SELECT count(*) FROM analytics_metrics",
+    "function analytics_mine()": "CREATE FUNCTION analytics_mine() RETURNS bigint BEGIN ATOMIC SELECT count(*) FROM analytics_events; END",
+    "function takes(analytics_events)": "CREATE FUNCTION takes(analytics_events) RETURNS int LANGUAGE sql RETURN 1",
+    "table has_row": "CREATE TABLE has_row (row analytics_metrics)",
+    "trigger noted": "CREATE FUNCTION noted() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'; "
+    "CREATE TRIGGER noted AFTER INSERT ON analytics_events EXECUTE FUNCTION noted()",
+    "constraint refers": "CREATE TABLE child (id uuid CONSTRAINT refers REFERENCES analytics_events (event_id))",
+    "rule quiet": "CREATE RULE quiet AS ON DELETE TO analytics_metrics DO ALSO NOTHING",
+    "policy visible": "CREATE POLICY visible ON analytics_events USING (true)",
+    "publication of table": "CREATE PUBLICATION sent FOR TABLE analytics_events",
+    "publication everything of all tables": "CREATE PUBLICATION everything FOR ALL TABLES",
+    "table heir": "CREATE TABLE heir () INHERITS (analytics_metrics)",
+    "column number is an identity": "ALTER TABLE analytics_events ADD number bigint GENERATED ALWAYS AS IDENTITY",
+    "unique index one_each": "CREATE UNIQUE INDEX one_each ON analytics_events (session_id)",
+    "constraint later is not valid": "ALTER TABLE analytics_metrics ADD CONSTRAINT later CHECK (value < 10) NOT VALID",
+    "analytics_events_plain is needed": "CREATE TABLE analytics_events_plain ()",
+}  # fmt: skip
+
+
+def test_what_depends_on_the_tables_is_listed_and_nothing_is_changed(owner: Cli, plain: Connection) -> None:
+    plain.execute("; ".join(DEPENDENT.values()).encode())
+    plain.commit()
+    before = rows(plain, FILES)
+    for arguments in (["--dry-run"], []):
+        printed = owner("migrate", "--to", "partitioned", *arguments, code=1)
+        assert [what for what in DEPENDENT if what not in printed] == []
+    assert rows(plain, FILES) == before
+
+
+OF_THE_USERS = """
+    CREATE SCHEMA auth; CREATE TABLE auth.users (id uuid PRIMARY KEY); CREATE TABLE family_units (id uuid PRIMARY KEY);
+    CREATE TABLE sessions (id uuid PRIMARY KEY); CREATE ROLE {role};
+    ALTER TABLE analytics_events ADD extra text DEFAULT 'x', ADD number bigserial,
+        ADD size int GENERATED ALWAYS AS (length(event_type)) STORED, ADD CONSTRAINT named CHECK (event_type <> ''),
+        ADD CONSTRAINT session FOREIGN KEY (session_id) REFERENCES sessions ON DELETE CASCADE;
+    CREATE INDEX "Mine USING it" ON analytics_events (lower(event_type)) WHERE session_id IS NULL;
+    COMMENT ON TABLE analytics_events IS 'clicks'; COMMENT ON COLUMN analytics_events.extra IS 'more';
+    COMMENT ON INDEX "Mine USING it" IS 'fast'; GRANT SELECT, DELETE ON analytics_events TO {role} WITH GRANT OPTION;
+    GRANT UPDATE (metadata) ON analytics_events TO {role}
+"""
+BELONGS = """
+    SELECT (SELECT array_agg((attname, format_type(atttypid, atttypmod), attnotnull, attgenerated, pg_get_expr(adbin, adrelid),
+            col_description(attrelid, attnum), attacl)::text ORDER BY attname)
+            FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+            WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped),
+        (SELECT array_agg((conname, pg_get_constraintdef(oid), convalidated)::text ORDER BY conname)
+            FROM pg_constraint WHERE conrelid = c.oid AND contype IN ('c', 'f')),
+        (SELECT array_agg((indexrelid::regclass::text, obj_description(indexrelid))::text ORDER BY indexrelid::regclass::text)
+            FROM pg_index WHERE indrelid = c.oid AND NOT indisunique),
+        obj_description(c.oid), relowner, pg_get_serial_sequence('analytics_events', 'number'),
+        (SELECT array_agg(acl::text ORDER BY acl::text) FROM aclexplode(relacl) AS acl)
+    FROM pg_class AS c WHERE oid = 'analytics_events'::regclass
+"""
+
+
+def test_what_belongs_to_the_tables_is_there_afterwards(owner: Cli, plain: Connection) -> None:
+    role = f"reads_{uuid.uuid4().hex}"
+    plain.execute(FILL.format(1000).encode())
+    plain.execute(OF_THE_USERS.format(role=role).encode())
+    plain.execute("INSERT INTO auth.users SELECT user_id FROM analytics_events")
+    plain.execute("INSERT INTO family_units SELECT family_unit_id FROM analytics_events")
+    plain.commit()
+    owner("init", "--foreign-keys")
+    before, trend = (
+        rows(plain, BELONGS),
+        "SELECT * FROM analytics_trend(now() - interval '1 day', now() + interval '1 day')",
+    )
+    answer = [row[1:] for row in rows(plain, trend)]
+    owner("migrate", "--to", "partitioned", "--width", "week")
+    for was, became in zip(before[0], rows(plain, BELONGS)[0], strict=True):
+        assert became == was
+    assert [row[1:] for row in rows(plain, trend)] == answer
+    assert rows(plain, LAYOUT) == [("partitioned",)]
+    bounds = rows(
+        plain,
+        "SELECT low, high FROM analytics_partitions('events') WHERE NOT is_default ORDER BY low NULLS FIRST",
+    )
+    assert all(upper == lower for (_, upper), (lower, _) in itertools.pairwise(bounds[:-1]))
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        plain.execute("INSERT INTO analytics_events (event_id, event_type, timestamp, user_id, family_unit_id) "
+                      "SELECT gen_random_uuid(), 'x', now(), gen_random_uuid(), id FROM family_units LIMIT 1")  # fmt: skip
+    plain.rollback()
+    printed = owner("migrate", "--to", "partitioned")
+    assert "made 0 partitions" in printed and rows(plain, BELONGS) == before
+    plain.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
+    plain.commit()
+
+
+def test_a_cut_that_is_too_close_is_moved(plain: Connection) -> None:
+    """A run that was killed days ago: the ids of now would lie beyond its cut."""
+    for table, key in (("events", "event_id"), ("metrics", "id")):
+        plain.execute(f"ALTER TABLE analytics_{table} ADD CONSTRAINT analytics_{table}_until "
+                      f"CHECK ({key} < analytics_id_at(now())) NOT VALID".encode())  # fmt: skip
+    plain.commit()
+    migrate.migrate(plain, lambda _: None)
+    assert rows(plain, LAYOUT) == [("partitioned",)]
+    assert (
+        number(
+            plain,
+            "SELECT count(*) FROM analytics_partitions('events') WHERE low IS NULL AND high > analytics_id_at(now() + interval '1 day')",
+        )
+        == 1
+    )
+
+
+def test_the_application_waits_for_nothing_while_a_long_transaction_holds_its_table(
+    plain: Connection, owner: Cli
+) -> None:
+    plain.execute(
+        "CREATE SCHEMA auth; CREATE TABLE auth.users (id uuid PRIMARY KEY); INSERT INTO auth.users VALUES (gen_random_uuid())"
+    )
+    plain.commit()
+    schema.apply_schema(plain, foreign_keys=True)
+    with psycopg.connect(plain.info.dsn) as long, psycopg.connect(plain.info.dsn, autocommit=True) as user:
+        long.execute("LOCK TABLE auth.users IN ROW EXCLUSIVE MODE")
+        migration, slowest = Migration(owner), 0.0
+        migration.until("making analytics_events")
+        for _ in range(200):
+            begun = time.monotonic()
+            user.execute("UPDATE auth.users SET id = id")
+            slowest = max(slowest, time.monotonic() - begun)
+        assert migration.process.poll() is None and slowest < 0.2 * slowness()
+        long.rollback()
+        migration.done()

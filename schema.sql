@@ -499,7 +499,7 @@ BEGIN
         RAISE EXCEPTION 'the table "analytics_events" does not exist';
     END IF;
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-    PERFORM set_config('lock_timeout', '1s', true);
+    PERFORM set_config('lock_timeout', '100ms', true);  -- the application's statements queue behind the wait
     EXECUTE (
         SELECT format('SELECT value FROM %I.analytics_settings WHERE name = ''foreign_keys''', nspname)
         FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
@@ -566,11 +566,12 @@ DECLARE
     events CONSTANT pg_catalog.regclass := pg_catalog.to_regclass('analytics_events');
     key pg_catalog.name;
     child pg_catalog.name;
+    definition pg_catalog.text;
     child_table pg_catalog.regclass;
     parent pg_catalog.regclass;
 BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-    PERFORM set_config('lock_timeout', '1s', true);
+    PERFORM set_config('lock_timeout', '100ms', true);  -- as above
     FOR key, child_table, parent IN
         SELECT conname, conrelid, confrelid
         FROM pg_constraint
@@ -588,19 +589,18 @@ BEGIN
         END;
     END LOOP;
 
-    -- A key that all partitions have, valid, becomes one of the whole at once, and of partitions that are made later.
-    FOR child, parent IN
-        SELECT attname, confrelid
+    -- A key that all partitions have, valid, becomes one of the whole at once, and of partitions that are made later;
+    -- also one of the users' own.
+    FOR key, child, definition, parent IN
+        SELECT min(conname::text), attname, pg_get_constraintdef(pg_constraint.oid), confrelid
         FROM pg_constraint JOIN pg_attribute ON attrelid = conrelid AND attnum = conkey[1]
-        JOIN pg_class ON pg_class.oid = confrelid
-        JOIN pg_namespace ON pg_namespace.oid = relnamespace
-        WHERE contype = 'f' AND convalidated AND conparentid = 0 AND (relname = 'family_units' OR (nspname = 'auth' AND relname = 'users'))
-            AND conrelid IN (SELECT relid FROM pg_partition_tree(events) WHERE isleaf)
-        GROUP BY 1, 2
-        HAVING count(*) = (SELECT count(*) FROM pg_partition_tree(events) WHERE isleaf)
+        WHERE contype = 'f' AND convalidated AND conparentid = 0
+            AND conrelid IN (SELECT relid FROM pg_partition_tree(events) WHERE isleaf AND relid <> events)
+        GROUP BY 2, 3, 4
+        HAVING count(DISTINCT conrelid) = (SELECT count(*) FROM pg_partition_tree(events) WHERE isleaf)
     LOOP
         BEGIN
-            EXECUTE format('ALTER TABLE %s ADD FOREIGN KEY (%I) REFERENCES %s (id)', events, child, parent);
+            EXECUTE format('ALTER TABLE %s ADD CONSTRAINT %I %s', events, key, definition);
             RAISE NOTICE 'added the foreign key from "%" to %', child, parent;
         EXCEPTION WHEN OTHERS THEN
             RAISE WARNING 'could not add the foreign key from "%" to %: %; apply the schema again', child, parent, SQLERRM
@@ -1725,6 +1725,8 @@ DECLARE
     waiting CONSTANT NAME := parent || '_default';
     child CONSTANT NAME := parent || to_char(since, '_YYYYMMDD');
     within CONSTANT TEXT := format('%1$I >= %2$L AND %1$I < %3$L', key, @.analytics_id_at(since), @.analytics_id_at(until));
+    columns CONSTANT TEXT := (SELECT string_agg(quote_ident(a.attname), ', ') FROM pg_attribute a
+        WHERE a.attrelid = to_regclass(format('@.%I', parent))::oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '');
 BEGIN
     IF to_regclass(format('@.%I', child)) IS NOT NULL THEN
         RAISE EXCEPTION 'the table "%" exists and is not a partition for % to %: rename or drop it', child, since, until;
@@ -1733,8 +1735,8 @@ BEGIN
         'INCLUDING STORAGE INCLUDING COMPRESSION) WITH (autovacuum_vacuum_insert_scale_factor = 0.01)', child, parent);
     IF to_regclass(format('@.%I', waiting)) IS NOT NULL THEN
         EXECUTE format('LOCK TABLE @.%I IN ACCESS EXCLUSIVE MODE', waiting);
-        EXECUTE format('WITH moved AS (DELETE FROM @.%I WHERE %s RETURNING *) INSERT INTO @.%I SELECT * FROM moved',
-            waiting, within, child);
+        EXECUTE format('WITH moved AS (DELETE FROM @.%I WHERE %s RETURNING *) INSERT INTO @.%I (%s) SELECT %4$s FROM moved',
+            waiting, within, child, columns);
     END IF;
     EXECUTE format('ALTER TABLE @.%I ATTACH PARTITION @.%I FOR VALUES FROM (%L) TO (%L)',
         parent, child, @.analytics_id_at(since), @.analytics_id_at(until));

@@ -29,7 +29,7 @@ def command(
       loader doctor --json
     """
     from loader.operate import doctor
-    from loader.operate.doctor import Verdict
+    from loader.operate.finding import Verdict
 
     findings = list(doctor.examine(spool_dir, dsn, archive, workers))
     if as_json:

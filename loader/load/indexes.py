@@ -7,6 +7,8 @@ is (`analytics_indexes`). A partitioned table gets an index by attaching those o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -68,13 +70,19 @@ def build(connection: Connection) -> list[str]:
         wanted = [_Index(*row) for row in connection.execute(_WANTED).fetchall()]
     if all(index.valid and index.replaced is None for index in wanted):
         return []
+    with in_no_transaction(connection):
+        return [index.name for index in wanted if _build(connection, index)]
+
+
+@contextmanager
+def in_no_transaction(connection: Connection) -> Iterator[None]:
+    """Have each statement of a block committed by itself, with no limit of time. Raises psycopg.Error."""
     before = connection.autocommit
     connection.autocommit = True
     try:
         connection.execute(_WITHOUT_LIMITS)
-        built = [index.name for index in wanted if _build(connection, index)]
+        yield
         connection.execute(_RESET_LIMITS)
-        return built
     finally:
         if not connection.closed and connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
             connection.autocommit = before

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from importlib.resources import files
 from typing import Final, Literal, NamedTuple
 
 import psycopg
+from psycopg import sql
 from psycopg.errors import Diagnostic
 
 from loader.errors import OutOfReachError
@@ -30,6 +31,11 @@ PATIENCE: Final = 60.0
 _PAUSE_SECONDS: Final = 1.0
 """Average pause between two attempts to get a lock: as long as an attempt, so others have half of the time."""
 _STATEMENT: Final = re.compile(r"^DO \$(\w+)\$.*?^\$\1\$;$", re.MULTILINE | re.DOTALL)
+_CREATING: Final = re.compile(
+    r"^ *CREATE OR REPLACE (?:FUNCTION @[.](\w+).*?^(?:END|[$]function[$]);$|VIEW (\w+).*?;$)",
+    re.MULTILINE | re.DOTALL,
+)
+_CREATED: Final = re.compile(r"CREATE OR REPLACE (?:VIEW|FUNCTION) (?:@[.])?(\w+)")
 _NO_LOCK: Final = ("55P03", "40P01")
 """lock_not_available, deadlock_detected."""
 _FOUND: Final = (
@@ -118,6 +124,30 @@ def apply_schema(
     for step in ("foreign_keys", "validation"):
         _until_locked(connection, partial(connection.execute, statements[step]), applied, patience)
     return applied
+
+
+def created_names() -> frozenset[str]:
+    """Return the names of the views and functions that schema.sql creates, in the schema of the tables."""
+    return frozenset(_CREATED.findall(_script("schema.sql")))
+
+
+def bind_again(connection: Connection, home: str, names: Iterable[str]) -> None:
+    """Create views and functions of schema.sql again, so that they use the tables that have their names now.
+
+    A view keeps to a table that is renamed. Other than applying the whole schema, which takes 0.2 s, this is done
+    under a lock. `home` is the schema of the tables; the views and functions must be of this version. The
+    caller's transaction has another search path afterwards. Raises psycopg.Error.
+    """
+    prefix = sql.Identifier(home).as_string(connection)
+    texts = {match[1] or match[2]: match[0] for match in _CREATING.finditer(_script("schema.sql"))}
+    for name in names:
+        _set(connection, "search_path", _path_of(texts[name], prefix))
+        connection.execute(texts[name].replace("@.", prefix.replace("'", "''") + ".").encode())
+
+
+def _path_of(text: str, prefix: str) -> str:
+    """Return the search path with which schema.sql creates something."""
+    return "pg_catalog, pg_temp" if "FUNCTION @." in text else f"{prefix}, pg_temp"
 
 
 def schema_version(connection: Connection) -> int:

@@ -1,6 +1,6 @@
 """`loader doctor`: checks everything that a loader depends on, and suggests remedies. Changes nothing.
 
-It queries the database with the settings of a load, and also checks the role's own settings.
+The database is checked in doctor_database.py, its layout in doctor_layout.py.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ import contextlib
 import os
 import stat
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from grp import getgrgid
 from pathlib import Path
 from typing import Final
@@ -26,116 +23,19 @@ from loader.files import lock, nofollow, rejects
 from loader.files import writers as writer_files
 from loader.files.lock import LOCK, holder, is_foreign, lock_holders
 from loader.files.scan import STALE_SECONDS, Adopter, backlog, is_stale, segment_names
-from loader.files.writers import Stated
-from loader.load import deviations, schema, writers
-from loader.load.database import Connection, connect, transaction
-from loader.load.deviations import Severity
-from loader.load.dropped import dropped, unreported
+from loader.load.database import connect
 from loader.load.sqlstate import explain
-from loader.operate import unit
+from loader.operate import doctor_database, unit
+from loader.operate.finding import Finding, Verdict, failed, ok, warning
 from loader.operate.status import reject_counts
 from loader.service.daemon import UNWATCHABLE
 from spool.account import Statement
 from spool.segment import OPEN, SEALED
 
-_OLDEST_SERVER: Final = 13
-"""The first version with a built-in `gen_random_uuid()`; 15 and later are tested."""
 _LITTLE_SPACE: Final = 1 << 30
 _LITTLE_SHARE: Final = 0.05
 _LONG_LAG: Final = 60.0
 _CLOCK_SECONDS: Final = 5.0
-_SHOWN_DROPS: Final = 5
-_SHORT_TIMEOUT: Final = 60_000
-"""Milliseconds within which every statement of a load should end, even on a busy server."""
-_UNREADABLE_ERASURES: Final = (
-    "SELECT name FROM pg_catalog.unnest(ARRAY['analytics_erasures', 'analytics_erasure_keys']) AS name "
-    "WHERE NOT pg_catalog.has_table_privilege(pg_catalog.to_regclass(name)::pg_catalog.oid, 'SELECT')"
-)
-"""Which each load reads. None in tables of an earlier version, where the condition is null."""
-_TABLES: Final = ("analytics_events", "analytics_metrics", "analytics_loads")
-_TABLE_PRIVILEGES: Final = (
-    "SELECT name, privilege, pg_catalog.has_table_privilege(name, privilege) "
-    "FROM pg_catalog.unnest(%s::text[]) AS name, "
-    "pg_catalog.unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE']) AS privilege"
-)
-_MAY_USE_PLPGSQL: Final = (
-    "SELECT coalesce(pg_catalog.bool_or(pg_catalog.has_language_privilege(oid, 'USAGE')), false) "
-    "FROM pg_catalog.pg_language WHERE lanname OPERATOR(pg_catalog.=) 'plpgsql'::name"
-)
-_SETTINGS: Final = (
-    "SELECT name, setting, source FROM pg_catalog.pg_settings "
-    "WHERE name OPERATOR(pg_catalog.=) ANY (%s::text[])"
-)
-_UNSAFE_SETTINGS: Final = {
-    "fsync": "a server crash may lose or damage loaded rows whose files are already removed",
-    "full_page_writes": "a server crash may damage tables",
-    "synchronous_commit": "a server crash may lose rows of other clients; the loader sets it to on for itself",
-    "autovacuum": "tables grow, and planner statistics become outdated",
-}
-"""Settings that must not be off, with the consequence."""
-_REPLICATION_ROLE: Final = "session_replication_role"
-_TIMEOUTS: Final = (
-    "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "transaction_timeout",
-    "idle_session_timeout",
-)  # fmt: skip
-_IDENTITY_VERSION: Final = 4
-"""The first schema version that stores whether an identity is required."""
-_IDENTITY_COLUMNS: Final = ("user_id", "family_unit_id")
-_IDENTITY: Final = f"""
-    SELECT coalesce((SELECT value FROM analytics_settings WHERE name = 'identity'), 'required'),
-        ARRAY(SELECT attname::text FROM pg_catalog.pg_attribute
-            WHERE attrelid = pg_catalog.to_regclass('analytics_events')::oid AND attnotnull
-                AND attname::text IN {_IDENTITY_COLUMNS} ORDER BY attnum)
-"""
-_CONNECTION_LIMITS: Final = (
-    "SELECT rolconnlimit, (SELECT datconnlimit FROM pg_catalog.pg_database "
-    "WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database()) "
-    "FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) current_user"
-)
-_CREATORS: Final = """
-    SELECT n.nspname, CASE WHEN acl.grantee OPERATOR(pg_catalog.=) 0 THEN 'PUBLIC' ELSE r.rolname::text END
-    FROM pg_catalog.pg_class c
-    JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace
-    CROSS JOIN LATERAL pg_catalog.aclexplode(n.nspacl) AS acl
-    LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) acl.grantee
-    WHERE c.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass('analytics_events')::oid
-        AND acl.privilege_type OPERATOR(pg_catalog.=) 'CREATE' AND NOT coalesce(r.rolsuper, false)
-        AND acl.grantee OPERATOR(pg_catalog.<>) n.nspowner AND acl.grantee OPERATOR(pg_catalog.<>) c.relowner
-    ORDER BY 2
-"""
-"""Other roles that may create objects in the schema of the tables."""
-
-
-class Verdict(StrEnum):
-    OK = "ok"
-    WARNING = "warning"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of a check: what was found, and a remedy if there is a problem."""
-
-    check: str
-    verdict: Verdict
-    finding: str
-    remedy: str = ""
-    exit_code: int = LoaderError.exit_code
-
-    def facts(self) -> dict[str, str]:
-        return {name: getattr(self, name) for name in ("check", "verdict", "finding", "remedy")}
-
-
-def _ok(check: str, finding: str) -> Finding:
-    return Finding(check, Verdict.OK, finding)
-
-
-def _warning(check: str, finding: str, remedy: str) -> Finding:
-    return Finding(check, Verdict.WARNING, finding, remedy)
-
-
-def _failed(check: str, finding: str, remedy: str) -> Finding:
-    return Finding(check, Verdict.FAILED, finding, remedy)
 
 
 def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: int = 2) -> Iterator[Finding]:
@@ -144,7 +44,7 @@ def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: 
     try:
         where = settings.spool_directory(spool)
     except LoaderError as error:
-        yield _failed("spool", str(error), "")
+        yield failed("spool", str(error), "")
     else:
         known = where
         for check in (_permissions, _segments, _lock, _backlog, _rejects, _inotify, _disk):
@@ -155,18 +55,10 @@ def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: 
     try:
         conninfo, source = _database(dsn, known)
         if source:
-            yield _ok("settings", f'the DSN is the service\'s, from "{source}"')
+            yield ok("settings", f'the DSN is the service\'s, from "{source}"')
         with connect(conninfo) as connection:
-            yield _ok("connection", f"{connection.info.user}@{connection.info.host}/{connection.info.dbname}")
-            with connection.transaction():
-                found = _settings(connection)
-            with transaction(connection):
-                for inspect in (_server, _clock, _schema, _tables, _identity, _privileges, _creators):
-                    yield from inspect(connection)
-                yield from _durability(connection, found)
-                yield from _limits(connection, found, workers)
-                yield from _drops(connection, stated)
-                yield from _conservation(connection, known, stated)
+            yield ok("connection", f"{connection.info.user}@{connection.info.host}/{connection.info.dbname}")
+            yield from doctor_database.examine(connection, known, stated, workers)
     except (psycopg.Error, LoaderError) as error:
         reason = explain(error)
         remedy = "is the server up, and are host, port, user and password right?"
@@ -186,7 +78,7 @@ def _guarded(check: Callable[[Path], Iterator[Finding]], path: Path) -> Iterator
     try:
         yield from check(path)
     except (LoaderError, OSError, ValueError) as error:
-        yield _failed(check.__name__.strip("_"), str(error), "")
+        yield failed(check.__name__.strip("_"), str(error), "")
 
 
 def _permissions(spool: Path) -> Iterator[Finding]:
@@ -199,17 +91,17 @@ def _permissions(spool: Path) -> Iterator[Finding]:
     like = f"{spool}, {settings.owner(status.st_uid)}:{group}, mode {mode:04o}"
     if not os.access(spool, os.R_OK | os.W_OK | os.X_OK):
         me = settings.owner(os.geteuid())
-        yield _failed("spool", f"{me} cannot read and write {like}", f"usermod -a -G {group} {me}")
+        yield failed("spool", f"{me} cannot read and write {like}", f"usermod -a -G {group} {me}")
     elif mode & 0o007:
-        yield _warning(
+        yield warning(
             "spool", f"other users than its owner and group have access to {like}", f"chmod o= {spool}"
         )
     elif mode & 0o020 and not mode & stat.S_ISGID:
-        yield _warning(
+        yield warning(
             "spool", f"new files get the primary group of their writer in {like}", f"chmod g+s {spool}"
         )
     else:
-        yield _ok("spool", like)
+        yield ok("spool", like)
 
 
 def _segments(spool: Path) -> Iterator[Finding]:
@@ -220,15 +112,15 @@ def _segments(spool: Path) -> Iterator[Finding]:
     unreadable = [name for name in unreadable if os.path.lexists(spool / name)]
     if unreadable:
         remedy = f"chmod g+r {spool}/*{SEALED} {spool}/*{OPEN}, and let writer and loader share a group"
-        yield _failed("segments", f"{len(unreadable)} cannot be read, such as {unreadable[0]}", remedy)
+        yield failed("segments", f"{len(unreadable)} cannot be read, such as {unreadable[0]}", remedy)
     if future:
-        yield _warning(
+        yield warning(
             "segments", f"{future[0]} has a modification time in the future", "timedatectl set-ntp true"
         )
     held = list(_held(spool, names))
     yield from held
     if not unreadable and not future and not held:
-        yield _ok("segments", f"{len(names)} readable")
+        yield ok("segments", f"{len(names)} readable")
 
 
 def _modified(path: Path) -> float:
@@ -245,16 +137,14 @@ def _held(spool: Path, names: Sequence[str]) -> Iterator[Finding]:
     for name in (name for name in names if name.endswith(OPEN)):
         with contextlib.suppress(FileNotFoundError):  # sealed in the meantime
             if reason := adopter.why_not(name):
-                yield _warning("segments", f"{name} is not sealed here: {reason}", "")
+                yield warning("segments", f"{name} is not sealed here: {reason}", "")
             elif is_stale(spool / name):
                 who = _holders(spool / name)
                 like = f"{name} has lines, but has not changed for {STALE_SECONDS:.0f} s"
                 if who:
-                    yield _warning("segments", f"{like}; locked by process {who}", f"fuser -v {spool / name}")
+                    yield warning("segments", f"{like}; locked by process {who}", f"fuser -v {spool / name}")
                 else:
-                    yield _warning(
-                        "segments", f"{like}", "`loader run --once` seals it if its writer is dead"
-                    )
+                    yield warning("segments", f"{like}", "`loader run --once` seals it if its writer is dead")
 
 
 def _holders(path: Path) -> str:
@@ -268,17 +158,17 @@ def _holders(path: Path) -> str:
 def _lock(spool: Path) -> Iterator[Finding]:
     who = holder(spool)
     if who is not None and is_foreign(who):
-        yield _warning("loader", who, f"fuser -v {spool / LOCK}")
+        yield warning("loader", who, f"fuser -v {spool / LOCK}")
     elif who is None:
-        yield _warning(
+        yield warning(
             "loader", "not running on this machine", "systemctl start analytics-loader, or `loader run`"
         )
     elif (version := lock.version_of(who)) != lock.installed_version():
         like = f"version {version}" if version else "an older version"
         finding = f"{who}: {like} is running, but {lock.installed_version()} is installed"
-        yield _warning("loader", finding, "systemctl restart analytics-loader")
+        yield warning("loader", finding, "systemctl restart analytics-loader")
     else:
-        yield _ok("loader", who)
+        yield ok("loader", who)
 
 
 def _backlog(spool: Path) -> Iterator[Finding]:
@@ -286,21 +176,21 @@ def _backlog(spool: Path) -> Iterator[Finding]:
     size, age = waiting.sealed_bytes / 1e6, waiting.lag_seconds
     like = f"{waiting.sealed_files} sealed files of {size:.1f} MB, the oldest for {age:.0f} s"
     if waiting.lag_seconds > _LONG_LAG:
-        yield _warning("backlog", like, "journalctl -u analytics-loader")
+        yield warning("backlog", like, "journalctl -u analytics-loader")
     else:
-        yield _ok("backlog", like)
+        yield ok("backlog", like)
 
 
 def _rejects(spool: Path) -> Iterator[Finding]:
     where = spool / rejects.DIRECTORY
     if where.exists() and not os.access(where, os.W_OK | os.X_OK):
-        yield _failed("rejects", f"{where} is not writable", f"chmod g+rwx {where}, as {_owner_of(where)}")
+        yield failed("rejects", f"{where} is not writable", f"chmod g+rwx {where}, as {_owner_of(where)}")
         return
     count = sum(codes.total() for _, codes in reject_counts(spool))
     if count:
-        yield _warning("rejects", f"{count} rejected lines", "`loader rejects show`")
+        yield warning("rejects", f"{count} rejected lines", "`loader rejects show`")
     else:
-        yield _ok("rejects", "none")
+        yield ok("rejects", "none")
 
 
 def _owner_of(path: Path) -> str:
@@ -311,7 +201,7 @@ def _inotify(spool: Path) -> Iterator[Finding]:
     try:
         next(watchfiles.watch(spool, rust_timeout=1, yield_on_timeout=True, recursive=False))
     except UNWATCHABLE as error:
-        yield _warning(
+        yield warning(
             "inotify", f"cannot watch {spool}: {error}", "sysctl -w fs.inotify.max_user_instances=1024 "
             "fs.inotify.max_user_watches=524288; until then the spool is scanned every few seconds",
         )  # fmt: skip
@@ -320,7 +210,7 @@ def _inotify(spool: Path) -> Iterator[Finding]:
         instances, watches = (
             (limits / f"max_user_{name}").read_text().strip() for name in ("instances", "watches")
         )
-        yield _ok("inotify", f"limits: {instances} instances, {watches} watches")
+        yield ok("inotify", f"limits: {instances} instances, {watches} watches")
 
 
 def _disk(spool: Path) -> Iterator[Finding]:
@@ -329,259 +219,25 @@ def _disk(spool: Path) -> Iterator[Finding]:
     like = f"{free / 1e9:.1f} GB of {total / 1e9:.1f} GB free"
     if free < min(_LITTLE_SPACE, _LITTLE_SHARE * total):
         remedy = "free disk space, or lower SPOOL_MAX_SPOOL_BYTES; on a full disk the emitter drops and counts lines"
-        yield _warning("disk", like, remedy)
+        yield warning("disk", like, remedy)
     elif space.f_files and space.f_favail < 1000:
-        yield _warning("disk", f"{space.f_favail} inodes free", "remove unneeded files")
+        yield warning("disk", f"{space.f_favail} inodes free", "remove unneeded files")
     else:
-        yield _ok("disk", like)
+        yield ok("disk", like)
 
 
 def _archive(archive: Path) -> Iterator[Finding]:
     with nofollow.opened(archive):
         pass
     if os.access(archive, os.W_OK | os.X_OK):
-        yield _ok("archive", str(archive))
+        yield ok("archive", str(archive))
     else:
-        yield _failed(
+        yield failed(
             "archive", f"{archive} is not writable", f"chown {settings.owner(os.geteuid())} {archive}"
         )
-
-
-def _server(connection: Connection) -> Iterator[Finding]:
-    version = connection.info.server_version // 10000
-    row = connection.execute("SHOW transaction_read_only").fetchone()
-    if version < _OLDEST_SERVER:
-        yield _failed("server", f"PostgreSQL {version} is too old", f"use {_OLDEST_SERVER} or later")
-    elif row == ("on",):
-        yield _failed(
-            "server", "the server is read-only", "connect to the primary: target_session_attrs=read-write"
-        )
-    else:
-        yield _ok("server", f"PostgreSQL {version}")
-
-
-def _clock(connection: Connection) -> Iterator[Finding]:
-    begun = time.time()
-    ((server,),) = connection.execute(
-        "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float"
-    ).fetchall()
-    away = server - (begun + time.time()) / 2
-    like = f"{abs(away):.1f} s {'before' if away < 0 else 'after'} this machine's"
-    if abs(away) > _CLOCK_SECONDS:
-        yield _warning("clock", f"the server's is {like}", "timedatectl set-ntp true, on both")
-    else:
-        yield _ok("clock", "in sync with the server")
-
-
-def _schema(connection: Connection) -> Iterator[Finding]:
-    version, ours = schema.schema_version(connection), schema.SCHEMA_VERSION
-    if not version:
-        yield _failed("schema", "the tables do not exist", "`loader init`")
-    elif version < ours:
-        yield _warning("schema", f"version {version} is older than this loader's {ours}", "`loader init`")
-    elif version > ours:
-        yield _warning(
-            "schema", f"version {version} is newer than this loader's {ours}", "upgrade the loader"
-        )
-    else:
-        yield _ok("schema", f"version {version}")
-
-
-def _tables(connection: Connection) -> Iterator[Finding]:
-    found = deviations.find(connection)
-    for each in found:
-        report = _warning if each.severity is Severity.RISK else _failed
-        yield report("tables", f'"{each.table}" {each.problem}', each.remedy)
-    if not found:
-        yield _ok("tables", "compatible with the loader")
-
-
-def _identity(connection: Connection) -> Iterator[Finding]:
-    """Report whether events need a user and a family, and whether the table matches the configuration."""
-    if schema.schema_version(connection) < _IDENTITY_VERSION:
-        return
-    ((chosen, required),) = connection.execute(_IDENTITY).fetchall()
-    like = f"required by {' and '.join(required)}" if required else "optional"
-    if chosen == "optional" and required:
-        yield _warning("identity", f"configured as optional, but {like}", "`loader init --optional-identity`")
-    elif chosen == "required" and len(required) < len(_IDENTITY_COLUMNS):
-        yield _warning(
-            "identity", "configured as required, but the table accepts events without a user or a family",
-            "`loader init --required-identity`, or --optional-identity",
-        )  # fmt: skip
-    else:
-        remedy = "; events without them become rejects (`loader init --optional-identity` accepts them)"
-        yield _ok(
-            "identity", like + (remedy if required else ": events without a user or a family are accepted")
-        )
-
-
-def _privileges(connection: Connection) -> Iterator[Finding]:
-    if not schema.schema_version(connection):
-        return
-    user = connection.info.user
-    missing: dict[str, list[str]] = {}
-    needless: dict[str, list[str]] = {}
-    for table, privilege, has in connection.execute(_TABLE_PRIVILEGES, [list(_TABLES)]):
-        needed = privilege in ("SELECT", "INSERT")
-        if has != needed:
-            (missing if needed else needless).setdefault(privilege, []).append(table)
-    for (table,) in connection.execute(_UNREADABLE_ERASURES):
-        missing.setdefault("SELECT", []).append(table)
-    temporary = "SELECT pg_catalog.has_database_privilege(pg_catalog.current_database(), 'TEMPORARY')"
-    if connection.execute(temporary).fetchone() != (True,):
-        missing["TEMPORARY"] = ["the database"]
-    may_use_plpgsql = connection.execute(_MAY_USE_PLPGSQL).fetchone() == (True,)
-    if not may_use_plpgsql:
-        yield _failed(
-            "privileges", f"{user} lacks USAGE on the language plpgsql, so refused rows cannot be isolated",
-            f'as a superuser: GRANT USAGE ON LANGUAGE plpgsql TO "{user}";',
-        )  # fmt: skip
-    grant = f"as the owner of the tables: `loader init --role {user}`"
-    if missing:
-        yield _failed("privileges", f"{user} lacks {_listed(missing)}", grant)
-    elif needless:
-        other = "as the owner of the tables: `loader init --role analytics_loader`, and load as that role"
-        yield _warning(
-            "privileges", f"{user} has more privileges than loading needs: {_listed(needless)}", other
-        )
-    elif may_use_plpgsql:
-        yield _ok("privileges", f"{user} has exactly the privileges needed for loading")
-
-
-def _listed(privileges: dict[str, list[str]]) -> str:
-    return ", ".join(f"{privilege} on {' and '.join(tables)}" for privilege, tables in privileges.items())
-
-
-def _creators(connection: Connection) -> Iterator[Finding]:
-    """Report other roles that may create objects in the schema, such as functions that shadow the system's."""
-    creators = connection.execute(_CREATORS).fetchall()
-    for name, creator in creators:
-        role = creator if creator == "PUBLIC" else f'"{creator}"'
-        yield _warning(
-            "creators", f"{creator} may create objects in the schema {name}",
-            f'REVOKE CREATE ON SCHEMA "{name}" FROM {role};',
-        )  # fmt: skip
-    if not creators:
-        yield _ok("creators", "only the owner may create objects in the schema of the tables")
-
-
-def _settings(connection: Connection) -> dict[str, tuple[str, str]]:
-    """Return the value and the source of each checked setting."""
-    names = [*_UNSAFE_SETTINGS, *_TIMEOUTS, _REPLICATION_ROLE]
-    return {name: (value, source) for name, value, source in connection.execute(_SETTINGS, [names])}
-
-
-def _durability(connection: Connection, found: dict[str, tuple[str, str]]) -> Iterator[Finding]:
-    unsafe = [name for name in _UNSAFE_SETTINGS if found.get(name, ("on", ""))[0] == "off"]
-    for name in unsafe:
-        remedy = _reset(connection, name, found[name][1], "on")
-        yield _warning("durability", f"{name} is off: {_UNSAFE_SETTINGS[name]}", remedy)
-    role, source = found.get(_REPLICATION_ROLE, ("origin", ""))
-    if role != "origin":
-        yield _failed(
-            "durability", f"{_REPLICATION_ROLE} is {role}, so foreign keys and triggers are not checked",
-            _reset(connection, _REPLICATION_ROLE, source, "origin"),
-        )  # fmt: skip
-    elif not unsafe:
-        yield _ok("durability", "committed rows survive a server crash")
-
-
-def _limits(connection: Connection, found: dict[str, tuple[str, str]], workers: int) -> Iterator[Finding]:
-    """Report timeouts that may cancel a load, and connection limits below the number of workers."""
-    short = [name for name in _TIMEOUTS if 0 < int(found.get(name, ("0", ""))[0]) < _SHORT_TIMEOUT]
-    for name in short:
-        value, source = found[name]
-        yield _warning(
-            "limits", f"{name} is {value} ms, which may cancel a load", _reset(connection, name, source, "0")
-        )
-    user, database = connection.info.user, connection.info.dbname
-    ((of_role, of_database),) = connection.execute(_CONNECTION_LIMITS).fetchall()
-    few = [
-        (f'{kind} "{name}"', limit)
-        for kind, name, limit in (("ROLE", user, of_role), ("DATABASE", database, of_database))
-        if 0 <= limit < workers
-    ]
-    for what, limit in few:
-        yield _warning(
-            "limits", f"{what} is limited to {limit} connections, fewer than the {workers} workers",
-            f"ALTER {what} CONNECTION LIMIT {workers + 2}; or LOADER_WORKERS={max(limit, 1)}",
-        )  # fmt: skip
-    if not short and not few:
-        yield _ok("limits", "no timeout or connection limit affects loading")
 
 
 def _statements(spool: Path | None) -> list[tuple[Statement, bool]]:
     with contextlib.suppress(OSError):  # reported by `_permissions`
         return writer_files.statements(spool) if spool is not None else []
     return []
-
-
-def _drops(connection: Connection, stated: Sequence[tuple[Statement, bool]]) -> Iterator[Finding]:
-    """Report the lines that emitters dropped in the last day, including those not reported as metrics yet."""
-    found = Counter(dropped(connection, "24 hours")) if schema.schema_version(connection) else Counter()
-    found.update(unreported(report for statement, _ in stated for report in statement.unreported))
-    if not found:
-        yield _ok("drops", "no line was dropped in the last 24 h")
-        return
-    shown = ", ".join(f"{kind} {count}" for kind, count in found.most_common(_SHOWN_DROPS))
-    more = ", ..." if len(found) > _SHOWN_DROPS else ""
-    yield _warning(
-        "drops", f"emitters dropped {found.total()} lines in the last 24 h: {shown}{more}",
-        "see the warnings \"analytics line dropped\" in the application's log",
-    )  # fmt: skip
-
-
-def _conservation(
-    connection: Connection, spool: Path | None, stated: Sequence[tuple[Statement, bool]]
-) -> Iterator[Finding]:
-    """Compare the writers' accounts with the ledger and the spool; recording them for this is rolled back."""
-    if schema.schema_version(connection) < writers.VERSION:
-        return
-    if not writers.may_record(connection):
-        user = connection.info.user
-        yield _warning(
-            "conservation", f"{user} may not record the accounts of writers",
-            f"as the owner of the tables: `loader init --role {user}`",
-        )  # fmt: skip
-        return
-    now: list[Stated] | None = None
-    with contextlib.suppress(OSError):  # reported by `_permissions`
-        if spool is not None:
-            now = writer_files.with_unstated(spool, stated, writers.last_loaded(connection))
-    with connection.transaction(force_rollback=True):
-        if now and connection.execute("SHOW transaction_read_only").fetchone() != ("on",):
-            writers.record(connection, now)
-        total = writers.conservation(connection)
-    equation = (
-        f"{total.writers} writers emitted {total.emitted} lines = {total.rows} rows + {total.duplicates} duplicates + "
-        f"{total.rejects} rejects + {total.erased} erased + "
-        + f"{total.expired} expired + " * (total.expired > 0)
-        + f"{total.dropped} dropped + {total.pending} pending"
-    )
-    if total.holds:
-        yield _ok("conservation", equation)
-        return
-    names = list(total.missing_segments) or [
-        f"lines of {writer}" for writer in total.unbalanced[:_SHOWN_DROPS]
-    ]
-    more = f" and {total.missing_segment_count - len(names)} more" * (
-        total.missing_segment_count > len(names)
-    )
-    yield _warning(
-        "conservation", f"{equation} + {total.missing} missing: {', '.join(names)}{more}",
-        "search for these segments in the archive or a backup, and load them with `loader backfill`",
-    )  # fmt: skip
-
-
-def _reset(connection: Connection, name: str, source: str, value: str) -> str:
-    """Return the statement that resets a setting at its source, or overrides it for the role."""
-    role, database = f'"{connection.info.user}"', f'"{connection.info.dbname}"'
-    return {
-        "user": f"ALTER ROLE {role} RESET {name};",
-        "database user": f"ALTER ROLE {role} IN DATABASE {database} RESET {name};",
-        "database": f"ALTER DATABASE {database} RESET {name};",
-    }.get(source) or (
-        f"ALTER ROLE {role} SET {name} = {value};" if name in _TIMEOUTS or name == "synchronous_commit"
-        else f"ALTER SYSTEM SET {name} = {value}; SELECT pg_reload_conf();"
-    )  # fmt: skip

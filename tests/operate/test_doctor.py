@@ -47,6 +47,7 @@ def test_all_is_well_while_a_loader_runs_as_its_own_role(cli: Cli) -> None:
     assert set(findings) == {
         "spool", "segments", "loader", "backlog", "rejects", "inotify", "disk",
         "connection", "server", "clock", "schema", "tables", "privileges", "creators", "limits", "identity", "drops", "conservation",
+        "layout", "rollups",
     }  # fmt: skip
 
 

@@ -1,0 +1,281 @@
+"""What is wrong with the layout of the tables: partitions, indexes that outgrow memory, vacuum, rollups.
+
+All of it is read from the catalog, from sizes of files, or by ids that only the default partition can hold, so it is
+cheap in large tables and needs no more rights than a load has.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from psycopg import sql
+
+from loader.load.database import Connection
+from loader.load.sqlstate import MIGRATION_CHECKS
+from loader.load.tables import EVENTS, METRICS, Table
+from loader.operate.finding import Finding, failed, ok, warning
+
+_SHORT_RUNWAY: Final = timedelta(days=3)
+_FIRST_DIVIDED: Final = "016f5e66-e800-0000-0000-000000000000"
+_FIRST_OTHER: Final = "02000000-0000-0000-0000-000000000000"
+"""Between these ids, of 2020 and of 2039, there is a partition for each day (schema.sql)."""
+_MANY_IN_DEFAULT: Final = 10_000
+"""Rows from which on making a partition, which scans the default partition under a lock, holds up the load."""
+_MANY_OTHER: Final = 0.05
+"""Share of ids of no time from which on partitions gain little: they share one that is like a plain table."""
+_LOCK_SHARE: Final = 0.5
+"""Share of all locks of the server that one query of all partitions may take."""
+_CACHE_SHARE: Final = 0.5
+"""Share of shared_buffers that the indexes with random keys may take; the load writes to any page of them."""
+_REFRESH_MINUTES: Final = 15
+"""Within which the daemon computes the hours that loads touched, three times as long as it takes at most."""
+_MIGRATE: Final = "`loader migrate --to partitioned`"
+
+
+@dataclass(frozen=True)
+class _Partition:
+    """A partition, with the ids that it holds: low <= id < high, None without a bound."""
+
+    name: str
+    low: str | None
+    high: str | None
+    is_default: bool
+    size: int
+    indexes: int
+    options: str
+
+
+def examine(connection: Connection) -> Iterator[Finding]:
+    """Check the layout, in a transaction of database.py. Reports nothing about tables that do not exist."""
+    kinds = dict(_rows(connection, _KINDS, [[EVENTS.name, METRICS.name]]))
+    if unfinished := _rows(connection, _UNFINISHED, [list(MIGRATION_CHECKS)]):
+        names = ", ".join(name for (name,) in unfinished)
+        yield warning(
+            "layout", f"a migration has not finished: rows of {names} may wait in the spool", _MIGRATE
+        )
+    elif kinds.get(EVENTS.name) == "r":
+        yield from _plain(connection)
+    divided = [table for table in (EVENTS, METRICS) if kinds.get(table.name) == "p"]
+    found = {table: _partitions(connection, table) for table in divided}
+    if found:
+        yield from _partitioned(connection, found)
+    yield from _rollups(connection)
+
+
+def _plain(connection: Connection) -> Iterator[Finding]:
+    """Report indexes with random keys that outgrow the cache; see loader/README.md, "Layouts"."""
+    ((size, cache),) = _rows(connection, _RANDOM_INDEXES)
+    like = (
+        f"plain; indexes on users and families of {size / 1e6:.1f} MB, shared_buffers of {cache / 1e6:.1f} MB"
+    )
+    if size > _CACHE_SHARE * cache:
+        remedy = f"{_MIGRATE}, or more shared_buffers: each row writes to a random page of these indexes"
+        yield warning("layout", like, remedy)
+    else:
+        yield ok("layout", like)
+
+
+def _partitioned(connection: Connection, found: dict[Table, list[_Partition]]) -> Iterator[Finding]:
+    names = ", ".join(f"{len(partitions)} of {table.name}" for table, partitions in found.items())
+    for check in (_other_ids, _locks, _unvacuumed):
+        yield from check(connection, found)
+    for table, partitions in found.items():
+        yield from _runway(connection, table, partitions)
+        yield from _waiting(connection, table, partitions)
+    yield ok("layout", f"partitions: {names}")
+
+
+def _runway(connection: Connection, table: Table, partitions: Sequence[_Partition]) -> Iterator[Finding]:
+    """Report how far ahead there are partitions without a gap."""
+    now = datetime.now(UTC)
+    until = _covered_from(now, partitions)
+    like = f"{table.name} has partitions until {until:%Y-%m-%d %H:%M}"
+    remedy = "is a daemon of this version running (`loader run`)? `loader init` makes them now"
+    if _rows(connection, _MAY_MAKE) == [(False,)]:
+        remedy = (
+            f"as the owner of the tables: `loader init --role {connection.info.user}`, which grants EXECUTE"
+        )
+    if until <= now:
+        yield failed("runway", f"{table.name} has no partition for the rows of now", remedy)
+    elif until - now < _SHORT_RUNWAY:
+        yield warning("runway", like, remedy)
+    else:
+        yield ok("runway", like)
+
+
+def _covered_from(moment: datetime, partitions: Sequence[_Partition]) -> datetime:
+    """Return until when each moment has a partition, `moment` itself if that has none."""
+    milliseconds = int(moment.timestamp() * 1000)
+    key = f"{milliseconds >> 16:08x}-{milliseconds & 0xFFFF:04x}-0000-0000-000000000000"
+    until = key
+    for each in sorted(_divided(partitions), key=lambda each: each.low or ""):
+        if (each.low or "") <= until < (each.high or "g"):
+            until = each.high or _FIRST_OTHER
+    if until == key:
+        return moment
+    return datetime.fromtimestamp(int(until[:8] + until[9:13], 16) / 1000, UTC)
+
+
+def _divided(partitions: Sequence[_Partition]) -> list[_Partition]:
+    return [each for each in partitions if not each.is_default]
+
+
+def _waiting(connection: Connection, table: Table, partitions: Sequence[_Partition]) -> Iterator[Finding]:
+    """Report rows in the default partition, found by their ids: the role may not read a partition by itself."""
+    gaps = _gaps(partitions)
+    if not gaps or not any(each.is_default for each in partitions) or not _may_read(connection, table.name):
+        return
+    key = sql.Identifier(table.key)
+    within = sql.SQL(" OR ").join(
+        sql.SQL("{0} >= {1} AND {0} < {2}").format(key, sql.Literal(low), sql.Literal(high))
+        for low, high in gaps
+    )
+    statement = sql.SQL(
+        "SELECT count(*), count(*) FILTER (WHERE version = '7'), min(id) FILTER (WHERE version = '7'), "
+        "max(id) FILTER (WHERE version = '7') FROM (SELECT {0}::text AS id, substr({0}::text, 15, 1) AS version "
+        "FROM {1} WHERE {2} LIMIT {3}) AS found"
+    ).format(key, sql.Identifier(table.name), within, sql.Literal(_MANY_IN_DEFAULT + 1))
+    ((count, timed, low, high),) = connection.execute(statement).fetchall()
+    if count > _MANY_IN_DEFAULT:
+        yield failed(
+            "default", f"more than {_MANY_IN_DEFAULT} rows of {table.name} lie in the default partition",
+            "`loader init` makes their partitions; if that takes too long, move them to a table of their own",
+        )  # fmt: skip
+    elif timed:
+        yield warning(
+            "default", f"{timed} rows of {table.name} wait in the default partition, ids {low} to {high}",
+            "a running daemon makes their partitions each hour, `loader init` at once; ids of a later year are of a "
+            "wrong clock",
+        )  # fmt: skip
+    else:
+        yield ok("default", f"no row of {table.name} waits for its partition")
+
+
+def _gaps(partitions: Sequence[_Partition]) -> list[tuple[str, str]]:
+    """Return the ranges of ids, of the time that is divided, that no partition but the default one holds."""
+    bounds = sorted((each.low or "", each.high or _FIRST_OTHER) for each in _divided(partitions))
+    edges = [("", _FIRST_DIVIDED), *bounds, (_FIRST_OTHER, "")]
+    pairs = ((max(before, _FIRST_DIVIDED), after) for (_, before), (after, _) in itertools.pairwise(edges))
+    return [(before, after) for before, after in pairs if before < after]
+
+
+def _other_ids(_: Connection, found: dict[Table, list[_Partition]]) -> Iterator[Finding]:
+    """Report how much lies in the partitions of ids that are of no day, by size, of which all know the value."""
+    for table, partitions in found.items():
+        total = sum(each.size for each in partitions)
+        other = sum(
+            each.size for each in partitions
+            if (each.low or "") >= _FIRST_OTHER or (each.high or "g") <= _FIRST_DIVIDED
+        )  # fmt: skip
+        share = other / total if total else 0.0
+        like = f"about {share:.0%} of {table.name} has ids that are not UUIDv7, or of a time that is far away"
+        if share > _MANY_OTHER:
+            remedy = (
+                "leave event_id to the emitter, or make UUIDv7: such rows share one partition, which grows"
+            )
+            yield warning("ids", like, remedy)
+        else:
+            yield ok("ids", like)
+
+
+def _locks(connection: Connection, found: dict[Table, list[_Partition]]) -> Iterator[Finding]:
+    """Report whether queries of all partitions may run out of locks: one for each partition and each index."""
+    ((capacity, per_transaction),) = _rows(connection, _CAPACITY)
+    needed = max(sum(1 + each.indexes for each in partitions) for partitions in found.values())
+    like = f"a query of all partitions takes {needed} of {capacity} locks"
+    if needed > _LOCK_SHARE * capacity:
+        value = -(-2 * needed * per_transaction // capacity)
+        yield warning(
+            "locks", like,
+            f"ALTER SYSTEM SET max_locks_per_transaction = {value}; and restart the server, or wider partitions "
+            "(`loader init --width week`) and less old data",
+        )  # fmt: skip
+    else:
+        yield ok("locks", like)
+
+
+def _unvacuumed(_: Connection, found: dict[Table, list[_Partition]]) -> Iterator[Finding]:
+    names = [
+        each.name for partitions in found.values() for each in partitions
+        if any(f"autovacuum_enabled={no}" in each.options.split(",") for no in ("false", "off", "no", "0"))
+    ]  # fmt: skip
+    for name in names:
+        remedy = f"ALTER TABLE {name} RESET (autovacuum_enabled);"
+        yield warning("autovacuum", f"the partition {name} is not vacuumed, so reads become slow", remedy)
+    if not names:
+        yield ok("autovacuum", "on for all partitions")
+
+
+def _rollups(connection: Connection) -> Iterator[Finding]:
+    """Report hours that nobody computes: a mark of theirs is older than a load that is some time ago."""
+    tables = ("analytics_touched", "analytics_sealed", "analytics_loads")
+    if not all(_may_read(connection, table) for table in tables):
+        return  # older tables, or a role that does not load
+    ((hours,),) = _rows(connection, _LEFT, [_REFRESH_MINUTES])
+    if hours:
+        yield warning(
+            "rollups", f"{hours} touched hours wait for their rollup for more than {_REFRESH_MINUTES} minutes",
+            "is a daemon of this version running (`loader run`)? `loader rollup` computes them now",
+        )  # fmt: skip
+    else:
+        yield ok("rollups", "no hour waits for long")
+
+
+def _partitions(connection: Connection, table: Table) -> list[_Partition]:
+    return [_Partition(*row) for row in _rows(connection, _PARTITIONS, [table.name])]
+
+
+def _may_read(connection: Connection, table: str) -> bool:
+    return _rows(connection, _READABLE, [table]) == [(True,)]
+
+
+def _rows(connection: Connection, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    return connection.execute(statement.encode(), values).fetchall()
+
+
+_KINDS: Final = """
+    SELECT relname, relkind::text FROM unnest(%s::text[]) AS name JOIN pg_class ON oid = to_regclass(name)::oid
+"""
+_UNFINISHED: Final = """
+    SELECT conrelid::regclass::text FROM pg_constraint
+    WHERE conname = ANY (%s::name[]) AND conrelid IN (
+        to_regclass('analytics_events')::oid, to_regclass('analytics_metrics')::oid)
+    ORDER BY 1
+"""
+_RANDOM_INDEXES: Final = """
+    SELECT coalesce(sum(pg_relation_size(indexrelid)), 0)::bigint, pg_size_bytes(current_setting('shared_buffers'))
+    FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
+    WHERE indrelid = to_regclass('analytics_events')::oid AND attname IN ('user_id', 'family_unit_id')
+"""
+_PARTITIONS: Final = r"""
+    SELECT c.oid::regclass::text, nullif(bound[1], 'MINVALUE'), nullif(bound[2], 'MAXVALUE'), b.expression = 'DEFAULT',
+        pg_relation_size(c.oid), (SELECT count(*) FROM pg_index WHERE indrelid = c.oid)::int,
+        coalesce(array_to_string(c.reloptions, ','), '')
+    FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
+    CROSS JOIN pg_get_expr(c.relpartbound, c.oid) AS b (expression)
+    LEFT JOIN regexp_match(
+        b.expression, '\(''?([0-9a-f-]{36}|MINVALUE)''?\) TO \(''?([0-9a-f-]{36}|MAXVALUE)''?\)') AS bound ON true
+    WHERE i.inhparent = to_regclass(%s)::oid ORDER BY 1
+"""
+_CAPACITY: Final = """
+    SELECT locks * (current_setting('max_connections')::int + current_setting('max_prepared_transactions')::int), locks
+    FROM current_setting('max_locks_per_transaction') AS setting CROSS JOIN int4(setting) AS locks
+"""
+_MAY_MAKE: Final = """
+    SELECT has_function_privilege(oid, 'EXECUTE') FROM pg_proc
+    WHERE oid = to_regproc('analytics_make_partitions')::oid
+"""
+_READABLE: Final = "SELECT has_table_privilege(to_regclass(%s)::oid, 'SELECT')"
+_LEFT: Final = """
+    SELECT count(DISTINCT hour) FROM analytics_touched AS mark
+    WHERE source <> 'users' AND hour <= now() - interval '1 hour'
+        AND age(mark.xmin) > (SELECT age(load.xmin) FROM analytics_loads AS load
+            WHERE load.loaded_at < now() - %s * interval '1 minute' ORDER BY load.loaded_at DESC LIMIT 1)
+        AND NOT EXISTS (
+            SELECT FROM analytics_sealed AS sealed WHERE sealed.source = mark.source AND sealed.hour = mark.hour)
+"""
+"""A mark has no time of its own. Its transaction is compared with that of a load, which has one."""

@@ -35,6 +35,7 @@ DECLARE
 BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     PERFORM pg_catalog.set_config('lock_timeout', '1s', true);
+    PERFORM pg_catalog.set_config('citus.multi_shard_modify_mode', 'sequential', true);  -- so that all fits into one transaction
     PERFORM pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('analytics_schema'));  -- one at a time
 
     -- The tables stay in the schema in which they are; new ones go to the first schema of the caller's search path.
@@ -59,7 +60,8 @@ BEGIN
         applied_at TIMESTAMPTZ NOT NULL DEFAULT pg_catalog.now()
     );
     -- What was chosen when the schema was applied: foreign_keys is on or off, identity is required, also without a row,
-    -- or optional; layout is plain, also without a row, or partitioned, then partition_width is day, week or month.
+    -- or optional; layout is plain, also without a row, or partitioned or citus, then partition_width is day, week or
+    -- month.
     CREATE TABLE IF NOT EXISTS analytics_settings (
         name TEXT PRIMARY KEY,
         value TEXT NOT NULL
@@ -89,13 +91,17 @@ BEGIN
 
     -- The partitioned layout: a row lies in the partition of the time in its UUIDv7 (see "partitions" below). An id below
     -- 2020 lies in early, one from 2039 on, such as most of version 4, in other. What has no partition yet waits in
-    -- default.
-    IF coalesce(layout_choice, '') NOT IN ('', 'plain', 'partitioned') THEN
-        RAISE EXCEPTION 'analytics.layout is "%": set it to plain or partitioned', layout_choice;
+    -- default. citus is the same, distributed over the workers by the key; all other tables stay on the coordinator, so
+    -- that the ledger's row and the rows of its chunk commit together.
+    IF coalesce(layout_choice, '') NOT IN ('', 'plain', 'partitioned', 'citus') THEN
+        RAISE EXCEPTION 'analytics.layout is "%": set it to plain, partitioned or citus', layout_choice;
     ELSIF coalesce(width_choice, '') NOT IN ('', 'day', 'week', 'month') THEN
         RAISE EXCEPTION 'analytics.width is "%": set it to day, week or month', width_choice;
     END IF;
-    IF layout_choice = 'partitioned' AND is_new THEN
+    IF layout_choice = 'citus' AND pg_catalog.to_regclass('pg_catalog.pg_dist_partition') IS NULL THEN
+        RAISE EXCEPTION 'this database is not a coordinator of Citus, nothing was changed: CREATE EXTENSION citus, and add the workers';
+    END IF;
+    IF layout_choice IN ('partitioned', 'citus') AND is_new THEN
         FOR parent, key IN VALUES ('analytics_events', 'event_id'), ('analytics_metrics', 'id') LOOP
             EXECUTE pg_catalog.format('ALTER TABLE %I RENAME TO analytics_model', parent);
             EXECUTE pg_catalog.format('CREATE TABLE %I (LIKE analytics_model INCLUDING DEFAULTS) PARTITION BY RANGE (%I)', parent, key);
@@ -107,13 +113,18 @@ BEGIN
                 parent || '_other', parent, '02000000-0000-0000-0000-000000000000');
             EXECUTE pg_catalog.format('CREATE TABLE %I PARTITION OF %I DEFAULT', parent || '_default', parent);
         END LOOP;
-        INSERT INTO analytics_settings (name, value) VALUES ('layout', 'partitioned')
+        IF layout_choice = 'citus' THEN
+            PERFORM pg_catalog.create_distributed_table('analytics_events', 'event_id');
+            PERFORM pg_catalog.create_distributed_table('analytics_metrics', 'id', colocate_with => 'analytics_events');
+        END IF;
+        INSERT INTO analytics_settings (name, value) VALUES ('layout', layout_choice)
             ON CONFLICT (name) DO UPDATE SET value = excluded.value;
     ELSIF layout_choice <> '' AND layout_choice <> coalesce((SELECT value FROM analytics_settings WHERE name = 'layout'), 'plain') THEN
-        IF layout_choice = 'partitioned' THEN
+        IF layout_choice = 'partitioned' AND NOT EXISTS (SELECT FROM analytics_settings WHERE name = 'layout' AND value <> 'plain') THEN
             RAISE EXCEPTION 'the tables exist and are plain, nothing was changed: run "loader migrate --to partitioned"';
         ELSE
-            RAISE EXCEPTION 'the tables are partitioned and cannot become plain again, nothing was changed';
+            RAISE EXCEPTION 'the tables exist, and their layout "%" cannot become "%", nothing was changed',
+                coalesce((SELECT value FROM analytics_settings WHERE name = 'layout'), 'plain'), layout_choice;
         END IF;
     END IF;
     IF width_choice <> '' THEN  -- of partitions that are made from now on
@@ -209,8 +220,9 @@ BEGIN
         CREATE INDEX analytics_loads_loaded_at ON analytics_loads (loaded_at);
     END IF;
 
-    -- Views for reading.
+    -- Views for reading. On Citus they stay on the coordinator, as the ledger does.
 
+    PERFORM pg_catalog.set_config('citus.enable_ddl_propagation', 'off', true);
     CREATE OR REPLACE VIEW analytics_events_daily AS
     SELECT pg_catalog.date_trunc('day', timestamp) AS day, event_type, pg_catalog.count(*) AS events,
         pg_catalog.count(DISTINCT user_id) AS users, pg_catalog.count(DISTINCT family_unit_id) AS families
@@ -233,8 +245,15 @@ BEGIN
     SELECT writer, number FROM counted, pg_catalog.generate_series(1, last) AS number
     EXCEPT
     SELECT writer, segment FROM analytics_loads WHERE writer IS NOT NULL;
+    PERFORM pg_catalog.set_config('citus.enable_ddl_propagation', 'on', true);
 
     -- Whether there are foreign keys is remembered. Older versions did not: their tables keep what they have.
+    IF EXISTS (SELECT FROM analytics_settings WHERE name = 'layout' AND value = 'citus') THEN
+        IF choice = 'on' THEN
+            RAISE EXCEPTION 'Citus allows no foreign keys from distributed tables to local ones, nothing was changed: leave --foreign-keys out';
+        END IF;
+        choice := 'off';
+    END IF;
     IF choice IN ('on', 'off') THEN
         INSERT INTO analytics_settings (name, value) VALUES ('foreign_keys', choice)
             ON CONFLICT (name) DO UPDATE SET value = excluded.value;
@@ -306,7 +325,7 @@ BEGIN
             ALTER TABLE analytics_events
                 ALTER COLUMN user_id DROP NOT NULL, ALTER COLUMN family_unit_id DROP NOT NULL;
             RAISE NOTICE 'events may have no user and no family';
-        ELSIF EXISTS (SELECT FROM analytics_events WHERE user_id IS NULL OR family_unit_id IS NULL) THEN
+        ELSIF EXISTS (SELECT 1 FROM analytics_events WHERE user_id IS NULL OR family_unit_id IS NULL) THEN
             RAISE EXCEPTION 'some events have no user or no family, nothing was changed: delete them, or leave identity optional';
         ELSE
             ALTER TABLE analytics_events
@@ -319,6 +338,7 @@ BEGIN
     -- writer states about its first segments is compared with the ledger; of its later ones the ledger and the spool
     -- are the only witnesses. A segment that is neither in the ledger nor in the spool is missing. Of a chunk that was
     -- loaded again the first time counts, so a reject that was loaded later is still a reject here.
+    PERFORM pg_catalog.set_config('citus.enable_ddl_propagation', 'off', true);
     CREATE OR REPLACE VIEW analytics_conservation AS
     WITH stated AS (
         SELECT DISTINCT ON (writer) * FROM analytics_writers ORDER BY writer, reported_at DESC
@@ -373,6 +393,7 @@ BEGIN
         pending::bigint AS pending, (stated_lines - found)::bigint AS missing,
         coalesce(absent.segments, ARRAY[]::text[]) AS missing_segments, coalesce(ended, false) AS ended
     FROM summed LEFT JOIN absent ON absent.writer = summed.writer;
+    PERFORM pg_catalog.set_config('citus.enable_ddl_propagation', 'on', true);
 
     -- Whoever may load may state what writers state, also if nobody names the role again at an upgrade.
     FOR grantee_name IN
@@ -548,6 +569,7 @@ DECLARE
     home pg_catalog.name;
     home_oid pg_catalog.oid;
     statements pg_catalog.text;
+    is_distributed pg_catalog.bool;
     foreign_name pg_catalog.name;
     foreign_owner pg_catalog.name;
 BEGIN
@@ -556,6 +578,7 @@ BEGIN
     END IF;
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     PERFORM set_config('lock_timeout', '1s', true);
+    PERFORM set_config('citus.multi_shard_modify_mode', 'sequential', true);
     PERFORM pg_advisory_xact_lock(hashtext('analytics_schema'));  -- one at a time
     SELECT nspname, pg_namespace.oid INTO home, home_oid
         FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = events;
@@ -577,8 +600,8 @@ BEGIN
             source TEXT NOT NULL CHECK (source IN ('events', 'metrics', 'users'))
         );
         INSERT INTO @.analytics_touched
-        SELECT timestamptz '-infinity', 'events' WHERE EXISTS (SELECT FROM @.analytics_events)
-        UNION ALL SELECT timestamptz '-infinity', 'metrics' WHERE EXISTS (SELECT FROM @.analytics_metrics);
+        SELECT timestamptz '-infinity', 'events' WHERE EXISTS (SELECT 1 FROM @.analytics_events)
+        UNION ALL SELECT timestamptz '-infinity', 'metrics' WHERE EXISTS (SELECT 1 FROM @.analytics_metrics);
     END IF;
 END
 $$;
@@ -1832,6 +1855,7 @@ BEGIN
     ELSIF NOT (first >= '2020-01-01' AND finish <= now() + interval '400 days') THEN  -- a wrong clock makes none
         RAISE EXCEPTION 'cannot make partitions for % to %: only from 2020 on, and for 400 days ahead', first, finish;
     END IF;
+    PERFORM set_config('citus.multi_shard_modify_mode', 'sequential', true);  -- in parallel, it would wait for itself
     PERFORM pg_advisory_xact_lock(hashtext('analytics_partitions'));
     FOR wanted, key IN VALUES ('events', 'event_id'), ('metrics', 'id') LOOP
         begins := date_trunc(width, first);
@@ -1918,7 +1942,7 @@ DECLARE
     index RECORD;
 BEGIN
     IF coalesce(current_setting('analytics.indexes', true), '') = 'later'
-        AND (EXISTS (SELECT FROM @.analytics_events) OR EXISTS (SELECT FROM @.analytics_metrics))
+        AND (EXISTS (SELECT 1 FROM @.analytics_events) OR EXISTS (SELECT 1 FROM @.analytics_metrics))
     THEN
         RETURN;
     END IF;
@@ -1951,6 +1975,13 @@ END
 $$;
 
 $sql$;
+    -- On Citus, no function may depend on a distributed table: it would keep partitions from being attached.
+    EXECUTE format('SELECT EXISTS (SELECT FROM %I.analytics_settings WHERE name = ''layout'' AND value = ''citus'')', home)
+        INTO is_distributed;
+    IF is_distributed THEN
+        statements := regexp_replace(statements, '(\nLANGUAGE sql(?: STABLE| IMMUTABLE)??)\nBEGIN ATOMIC\n(.*?)\nEND;\n',
+            E'\\1 SET search_path = pg_catalog, pg_temp AS $atomic$\n\\2\n$atomic$;\n', 'g');
+    END IF;
     EXECUTE replace(statements, '@.', replace(quote_ident(home), $quote$'$quote$, $quote$''$quote$) || '.');
 
     -- What existed with one of these names belongs to whoever created it, and would run with the rights of whoever

@@ -41,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 from weakref import WeakKeyDictionary
 
@@ -72,6 +73,11 @@ _DURABLE: Final = b"""
     WHERE pg_catalog.current_setting('synchronous_commit') IN ('off', 'local', 'remote_write');
 """
 _SESSION_SCHEMAS: Final = "SELECT pg_catalog.current_schemas(false)::pg_catalog.text[]"
+_HAS_CITUS: Final = "SELECT pg_catalog.to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL"
+_IS_DISTRIBUTED: Final = (
+    "SELECT EXISTS (SELECT FROM pg_catalog.pg_dist_partition "
+    "WHERE logicalrelid = pg_catalog.to_regclass('analytics_events'))"
+)
 _FIND_PATH: Final = """
     WITH session AS (
         SELECT name, place FROM unnest(%s::name[]) WITH ORDINALITY AS found (name, place)
@@ -89,8 +95,18 @@ _FIND_PATH: Final = """
     )
     SELECT string_agg(quote_ident(name), ', ' ORDER BY place) FROM path
 """
-_scripts: WeakKeyDictionary[Connection, bytes] = WeakKeyDictionary()
-"""What sets the settings of each connection. One whose tables move gets an error, and is replaced."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a connection found at its first use: the script of its settings, and whether Citus has the tables."""
+
+    script: bytes
+    is_distributed: bool
+
+
+_found: WeakKeyDictionary[Connection, _Found] = WeakKeyDictionary()
+"""Of each connection. One whose tables move gets an error, and is replaced."""
 
 
 class _ReportingConnection(psycopg.Connection[tuple[Any, ...]]):
@@ -122,12 +138,17 @@ def transaction(connection: Connection, isolation: Isolation = "READ COMMITTED")
     A refresh of the rollups needs one snapshot, so REPEATABLE READ.
 
     Raises psycopg.Error, also for a server that dies at the end of a COPY: psycopg 3.3 may then raise
-    ValueError, because the connection has no socket any more.
+    ValueError, because the connection has no socket any more. OperationalError if a node of Citus failed,
+    which it reports as an internal error.
     """
     try:
         with connection.transaction():
             prepare(connection, isolation)
             yield
+    except psycopg.errors.InternalError_ as error:
+        if not is_distributed(connection):
+            raise
+        raise psycopg.OperationalError(f"a node of Citus failed: {error.diag.message_primary}") from error
     except psycopg.Error:
         raise
     except Exception as error:
@@ -139,18 +160,28 @@ def transaction(connection: Connection, isolation: Isolation = "READ COMMITTED")
 def prepare(connection: Connection, isolation: Isolation = "READ COMMITTED") -> None:
     """Set what a transaction of the loader depends on; call it first. Raises psycopg.Error.
 
-    One round trip, 0.1 ms; two more for a connection that is used for the first time.
+    One round trip, 0.1 ms; some more for a connection that is used for the first time.
     """
     level = f"SET TRANSACTION ISOLATION LEVEL {isolation};".encode()
-    if (script := _scripts.get(connection)) is None:
+    if (found := _found.get(connection)) is None:
         connection.execute(level + _SETTINGS)  # the level cannot be set once a query has run
-        script = _scripts[connection] = _script(connection)
-    connection.execute(level + script)
+        found = _found[connection] = _find(connection)
+    connection.execute(level + found.script)
 
 
-def _script(connection: Connection) -> bytes:
+def is_distributed(connection: Connection) -> bool:
+    """Whether Citus distributes the tables, as far as a transaction of the connection has found out."""
+    return (found := _found.get(connection)) is not None and found.is_distributed
+
+
+def _find(connection: Connection) -> _Found:
     path = sql.SQL("SET LOCAL search_path = {};").format(sql.SQL(search_path(connection)))
-    return _settings(connection) + _DURABLE + path.as_bytes(connection)
+    script = _settings(connection) + _DURABLE + path.as_bytes(connection)
+    connection.execute(path)
+    distributed = connection.execute(_HAS_CITUS).fetchone() == (True,) and (
+        connection.execute(_IS_DISTRIBUTED).fetchone() == (True,)
+    )
+    return _Found(script, distributed)
 
 
 def _settings(connection: Connection) -> bytes:

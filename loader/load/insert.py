@@ -6,8 +6,9 @@
     isolating       as comparing; what Postgres refuses or does not keep is found and rejected (isolate.py)
 
 The first three fail as a whole. A unique violation or a deadlock leads to the next way, an outage to the
-caller, and any other error to `isolating`: also one that only COPY has (row-level security; on Citus, every
-error of a worker is an XX000).
+caller, and any other error to `isolating`: also one that only COPY has (row-level security). On Citus every
+error that a worker has in a COPY is an XX000, so that leads to the next way; in `isolating`, which inserts
+without COPY, it means that a worker failed.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from psycopg import sql
 
 from loader.files.chunk import Chunk
 from loader.load import copying, staging
-from loader.load.database import Connection
+from loader.load.database import Connection, is_distributed
 from loader.load.decode import Reject
 from loader.load.isolate import insert_isolating
 from loader.load.outcome import Line, Outcome, decoded
-from loader.load.sqlstate import is_temporary, lacks_partition
+from loader.load.sqlstate import concerns_no_row, is_internal
 from loader.load.staging import Inserted, NotStoredError, Staging
 from loader.load.tables import EVENTS, METRICS, Table
 from loader.load.triggers import triggers
@@ -59,7 +60,10 @@ def insert(connection: Connection, chunks: Sequence[Chunk], duplicates: float) -
         except NotStoredError:
             break
         except psycopg.Error as error:
-            if is_temporary(error) or lacks_partition(error):
+            distributed = is_distributed(connection)
+            if distributed and is_internal(error):
+                continue
+            if concerns_no_row(error, distributed=distributed):
                 raise
             break
         return outcomes

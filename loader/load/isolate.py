@@ -21,14 +21,14 @@ import psycopg
 from psycopg import sql
 
 from loader.load.copying import copying
-from loader.load.database import Connection
+from loader.load.database import Connection, is_distributed
 from loader.load.decode import Reject, Row
 from loader.load.sqlstate import (
     MIGRATION_CHECKS,
     Action,
     action,
+    concerns_no_row,
     is_temporary,
-    lacks_partition,
     retry_pattern,
 )
 from loader.load.staging import Inserted, NotStoredError, Staging
@@ -72,7 +72,7 @@ def _insert(staging: Staging) -> Inserted:
             staging.discard(found)
             orphans |= found
         except psycopg.Error as error:
-            if is_temporary(error) or lacks_partition(error):
+            if concerns_no_row(error, distributed=is_distributed(staging.connection)):
                 raise
             return _insert_each(staging, error) + Inserted(refused=orphans)
 
@@ -223,7 +223,7 @@ def _accepts_newest(staging: Staging) -> bool:
             )
             return copied.fetchone() is not None
     except psycopg.Error as error:
-        if is_temporary(error):
+        if concerns_no_row(error, distributed=is_distributed(staging.connection)):
             raise
         return False
 
@@ -237,10 +237,12 @@ def _row_by_row(
     columns: Iterable[str], values: Iterable[sql.Composable],
 ) -> dict[int, Reject]:  # fmt: skip
     """Insert rows of a table with positions into another; return those that were refused."""
+    distributed = is_distributed(staging.connection)
     body = staging.format(
         _ROW_BY_ROW, source=source, target=target, values=sql.SQL(", ").join(values),
-        columns=sql.SQL(", ").join(map(sql.Identifier, columns)), outage=sql.Literal(retry_pattern()),
-        waits=sql.Literal(["", *MIGRATION_CHECKS]),
+        columns=sql.SQL(", ").join(map(sql.Identifier, columns)),
+        outage=sql.Literal(retry_pattern(distributed=distributed)),
+        waits=sql.Literal([] if distributed else ["", *MIGRATION_CHECKS]),
     )  # fmt: skip
     staging.run(_CREATE, body=sql.Literal(body.as_string(staging.connection)))
     found = staging.run("SELECT * FROM pg_temp.loader_each_row(%s::int[])", list(positions))

@@ -66,6 +66,25 @@ def is_temporary(error: psycopg.Error) -> bool:
     return action(error.sqlstate) is Action.RETRY and not is_raised(error)
 
 
+_INTERNAL_ERROR: Final = "XX000"
+
+
+def is_internal(error: psycopg.Error) -> bool:
+    """Whether this is what Citus makes of a worker's failure, and of every error that a worker has in a COPY."""
+    return error.sqlstate == _INTERNAL_ERROR
+
+
+def concerns_no_row(error: psycopg.Error, *, distributed: bool) -> bool:
+    """Whether no row of a batch is at fault: server, connection or a missing partition is, or a node of Citus.
+
+    Citus passes on no name of a constraint, so `lacks_partition` would hold for every check. There, rows without
+    a partition of their own are in the default one.
+    """
+    if distributed:
+        return is_temporary(error) or is_internal(error)
+    return is_temporary(error) or lacks_partition(error)
+
+
 def is_lost(error: psycopg.Error) -> bool:
     """Whether the connection broke, or the server ended it, as after a time without work."""
     return error.sqlstate is None or error.sqlstate.startswith(("08", "57P", "25P03", "25P04"))
@@ -86,9 +105,10 @@ def lacks_partition(error: psycopg.Error) -> bool:
     return (error.diag.constraint_name or "") in ("", *MIGRATION_CHECKS)
 
 
-def retry_pattern() -> str:
-    """Return a regular expression of Postgres for the codes whose action is RETRY."""
-    return "^(" + "|".join(code for code, what in _ACTIONS.items() if what is Action.RETRY) + ")"
+def retry_pattern(*, distributed: bool) -> str:
+    """Return a regular expression of Postgres for the codes that mean an outage; see `concerns_no_row`."""
+    codes = [code for code, what in _ACTIONS.items() if what is Action.RETRY]
+    return "^(" + "|".join([*codes, _INTERNAL_ERROR] if distributed else codes) + ")"
 
 
 _ADVICE: Final = {

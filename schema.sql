@@ -600,8 +600,8 @@ BEGIN
             source TEXT NOT NULL CHECK (source IN ('events', 'metrics', 'users'))
         );
         INSERT INTO @.analytics_touched
-        SELECT timestamptz '-infinity', 'events' WHERE EXISTS (SELECT 1 FROM @.analytics_events)
-        UNION ALL SELECT timestamptz '-infinity', 'metrics' WHERE EXISTS (SELECT 1 FROM @.analytics_metrics);
+        SELECT timestamptz '-infinity', 'events' WHERE EXISTS (SELECT FROM @.analytics_events)
+        UNION ALL SELECT timestamptz '-infinity', 'metrics' WHERE EXISTS (SELECT FROM @.analytics_metrics);
     END IF;
 END
 $$;
@@ -1942,7 +1942,7 @@ DECLARE
     index RECORD;
 BEGIN
     IF coalesce(current_setting('analytics.indexes', true), '') = 'later'
-        AND (EXISTS (SELECT 1 FROM @.analytics_events) OR EXISTS (SELECT 1 FROM @.analytics_metrics))
+        AND (EXISTS (SELECT FROM @.analytics_events) OR EXISTS (SELECT FROM @.analytics_metrics))
     THEN
         RETURN;
     END IF;
@@ -1975,12 +1975,14 @@ END
 $$;
 
 $sql$;
-    -- On Citus, no function may depend on a distributed table: it would keep partitions from being attached.
+    -- On Citus, no function may depend on a distributed table: it would keep partitions from being attached. Citus cannot
+    -- push down OFFSET, nor read a subquery without columns.
     EXECUTE format('SELECT EXISTS (SELECT FROM %I.analytics_settings WHERE name = ''layout'' AND value = ''citus'')', home)
         INTO is_distributed;
     IF is_distributed THEN
         statements := regexp_replace(statements, '(\nLANGUAGE sql(?: STABLE| IMMUTABLE)??)\nBEGIN ATOMIC\n(.*?)\nEND;\n',
             E'\\1 SET search_path = pg_catalog, pg_temp AS $atomic$\n\\2\n$atomic$;\n', 'g');
+        statements := replace(replace(statements, ' OFFSET 0', ''), 'EXISTS (SELECT FROM', 'EXISTS (SELECT 1 FROM');
     END IF;
     EXECUTE replace(statements, '@.', replace(quote_ident(home), $quote$'$quote$, $quote$''$quote$) || '.');
 

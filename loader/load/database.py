@@ -41,7 +41,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final, Literal
 from weakref import WeakKeyDictionary
 
@@ -73,11 +72,6 @@ _DURABLE: Final = b"""
     WHERE pg_catalog.current_setting('synchronous_commit') IN ('off', 'local', 'remote_write');
 """
 _SESSION_SCHEMAS: Final = "SELECT pg_catalog.current_schemas(false)::pg_catalog.text[]"
-_HAS_CITUS: Final = "SELECT pg_catalog.to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL"
-_IS_DISTRIBUTED: Final = (
-    "SELECT EXISTS (SELECT FROM pg_catalog.pg_dist_partition "
-    "WHERE logicalrelid = pg_catalog.to_regclass('analytics_events'))"
-)
 _FIND_PATH: Final = """
     WITH session AS (
         SELECT name, place FROM unnest(%s::name[]) WITH ORDINALITY AS found (name, place)
@@ -95,18 +89,15 @@ _FIND_PATH: Final = """
     )
     SELECT string_agg(quote_ident(name), ', ' ORDER BY place) FROM path
 """
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What a connection found at its first use: the script of its settings, and whether Citus has the tables."""
-
-    script: bytes
-    is_distributed: bool
-
-
-_found: WeakKeyDictionary[Connection, _Found] = WeakKeyDictionary()
-"""Of each connection. One whose tables move gets an error, and is replaced."""
+_HAS_CITUS: Final = "SELECT pg_catalog.to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL"
+_IS_DISTRIBUTED: Final = (
+    "SELECT EXISTS (SELECT FROM pg_catalog.pg_dist_partition "
+    "WHERE logicalrelid = pg_catalog.to_regclass('analytics_events'))"
+)
+_scripts: WeakKeyDictionary[Connection, bytes] = WeakKeyDictionary()
+"""What sets the settings of each connection. One whose tables move gets an error, and is replaced."""
+_distributed: WeakKeyDictionary[Connection, bool] = WeakKeyDictionary()
+"""Whether Citus distributes the tables that a connection found."""
 
 
 class _ReportingConnection(psycopg.Connection[tuple[Any, ...]]):
@@ -139,7 +130,7 @@ def transaction(connection: Connection, isolation: Isolation = "READ COMMITTED")
 
     Raises psycopg.Error, also for a server that dies at the end of a COPY: psycopg 3.3 may then raise
     ValueError, because the connection has no socket any more. OperationalError if a node of Citus failed,
-    which it reports as an internal error.
+    which Citus reports as an internal error.
     """
     try:
         with connection.transaction():
@@ -163,25 +154,20 @@ def prepare(connection: Connection, isolation: Isolation = "READ COMMITTED") -> 
     One round trip, 0.1 ms; some more for a connection that is used for the first time.
     """
     level = f"SET TRANSACTION ISOLATION LEVEL {isolation};".encode()
-    if (found := _found.get(connection)) is None:
+    if (script := _scripts.get(connection)) is None:
         connection.execute(level + _SETTINGS)  # the level cannot be set once a query has run
-        found = _found[connection] = _find(connection)
-    connection.execute(level + found.script)
+        script = _scripts[connection] = _script(connection)
+    connection.execute(level + script)
 
 
 def is_distributed(connection: Connection) -> bool:
-    """Whether Citus distributes the tables, as far as a transaction of the connection has found out."""
-    return (found := _found.get(connection)) is not None and found.is_distributed
+    """Whether Citus distributes the tables. Known once `prepare` or `search_path` was called."""
+    return _distributed.get(connection, False)
 
 
-def _find(connection: Connection) -> _Found:
+def _script(connection: Connection) -> bytes:
     path = sql.SQL("SET LOCAL search_path = {};").format(sql.SQL(search_path(connection)))
-    script = _settings(connection) + _DURABLE + path.as_bytes(connection)
-    connection.execute(path)
-    distributed = connection.execute(_HAS_CITUS).fetchone() == (True,) and (
-        connection.execute(_IS_DISTRIBUTED).fetchone() == (True,)
-    )
-    return _Found(script, distributed)
+    return _settings(connection) + _DURABLE + path.as_bytes(connection)
 
 
 def _settings(connection: Connection) -> bytes:
@@ -198,4 +184,8 @@ def search_path(connection: Connection) -> Any:
     ((schemas,),) = connection.execute(_SESSION_SCHEMAS).fetchall()
     connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
     ((path,),) = connection.execute(_FIND_PATH, [schemas]).fetchall()
+    connection.execute(f"SET LOCAL search_path = {path}".encode())
+    _distributed[connection] = all(
+        connection.execute(statement).fetchone() == (True,) for statement in (_HAS_CITUS, _IS_DISTRIBUTED)
+    )
     return path

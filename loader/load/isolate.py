@@ -179,6 +179,8 @@ _CREATE: Final = (
     "CREATE OR REPLACE FUNCTION pg_temp.loader_each_row(positions int[]) "
     "RETURNS TABLE (refused int, code text, words text, violated text) LANGUAGE plpgsql AS {body}"
 )
+_NOT_ON_WORKERS: Final = "SET LOCAL citus.enable_ddl_propagation = off"
+"""Citus creates a function on its workers, too, and refuses that after an insert."""
 
 
 def _insert_each(staging: Staging, error: psycopg.Error | None) -> Inserted:
@@ -244,6 +246,8 @@ def _row_by_row(
         outage=sql.Literal(retry_pattern(distributed=distributed)),
         waits=sql.Literal([] if distributed else ["", *MIGRATION_CHECKS]),
     )  # fmt: skip
+    if distributed:
+        staging.run(_NOT_ON_WORKERS)
     staging.run(_CREATE, body=sql.Literal(body.as_string(staging.connection)))
     found = staging.run("SELECT * FROM pg_temp.loader_each_row(%s::int[])", list(positions))
     return {

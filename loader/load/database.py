@@ -47,6 +47,8 @@ from weakref import WeakKeyDictionary
 import psycopg
 from psycopg import sql
 
+from loader.load.sqlstate import is_internal
+
 Connection = psycopg.Connection[tuple[Any, ...]]
 Isolation = Literal["READ COMMITTED", "REPEATABLE READ"]
 
@@ -100,6 +102,10 @@ _distributed: WeakKeyDictionary[Connection, bool] = WeakKeyDictionary()
 """Whether Citus distributes the tables that a connection found."""
 
 
+class NodeFailedError(psycopg.OperationalError):
+    """A node of Citus failed, or left a transaction half rolled back: try again with a new connection."""
+
+
 class _ReportingConnection(psycopg.Connection[tuple[Any, ...]]):
     """A connection that reports whenever the server answers or accepts rows.
 
@@ -129,18 +135,16 @@ def transaction(connection: Connection, isolation: Isolation = "READ COMMITTED")
     A refresh of the rollups needs one snapshot, so REPEATABLE READ.
 
     Raises psycopg.Error, also for a server that dies at the end of a COPY: psycopg 3.3 may then raise
-    ValueError, because the connection has no socket any more. OperationalError if a node of Citus failed,
-    which Citus reports as an internal error.
+    ValueError, because the connection has no socket any more. NodeFailedError for what Citus reports as an
+    internal error.
     """
     try:
         with connection.transaction():
             prepare(connection, isolation)
             yield
-    except psycopg.errors.InternalError_ as error:
-        if not is_distributed(connection):
-            raise
-        raise psycopg.OperationalError(f"a node of Citus failed: {error.diag.message_primary}") from error
-    except psycopg.Error:
+    except psycopg.Error as error:
+        if is_distributed(connection) and is_internal(error):
+            raise NodeFailedError(f"a node of Citus failed: {error.diag.message_primary}") from error
         raise
     except Exception as error:
         if connection.closed:

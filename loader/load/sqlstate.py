@@ -66,12 +66,14 @@ def is_temporary(error: psycopg.Error) -> bool:
     return action(error.sqlstate) is Action.RETRY and not is_raised(error)
 
 
-_INTERNAL_ERROR: Final = "XX000"
+_INTERNAL: Final = ("XX000", "25P02")
+"""Codes with which Citus reports that a worker failed, or every error that a worker has in a COPY, and that a
+savepoint was not rolled back on a worker, which happens after such a COPY."""
 
 
 def is_internal(error: psycopg.Error) -> bool:
-    """Whether this is what Citus makes of a worker's failure, and of every error that a worker has in a COPY."""
-    return error.sqlstate == _INTERNAL_ERROR
+    """Whether the code is one that, on Citus, does not mean what it means on a single server."""
+    return error.sqlstate in _INTERNAL
 
 
 def concerns_no_row(error: psycopg.Error, *, distributed: bool) -> bool:
@@ -108,7 +110,7 @@ def lacks_partition(error: psycopg.Error) -> bool:
 def retry_pattern(*, distributed: bool) -> str:
     """Return a regular expression of Postgres for the codes that mean an outage; see `concerns_no_row`."""
     codes = [code for code, what in _ACTIONS.items() if what is Action.RETRY]
-    return "^(" + "|".join([*codes, _INTERNAL_ERROR] if distributed else codes) + ")"
+    return "^(" + "|".join([*codes, *_INTERNAL] if distributed else codes) + ")"
 
 
 _ADVICE: Final = {

@@ -16,7 +16,7 @@ import psycopg
 from loader.files.chunk import Chunk
 from loader.load.batch import load
 from loader.load.counts import Loaded
-from loader.load.database import Connection
+from loader.load.database import Connection, NodeFailedError
 from loader.load.sqlstate import is_lost
 
 _FIRST_WAIT: Final = 1.0
@@ -61,13 +61,16 @@ class WorkerConnection:
         """Load a batch. Raises as `loader.load.batch.load`.
 
         A connection that was idle may have been closed by the server, a pooler or a firewall. That is not an
-        outage: it is opened again, once.
+        outage: it is opened again, once. On Citus a duplicate may have been in the way of a COPY, so the rows are
+        compared then.
         """
         try:
             return self._load(batch, spool)
         except psycopg.OperationalError as error:
             if not is_lost(error):
                 raise
+            if isinstance(error, NodeFailedError):
+                self._duplicates = 1.0
         self.connect()
         return self._load(batch, spool)
 

@@ -28,7 +28,7 @@ from loader.files.lock import LOCK, holder, is_foreign, lock_holders
 from loader.files.scan import STALE_SECONDS, Adopter, backlog, is_stale, segment_names
 from loader.files.writers import Stated
 from loader.load import deviations, schema, writers
-from loader.load.database import Connection, connect, transaction
+from loader.load.database import Connection, connect, is_distributed, transaction
 from loader.load.deviations import Severity
 from loader.load.dropped import dropped, unreported
 from loader.load.sqlstate import explain
@@ -158,6 +158,8 @@ def examine(spool: Path | None, dsn: str | None, archive: Path | None, workers: 
             with transaction(connection):
                 for inspect in (_server, _clock, _schema, _tables, _identity, _privileges, _creators):
                     yield from inspect(connection)
+                if is_distributed(connection):
+                    yield from _workers(connection)
                 yield from _durability(connection, found)
                 yield from _limits(connection, found, workers)
                 yield from _drops(connection, stated)
@@ -345,6 +347,30 @@ def _server(connection: Connection) -> Iterator[Finding]:
         yield _failed("server", "it is read-only", "connect to the primary: target_session_attrs=read-write")
     else:
         yield _ok("server", f"PostgreSQL {version}")
+
+
+_WORKERS: Final = (
+    "SELECT nodename, nodeport, success, result FROM run_command_on_workers("
+    "'SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_xacts "
+    "WHERE prepared < pg_catalog.now() - interval ''5 minutes''') ORDER BY 1, 2"
+)
+"""A worker of Citus that died in a COMMIT has transactions whose rows are not visible. Citus ends them within a
+minute (citus.recover_2pc_interval)."""
+
+
+def _workers(connection: Connection) -> Iterator[Finding]:
+    """Report workers of Citus that do not answer, or have transactions that were not ended."""
+    found = connection.execute(_WORKERS).fetchall()
+    for name, port, answers, result in found:
+        if not answers:
+            yield _failed("workers", f"{name}:{port} does not answer: {result}", "start it; loading waits")
+        elif int(result):
+            finding = f"{name}:{port} has {result} prepared transactions, whose rows are not visible yet"
+            yield _warning("workers", finding, "SELECT recover_prepared_transactions(), as a superuser")
+    if not found:
+        yield _failed("workers", "Citus has none", "SELECT citus_add_node(...)")
+    elif all(answers and not int(result) for _, _, answers, result in found):
+        yield _ok("workers", f"{len(found)} answer")
 
 
 def _clock(connection: Connection) -> Iterator[Finding]:

@@ -1602,6 +1602,11 @@ LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan SET jit = off SE
 DECLARE
     name CONSTANT TEXT := CASE wanted WHEN 'events' THEN 'event_type' WHEN 'metrics' THEN 'metric_name' END;
 BEGIN
+    IF EXISTS (SELECT FROM @.analytics_settings s WHERE s.name = 'layout' AND s.value = 'citus') THEN  -- which has no recursion
+        RETURN QUERY EXECUTE format('SELECT DISTINCT date_trunc(''hour'', timestamp, ''UTC'') FROM @.analytics_%s '
+            'WHERE timestamp > ''-infinity'' AND timestamp < $1', wanted) USING before;
+        RETURN;
+    END IF;
     RETURN QUERY EXECUTE format($q$
         WITH RECURSIVE kinds AS (
             (SELECT %1$I AS kind FROM @.analytics_%2$s ORDER BY 1 LIMIT 1)
@@ -1976,12 +1981,15 @@ $$;
 
 $sql$;
     -- On Citus, no function may depend on a distributed table: it would keep partitions from being attached. Citus cannot
-    -- push down OFFSET, nor read a subquery without columns.
+    -- push down OFFSET, nor read a subquery without columns, nor recurse over a distributed table.
     EXECUTE format('SELECT EXISTS (SELECT FROM %I.analytics_settings WHERE name = ''layout'' AND value = ''citus'')', home)
         INTO is_distributed;
     IF is_distributed THEN
         statements := regexp_replace(statements, '(\nLANGUAGE sql(?: STABLE| IMMUTABLE)??)\nBEGIN ATOMIC\n(.*?)\nEND;\n',
             E'\\1 SET search_path = pg_catalog, pg_temp AS $atomic$\n\\2\n$atomic$;\n', 'g');
+        statements := regexp_replace(statements, 'WITH RECURSIVE kinds AS \([^;]*?\), old AS MATERIALIZED \(\s*'
+            'SELECT found[.]\w+ FROM kinds k CROSS JOIN LATERAL \((\s*SELECT \w+ FROM [@.\w]+\s*WHERE )\w+ = k[.]kind AND '
+            '([^;]*?)\) found LIMIT at_most', 'WITH old AS MATERIALIZED (\1\2', 'g');
         statements := replace(replace(statements, ' OFFSET 0', ''), 'EXISTS (SELECT FROM', 'EXISTS (SELECT 1 FROM');
     END IF;
     EXECUTE replace(statements, '@.', replace(quote_ident(home), $quote$'$quote$, $quote$''$quote$) || '.');

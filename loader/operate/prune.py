@@ -31,7 +31,7 @@ from psycopg import sql
 from loader.files import nofollow, rejects
 from loader.files.retire import SUFFIX
 from loader.load import rollups
-from loader.load.database import Connection, transaction
+from loader.load.database import Connection, is_distributed, transaction
 from loader.load.tables import EVENTS, METRICS, Table
 from spool.segment import SEALED
 
@@ -46,6 +46,8 @@ _KINDS: Final = (
     "WHERE kind IS NOT NULL) SELECT kind FROM kinds WHERE kind IS NOT NULL"
 )
 """The kinds there are, by leaps through the index."""
+_KINDS_DISTRIBUTED: Final = "SELECT DISTINCT {kind} FROM {table}"
+"""Citus allows no recursion over a distributed table."""
 _COUNT: Final = (
     "SELECT pg_catalog.count(*) FROM {table} WHERE {kind} OPERATOR(pg_catalog.=) %s AND timestamp < %s"
 )
@@ -163,7 +165,8 @@ class Rows:
         return total
 
     def _kinds(self, table: Table) -> list[str]:
-        return [kind for (kind,) in self._run(_KINDS, table)]
+        statement: LiteralString = _KINDS_DISTRIBUTED if is_distributed(self._connection) else _KINDS
+        return [kind for (kind,) in self._run(statement, table)]
 
     def _writers(self) -> list[str]:
         """Those of whom a segment was loaded since."""

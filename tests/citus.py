@@ -31,6 +31,9 @@ _CATALOG: Final = """
     GRANT SELECT ON pg_catalog.pg_dist_partition TO PUBLIC;
     CREATE FUNCTION pg_catalog.create_distributed_table(named regclass, key text, colocate_with text DEFAULT 'default')
     RETURNS void BEGIN ATOMIC INSERT INTO pg_catalog.pg_dist_partition VALUES (named, key, colocate_with); END;
+    CREATE FUNCTION pg_catalog.run_command_on_workers(command text)
+    RETURNS TABLE (nodename text, nodeport int, success boolean, result text)
+    BEGIN ATOMIC VALUES ('w1', 5432, false, 'refused'), ('w2', 5432, true, '3'), ('w3', 5432, true, '0'); END;
     RESET allow_system_table_mods;
 """
 REFUSED: Final = re.compile(

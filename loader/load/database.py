@@ -69,6 +69,8 @@ _SETTINGS: Final = b"""
 """
 VERSION_17: Final = 17_00_00
 SINCE_17: Final = b"SET LOCAL transaction_timeout = 0;"
+_ON_WORKERS: Final = b"SET LOCAL citus.propagate_set_commands = 'local';"
+"""Citus sends what follows to the workers, with the BEGIN of their transactions."""
 _DURABLE: Final = b"""
     SELECT pg_catalog.set_config('synchronous_commit', 'on', true)
     WHERE pg_catalog.current_setting('synchronous_commit') IN ('off', 'local', 'remote_write');
@@ -171,7 +173,8 @@ def is_distributed(connection: Connection) -> bool:
 
 def _script(connection: Connection) -> bytes:
     path = sql.SQL("SET LOCAL search_path = {};").format(sql.SQL(search_path(connection)))
-    return _settings(connection) + _DURABLE + path.as_bytes(connection)
+    script = _settings(connection) + _DURABLE + path.as_bytes(connection)
+    return (_ON_WORKERS if is_distributed(connection) else b"") + script
 
 
 def _settings(connection: Connection) -> bytes:

@@ -33,7 +33,12 @@ _CATALOG: Final = """
     RETURNS void BEGIN ATOMIC INSERT INTO pg_catalog.pg_dist_partition VALUES (named, key, colocate_with); END;
     CREATE FUNCTION pg_catalog.run_command_on_workers(command text)
     RETURNS TABLE (nodename text, nodeport int, success boolean, result text)
-    BEGIN ATOMIC VALUES ('w1', 5432, false, 'refused'), ('w2', 5432, true, '3'), ('w3', 5432, true, '0'); END;
+    BEGIN ATOMIC
+        SELECT 'w1', 5432, true, current_setting('citus.stub_prepared', true) WHERE command ~ 'gid'
+        UNION ALL SELECT *
+        FROM (VALUES ('w1', 5432, false, 'refused'), ('w2', 5432, true, '3'), ('w3', 5432, true, '0')) AS counted
+        WHERE command !~ 'gid';
+    END;
     RESET allow_system_table_mods;
 """
 REFUSED: Final = re.compile(

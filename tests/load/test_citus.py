@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from loader.load import database, partitions
+from loader.load import database, partitions, rollups
 from loader.load.batch import load
 from loader.load.counts import Counts
 from loader.load.database import Connection
@@ -181,6 +181,23 @@ def test_a_check_and_a_worker_that_fails_while_rows_are_inserted_one_by_one(
         load(loader, [chunk(*(event(n, metadata={"n": n % 2}) for n in range(10)))], tmp_path)
     assert rejected(tmp_path) == []
     assert rows(owner, "SELECT count(*) FROM analytics_loads") == [(0,)]
+
+
+def test_a_refresh_waits_for_transactions_that_the_workers_have_not_committed(
+    loader: Connection, owner: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their rows are invisible, and their marks are not."""
+    load(loader, [chunk(event(1))], tmp_path)
+    monkeypatch.setattr(rollups, "WORKERS_SECONDS", 0.1)
+    with loader.transaction():
+        loader.execute("SET citus.stub_prepared = 'citus_0_1_2_3'")
+    with pytest.raises(psycopg.errors.SerializationFailure, match="in doubt"):
+        rollups.refresh(loader)
+    assert rollups.touched(owner).hours == 1
+    with loader.transaction():
+        loader.execute("RESET citus.stub_prepared")
+    assert rollups.refresh(loader) > 0
+    assert rollups.touched(owner).hours == 0
 
 
 def test_the_doctor_reports_workers_that_do_not_answer_or_keep_rows_invisible(

@@ -98,7 +98,12 @@ BEGIN
     ELSIF coalesce(width_choice, '') NOT IN ('', 'day', 'week', 'month') THEN
         RAISE EXCEPTION 'analytics.width is "%": set it to day, week or month', width_choice;
     END IF;
-    IF layout_choice = 'citus' AND pg_catalog.to_regclass('pg_catalog.pg_dist_partition') IS NULL THEN
+    IF pg_catalog.to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL THEN  -- tables may have been distributed by hand
+        INSERT INTO analytics_settings (name, value)
+        SELECT 'layout', 'citus' FROM pg_catalog.pg_dist_partition
+            WHERE logicalrelid::pg_catalog.oid = pg_catalog.to_regclass('analytics_events')::pg_catalog.oid
+            ON CONFLICT (name) DO UPDATE SET value = excluded.value;
+    ELSIF layout_choice = 'citus' THEN
         RAISE EXCEPTION 'this database is not a coordinator of Citus, nothing was changed: CREATE EXTENSION citus, and add the workers';
     END IF;
     IF layout_choice IN ('partitioned', 'citus') AND is_new THEN

@@ -96,6 +96,15 @@ def test_no_function_depends_on_a_distributed_table(owner: Connection) -> None:
     assert [name for name, body in bodies.items() if re.search(refused, body) and "%1$I" not in body] == []
 
 
+def test_tables_that_were_distributed_by_hand_are_found(one_server: str) -> None:
+    with fresh_database(one_server, "template1") as dsn, psycopg.connect(dsn) as connection:
+        citus.install(connection)
+        apply_schema(connection, layout="partitioned")
+        connection.execute("SELECT create_distributed_table('analytics_events', 'event_id')")
+        assert apply_schema(connection).layout == "citus"
+        assert apply_schema(connection, layout="citus").foreign_keys == "off"
+
+
 def test_foreign_keys_and_servers_without_citus_are_refused(owner: Connection, one_server: str) -> None:
     with pytest.raises(psycopg.errors.RaiseException, match="Citus allows no foreign keys"):
         apply_schema(owner, foreign_keys=True)

@@ -36,6 +36,7 @@ DECLARE
 BEGIN
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     PERFORM pg_catalog.set_config('lock_timeout', '1s', true);
+    PERFORM pg_catalog.set_config('citus.multi_shard_modify_mode', 'sequential', true);  -- so that all fits into one transaction
     PERFORM pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('analytics_schema'));  -- one at a time
 
     -- Existing tables stay in their schema; new ones are created in the first schema of the caller's search path.
@@ -60,7 +61,7 @@ BEGIN
         applied_at TIMESTAMPTZ NOT NULL DEFAULT pg_catalog.now()
     );
     -- The choices made when the schema was applied: foreign_keys is on or off, identity is required (the default) or
-    -- optional; layout is plain (the default) or partitioned, then partition_width is day, week or month.
+    -- optional; layout is plain (the default), partitioned or citus, then partition_width is day, week or month.
     CREATE TABLE IF NOT EXISTS analytics_settings (
         name TEXT PRIMARY KEY,
         value TEXT NOT NULL
@@ -90,13 +91,22 @@ BEGIN
 
     -- The partitioned layout: a row is in the partition of the time in its UUIDv7 (see "partitions" below).
     -- Ids before 2020 are in early; ids from 2039 on, such as most of version 4, are in other. Rows without a
-    -- partition wait in default.
-    IF coalesce(layout_choice, '') NOT IN ('', 'plain', 'partitioned') THEN
-        RAISE EXCEPTION 'analytics.layout is "%": set it to plain or partitioned', layout_choice;
+    -- partition wait in default. citus is the same, distributed over the workers by the key; all other tables stay
+    -- on the coordinator, so that the ledger row and the rows of its chunk commit together.
+    IF coalesce(layout_choice, '') NOT IN ('', 'plain', 'partitioned', 'citus') THEN
+        RAISE EXCEPTION 'analytics.layout is "%": set it to plain, partitioned or citus', layout_choice;
     ELSIF coalesce(width_choice, '') NOT IN ('', 'day', 'week', 'month') THEN
         RAISE EXCEPTION 'analytics.width is "%": set it to day, week or month', width_choice;
     END IF;
-    IF layout_choice = 'partitioned' AND is_new THEN
+    IF pg_catalog.to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL THEN  -- tables may have been distributed by hand
+        INSERT INTO analytics_settings (name, value)
+        SELECT 'layout', 'citus' FROM pg_catalog.pg_dist_partition
+            WHERE logicalrelid::pg_catalog.oid = pg_catalog.to_regclass('analytics_events')::pg_catalog.oid
+            ON CONFLICT (name) DO UPDATE SET value = excluded.value;
+    ELSIF layout_choice = 'citus' THEN
+        RAISE EXCEPTION 'this database is not a coordinator of Citus, nothing was changed: CREATE EXTENSION citus, and add the workers';
+    END IF;
+    IF layout_choice IN ('partitioned', 'citus') AND is_new THEN
         FOR parent, key IN VALUES ('analytics_events', 'event_id'), ('analytics_metrics', 'id') LOOP
             EXECUTE pg_catalog.format('ALTER TABLE %I RENAME TO analytics_model', parent);
             EXECUTE pg_catalog.format('CREATE TABLE %I (LIKE analytics_model INCLUDING DEFAULTS) PARTITION BY RANGE (%I)', parent, key);
@@ -108,13 +118,18 @@ BEGIN
                 parent || '_other', parent, '02000000-0000-0000-0000-000000000000');
             EXECUTE pg_catalog.format('CREATE TABLE %I PARTITION OF %I DEFAULT', parent || '_default', parent);
         END LOOP;
-        INSERT INTO analytics_settings (name, value) VALUES ('layout', 'partitioned')
+        IF layout_choice = 'citus' THEN
+            PERFORM pg_catalog.create_distributed_table('analytics_events', 'event_id');
+            PERFORM pg_catalog.create_distributed_table('analytics_metrics', 'id', colocate_with => 'analytics_events');
+        END IF;
+        INSERT INTO analytics_settings (name, value) VALUES ('layout', layout_choice)
             ON CONFLICT (name) DO UPDATE SET value = excluded.value;
     ELSIF layout_choice <> '' AND layout_choice <> coalesce((SELECT value FROM analytics_settings WHERE name = 'layout'), 'plain') THEN
-        IF layout_choice = 'partitioned' THEN
+        IF layout_choice = 'partitioned' AND NOT EXISTS (SELECT FROM analytics_settings WHERE name = 'layout' AND value <> 'plain') THEN
             RAISE EXCEPTION 'the tables exist and are plain, nothing was changed: run "loader migrate --to partitioned"';
         ELSE
-            RAISE EXCEPTION 'the tables are partitioned and cannot become plain again, nothing was changed';
+            RAISE EXCEPTION 'the tables exist, and their layout "%" cannot become "%", nothing was changed',
+                coalesce((SELECT value FROM analytics_settings WHERE name = 'layout'), 'plain'), layout_choice;
         END IF;
     END IF;
     IF width_choice <> '' THEN  -- for partitions created from now on
@@ -254,8 +269,9 @@ BEGIN
 
     -- ---- End of version 5: retention --------------------------------------------------------------------------------
 
-    -- Views for reading.
+    -- Views for reading. On Citus they stay on the coordinator, as the ledger does.
 
+    PERFORM pg_catalog.set_config('citus.enable_ddl_propagation', 'off', true);
     CREATE OR REPLACE VIEW analytics_events_daily AS
     SELECT pg_catalog.date_trunc('day', timestamp) AS day, event_type, pg_catalog.count(*) AS events,
         pg_catalog.count(DISTINCT user_id) AS users, pg_catalog.count(DISTINCT family_unit_id) AS families
@@ -279,8 +295,15 @@ BEGIN
         FROM analytics_loads WHERE writer IS NOT NULL
     )
     SELECT writer, number FROM gaps CROSS JOIN LATERAL pg_catalog.generate_series(since, until - 1::bigint) AS number;
+    PERFORM pg_catalog.set_config('citus.enable_ddl_propagation', 'on', true);
 
     -- The choice of foreign keys is stored. Older versions did not store it: their tables stay as they are.
+    IF EXISTS (SELECT FROM analytics_settings WHERE name = 'layout' AND value = 'citus') THEN
+        IF choice = 'on' THEN
+            RAISE EXCEPTION 'Citus allows no foreign keys from distributed tables to local ones, nothing was changed: leave --foreign-keys out';
+        END IF;
+        choice := 'off';
+    END IF;
     IF choice IN ('on', 'off') THEN
         INSERT INTO analytics_settings (name, value) VALUES ('foreign_keys', choice)
             ON CONFLICT (name) DO UPDATE SET value = excluded.value;
@@ -352,7 +375,7 @@ BEGIN
             ALTER TABLE analytics_events
                 ALTER COLUMN user_id DROP NOT NULL, ALTER COLUMN family_unit_id DROP NOT NULL;
             RAISE NOTICE 'events without a user or a family are accepted';
-        ELSIF EXISTS (SELECT FROM analytics_events WHERE user_id IS NULL OR family_unit_id IS NULL) THEN
+        ELSIF EXISTS (SELECT 1 FROM analytics_events WHERE user_id IS NULL OR family_unit_id IS NULL) THEN
             RAISE EXCEPTION 'some events have no user or no family, nothing was changed: delete them, or keep identity optional';
         ELSE
             ALTER TABLE analytics_events
@@ -366,6 +389,7 @@ BEGIN
     -- ledger and the spool are evidence. A segment that is neither in the ledger nor in the spool is missing.
     -- If a chunk was loaded again, the first load counts, so a reject that was loaded later is still a reject
     -- here. Merged rows are of whole segments that are not pending and that the account covers.
+    PERFORM pg_catalog.set_config('citus.enable_ddl_propagation', 'off', true);
     CREATE OR REPLACE VIEW analytics_conservation AS
     WITH stated AS (
         SELECT DISTINCT ON (writer) * FROM analytics_writers ORDER BY writer, reported_at DESC
@@ -453,6 +477,7 @@ BEGIN
         -- The last ones: an existing view may only get columns at its end.
         erased::bigint AS erased, expired::bigint AS expired
     FROM summed LEFT JOIN absent ON absent.writer = summed.writer;
+    PERFORM pg_catalog.set_config('citus.enable_ddl_propagation', 'on', true);
 
     -- Roles that may load also get the privileges for accounts, even if an upgrade does not name the role.
     FOR grantee_name IN
@@ -628,6 +653,7 @@ DECLARE
     home pg_catalog.name;
     home_oid pg_catalog.oid;
     statements pg_catalog.text;
+    is_distributed pg_catalog.bool;
     foreign_name pg_catalog.name;
     foreign_owner pg_catalog.name;
 BEGIN
@@ -636,6 +662,7 @@ BEGIN
     END IF;
     PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     PERFORM set_config('lock_timeout', '1s', true);
+    PERFORM set_config('citus.multi_shard_modify_mode', 'sequential', true);
     PERFORM pg_advisory_xact_lock(hashtext('analytics_schema'));  -- one at a time
     SELECT nspname, pg_namespace.oid INTO home, home_oid
         FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = events;
@@ -1769,6 +1796,7 @@ BEGIN
     ELSIF NOT (first >= '2020-01-01' AND finish <= now() + interval '400 days') THEN  -- refuses the dates of a wrong clock
         RAISE EXCEPTION 'cannot make partitions for % to %: only from 2020 on, and for 400 days ahead', first, finish;
     END IF;
+    PERFORM set_config('citus.multi_shard_modify_mode', 'sequential', true);  -- in parallel, it would wait for itself
     PERFORM pg_advisory_xact_lock(hashtext('analytics_partitions'));
     FOR wanted, key IN VALUES ('events', 'event_id'), ('metrics', 'id') LOOP
         covered := (SELECT range_agg(tstzrange(@.analytics_id_time(p.low), @.analytics_id_time(p.high)))
@@ -1858,6 +1886,11 @@ DECLARE
     name CONSTANT TEXT := CASE wanted WHEN 'events' THEN 'event_type' WHEN 'metrics' THEN 'metric_name' END;
     child REGCLASS;
 BEGIN
+    IF EXISTS (SELECT FROM @.analytics_settings s WHERE s.name = 'layout' AND s.value = 'citus') THEN  -- which has no recursion
+        RETURN QUERY EXECUTE format('SELECT DISTINCT date_trunc(''hour'', timestamp, ''UTC'') FROM @.analytics_%s '
+            'WHERE timestamp > ''-infinity'' AND timestamp < $1', wanted) USING before;
+        RETURN;
+    END IF;
     FOR child IN SELECT * FROM @.analytics_untimed(wanted) LOOP
         RETURN QUERY EXECUTE format($q$
             WITH RECURSIVE kinds AS (
@@ -2266,6 +2299,18 @@ END
 $$;
 
 $sql$;
+    -- On Citus, no function may depend on a distributed table: it would keep partitions from being attached. Citus cannot
+    -- push down OFFSET, nor read a subquery without columns, nor recurse over a distributed table.
+    EXECUTE format('SELECT EXISTS (SELECT FROM %I.analytics_settings WHERE name = ''layout'' AND value = ''citus'')', home)
+        INTO is_distributed;
+    IF is_distributed THEN
+        statements := regexp_replace(statements, '(\nLANGUAGE sql(?: STABLE| IMMUTABLE)??)\nBEGIN ATOMIC\n(.*?)\nEND;\n',
+            E'\\1 SET search_path = pg_catalog, pg_temp AS $atomic$\n\\2\n$atomic$;\n', 'g');
+        statements := regexp_replace(statements, 'WITH RECURSIVE kinds AS \([^;]*?\), old AS MATERIALIZED \(\s*'
+            'SELECT found[.]\w+ FROM kinds k CROSS JOIN LATERAL \((\s*SELECT \w+ FROM [@.\w]+\s*WHERE )\w+ = k[.]kind AND '
+            '([^;]*?)\) found LIMIT at_most', 'WITH old AS MATERIALIZED (\1\2', 'g');
+        statements := replace(replace(statements, ' OFFSET 0', ''), 'EXISTS (SELECT FROM', 'EXISTS (SELECT 1 FROM');
+    END IF;
     EXECUTE replace(statements, '@.', replace(quote_ident(home), $quote$'$quote$, $quote$''$quote$) || '.');
 
     -- An existing function with one of these names belongs to its creator, and would run with the privileges

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final, Literal, cast, get_args
+from typing import Final, Literal, cast
 
 import psycopg
 from psycopg.conninfo import make_conninfo
@@ -34,6 +34,7 @@ VERSIONS: Final = [version for version in (15, 16, 18) if embedded.binaries(vers
 ONE_LAYOUT: Final = cast("schema.Layout | Literal['']", os.environ.get("TEST_LAYOUT", ""))
 """The layout of the tables in every database of the tests; without it, partitioned on one version, else plain."""
 _MIXED: Final[dict[int, schema.Layout]] = {16: "partitioned"}
+_LAYOUTS: Final[tuple[schema.Layout, ...]] = ("plain", "partitioned")
 _OTHERS_SECONDS: Final = 900.0
 """Seconds for which the worker that started a server waits for the others before it stops the server."""
 
@@ -115,7 +116,7 @@ def _layout(server_version: int) -> schema.Layout:
 
 
 def _make_templates(server: str) -> None:
-    for layout in get_args(schema.Layout):
+    for layout in _LAYOUTS:
         with psycopg.connect(server, autocommit=True) as admin:
             admin.execute(f"CREATE DATABASE {layout}".encode())
         with psycopg.connect(server, dbname=layout) as connection:

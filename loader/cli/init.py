@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     "Emitters write such events with SPOOL_IDENTITY=optional.",
 )  # fmt: skip
 @click.option(
-    "--layout", type=click.Choice(["plain", "partitioned"]), default=None,
+    "--layout", type=click.Choice(["plain", "partitioned", "citus"]), default=None,
     help="Layout of new tables; remembered; default: plain. partitioned: one partition a day, so that loading stays as "
-    "fast as at first and old data is dropped at once. `loader migrate` converts plain tables.",
+    "fast as at first and old data is dropped at once. `loader migrate` converts plain tables. citus: the same, "
+    "distributed over the workers of a Citus cluster; no foreign keys.",
 )  # fmt: skip
 @click.option(
     "--width", type=click.Choice(["day", "week", "month"]), default=None,
@@ -84,7 +85,7 @@ def command(
         return
     upgraded = f", upgraded from version {applied.before}" if 0 < applied.before < applied.version else ""
     terminal.say(f"The tables are ready: version {applied.version}{upgraded}.")
-    terminal.say(_FOREIGN_KEYS[applied.foreign_keys])
+    terminal.say(_NO_KEYS if applied.layout == "citus" else _FOREIGN_KEYS[applied.foreign_keys])
     terminal.say(_IDENTITY[applied.identity])
     terminal.say(_LAYOUT[applied.layout])
     for note in applied.notes:
@@ -97,6 +98,7 @@ _FOREIGN_KEYS = {
     "on": "Foreign keys: on, if auth.users and family_units exist (--no-foreign-keys drops them).",
     "off": "Foreign keys: off, as configured (--foreign-keys adds them).",
 }
+_NO_KEYS = "Foreign keys: none, as Citus allows none from distributed tables to local ones."
 _IDENTITY = {
     "required": "Identity: required (--optional-identity accepts events without a user or a family).",
     "optional": "Identity: optional, as configured (--required-identity rejects events without a user "
@@ -105,4 +107,5 @@ _IDENTITY = {
 _LAYOUT = {
     "plain": "Layout: plain (`loader migrate --to partitioned` converts it).",
     "partitioned": "Layout: partitioned; the loader creates partitions for the next days.",
+    "citus": "Layout: citus, partitioned and distributed by id; the loader creates partitions for the next days.",
 }

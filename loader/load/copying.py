@@ -9,7 +9,7 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
-from loader.load.database import Connection
+from loader.load.database import Connection, is_distributed
 from loader.load.partitions import key_ranges
 from loader.load.tables import Table
 
@@ -58,14 +58,21 @@ def copy(connection: Connection, table: Table, rows: Iterable[str]) -> None:
             writer.write(row)
 
 
+_EXISTING: Final = (
+    "SELECT found.key::text FROM pg_catalog.unnest(%s::uuid[]) AS wanted CROSS JOIN LATERAL "
+    "(SELECT {key} AS key FROM {table} WHERE {key} = wanted AND ({in_range}) OFFSET 0) AS found"
+)
+_EXISTING_DISTRIBUTED: Final = (
+    "SELECT {key}::text FROM {table} WHERE {key} = ANY(%s::uuid[]) AND ({in_range})"
+)
+"""Citus cannot push down OFFSET."""
+
+
 def existing_ids(connection: Connection, table: Table, ids: Sequence[str]) -> set[str]:
     """Return the canonical UUIDs that are the key of an existing row. Raises psycopg.Error."""
     if not ids:
         return set()
-    statement = sql.SQL(
-        "SELECT found.key::text FROM pg_catalog.unnest(%s::uuid[]) AS wanted CROSS JOIN LATERAL "
-        "(SELECT {key} AS key FROM {table} WHERE {key} = wanted AND ({in_range}) OFFSET 0) AS found"
-    ).format(
+    statement = sql.SQL(_EXISTING_DISTRIBUTED if is_distributed(connection) else _EXISTING).format(
         key=sql.Identifier(table.key), table=sql.Identifier(table.name), in_range=in_range(table, ids)
     )  # fmt: skip
     return {key for (key,) in connection.execute(statement, ["{" + ",".join(ids) + "}"])}

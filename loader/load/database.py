@@ -48,6 +48,8 @@ from weakref import WeakKeyDictionary
 import psycopg
 from psycopg import sql
 
+from loader.load.sqlstate import is_internal
+
 Connection = psycopg.Connection[tuple[Any, ...]]
 Isolation = Literal["READ COMMITTED", "REPEATABLE READ"]
 
@@ -68,6 +70,8 @@ _SETTINGS: Final = b"""
 """
 VERSION_17: Final = 17_00_00
 SINCE_17: Final = b"SET LOCAL transaction_timeout = 0;"
+_ON_WORKERS: Final = b"SET LOCAL citus.propagate_set_commands = 'local';"
+"""Citus sends what follows to the workers, with the BEGIN of their transactions."""
 _DURABLE: Final = b"""
     SELECT pg_catalog.set_config('synchronous_commit', 'on', true)
     WHERE pg_catalog.current_setting('synchronous_commit') IN ('off', 'local', 'remote_write');
@@ -94,9 +98,20 @@ _HAS_COLUMN: Final = (
     "SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute "
     "WHERE attrelid = pg_catalog.to_regclass(%s::text)::pg_catalog.oid AND attname = %s::name AND NOT attisdropped)"
 )
+_HAS_CITUS: Final = "SELECT pg_catalog.to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL"
+_IS_DISTRIBUTED: Final = (
+    "SELECT EXISTS (SELECT FROM pg_catalog.pg_dist_partition "
+    "WHERE logicalrelid = pg_catalog.to_regclass('analytics_events'))"
+)
 _scripts: WeakKeyDictionary[Connection, bytes] = WeakKeyDictionary()
 """The statement that sets the settings, by connection. If the tables move, the connection gets an error and
 is replaced."""
+_distributed: WeakKeyDictionary[Connection, bool] = WeakKeyDictionary()
+"""Whether Citus distributes the tables that a connection found."""
+
+
+class NodeFailedError(psycopg.OperationalError):
+    """A node of Citus failed, or left a transaction half rolled back: try again with a new connection."""
 
 
 class _ReportingConnection(psycopg.Connection[tuple[Any, ...]]):
@@ -128,13 +143,16 @@ def transaction(connection: Connection, isolation: Isolation = "READ COMMITTED")
     A refresh of the rollups needs a single snapshot: REPEATABLE READ.
 
     Raises psycopg.Error, also if the server crashes at the end of a COPY, when psycopg 3.3 may raise
-    ValueError because the connection no longer has a socket.
+    ValueError because the connection no longer has a socket. Raises NodeFailedError for an internal error of
+    Citus.
     """
     try:
         with connection.transaction():
             prepare(connection, isolation)
             yield
-    except psycopg.Error:
+    except psycopg.Error as error:
+        if is_distributed(connection) and is_internal(error):
+            raise NodeFailedError(f"a node of Citus failed: {error.diag.message_primary}") from error
         raise
     except Exception as error:
         if connection.closed:
@@ -145,7 +163,7 @@ def transaction(connection: Connection, isolation: Isolation = "READ COMMITTED")
 def prepare(connection: Connection, isolation: Isolation = "READ COMMITTED") -> None:
     """Set the settings of a loader transaction; call it first. Raises psycopg.Error.
 
-    Takes one round trip, 0.1 ms, and two more on the first use of a connection.
+    Takes one round trip, 0.1 ms, and some more on the first use of a connection.
     """
     level = f"SET TRANSACTION ISOLATION LEVEL {isolation};".encode()
     if (script := _scripts.get(connection)) is None:
@@ -159,9 +177,15 @@ def has_column(connection: Connection, table: str, column: str) -> bool:
     return connection.execute(_HAS_COLUMN, [table, column]).fetchone() == (True,)
 
 
+def is_distributed(connection: Connection) -> bool:
+    """Whether Citus distributes the tables. Known once `prepare` or `search_path` was called."""
+    return _distributed.get(connection, False)
+
+
 def _script(connection: Connection) -> bytes:
     path = sql.SQL("SET LOCAL search_path = {};").format(sql.SQL(search_path(connection)))
-    return _settings(connection) + _DURABLE + path.as_bytes(connection)
+    script = _settings(connection) + _DURABLE + path.as_bytes(connection)
+    return (_ON_WORKERS if is_distributed(connection) else b"") + script
 
 
 def _settings(connection: Connection) -> bytes:
@@ -178,4 +202,8 @@ def search_path(connection: Connection) -> Any:
     ((schemas,),) = connection.execute(_SESSION_SCHEMAS).fetchall()
     connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
     ((path,),) = connection.execute(_FIND_PATH, [schemas]).fetchall()
+    connection.execute(f"SET LOCAL search_path = {path}".encode())
+    _distributed[connection] = all(
+        connection.execute(statement).fetchone() == (True,) for statement in (_HAS_CITUS, _IS_DISTRIBUTED)
+    )
     return path

@@ -6,8 +6,9 @@
     isolating       like comparing; rows that Postgres refuses or does not store are found and rejected (isolate.py)
 
 The first three fail as a whole. After a unique violation or a deadlock the next way is tried; an outage is
-raised; any other error leads to `isolating`, also one specific to COPY (row-level security; on Citus, every
-error of a worker is an XX000).
+raised; any other error leads to `isolating`, also one specific to COPY (row-level security). On Citus every
+error of a worker in a COPY is an XX000, so the next way is tried; in `isolating`, which inserts without COPY,
+it means that a worker failed.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from psycopg import sql
 
 from loader.files.chunk import Chunk
 from loader.load import copying, staging
-from loader.load.database import Connection
+from loader.load.database import Connection, is_distributed
 from loader.load.decode import Reject
 from loader.load.erasures import Erasures
 from loader.load.isolate import insert_isolating
 from loader.load.lowwater import Marks
 from loader.load.outcome import Line, Outcome, decoded
-from loader.load.sqlstate import is_temporary, lacks_partition, meets_new_partition
+from loader.load.sqlstate import concerns_no_row, is_internal, meets_new_partition
 from loader.load.staging import Inserted, NotStoredError, Staging
 from loader.load.tables import EVENTS, METRICS, Table
 from loader.load.triggers import triggers
@@ -67,9 +68,10 @@ def insert(
         except NotStoredError:
             break
         except psycopg.Error as error:
-            if meets_new_partition(error):
+            distributed = is_distributed(connection)
+            if meets_new_partition(error) or (distributed and is_internal(error)):
                 continue
-            if is_temporary(error) or lacks_partition(error):
+            if concerns_no_row(error, distributed=distributed):
                 raise
             break
         return outcomes

@@ -21,14 +21,14 @@ import psycopg
 from psycopg import sql
 
 from loader.load.copying import copying
-from loader.load.database import Connection
+from loader.load.database import Connection, is_distributed
 from loader.load.decode import Reject, Row
 from loader.load.sqlstate import (
     MIGRATION_CHECKS,
     Action,
     action,
+    concerns_no_row,
     is_temporary,
-    lacks_partition,
     retry_pattern,
 )
 from loader.load.staging import Inserted, NotStoredError, Staging
@@ -72,7 +72,7 @@ def _insert(staging: Staging) -> Inserted:
             staging.discard(found)
             orphans |= found
         except psycopg.Error as error:
-            if is_temporary(error) or lacks_partition(error):
+            if concerns_no_row(error, distributed=is_distributed(staging.connection)):
                 raise
             return _insert_each(staging, error) + Inserted(refused=orphans)
 
@@ -179,6 +179,8 @@ _CREATE: Final = (
     "CREATE OR REPLACE FUNCTION pg_temp.loader_each_row(positions int[]) "
     "RETURNS TABLE (refused int, code text, words text, violated text) LANGUAGE plpgsql AS {body}"
 )
+_NOT_ON_WORKERS: Final = "SET LOCAL citus.enable_ddl_propagation = off"
+"""Citus creates a function on its workers, too, and refuses that after an insert."""
 
 
 def _insert_each(staging: Staging, error: psycopg.Error | None) -> Inserted:
@@ -223,7 +225,7 @@ def _accepts_newest(staging: Staging) -> bool:
             )
             return copied.fetchone() is not None
     except psycopg.Error as error:
-        if is_temporary(error):
+        if concerns_no_row(error, distributed=is_distributed(staging.connection)):
             raise
         return False
 
@@ -237,11 +239,15 @@ def _row_by_row(
     columns: Iterable[str], values: Iterable[sql.Composable],
 ) -> dict[int, Reject]:  # fmt: skip
     """Insert rows of a table with positions into another table one by one; return the refused ones."""
+    distributed = is_distributed(staging.connection)
     body = staging.format(
         _ROW_BY_ROW, source=source, target=target, values=sql.SQL(", ").join(values),
-        columns=sql.SQL(", ").join(map(sql.Identifier, columns)), outage=sql.Literal(retry_pattern()),
-        waits=sql.Literal(["", *MIGRATION_CHECKS]),
+        columns=sql.SQL(", ").join(map(sql.Identifier, columns)),
+        outage=sql.Literal(retry_pattern(distributed=distributed)),
+        waits=sql.Literal([] if distributed else ["", *MIGRATION_CHECKS]),
     )  # fmt: skip
+    if distributed:
+        staging.run(_NOT_ON_WORKERS)
     staging.run(_CREATE, body=sql.Literal(body.as_string(staging.connection)))
     found = staging.run("SELECT * FROM pg_temp.loader_each_row(%s::int[])", list(positions))
     return {

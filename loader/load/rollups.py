@@ -14,7 +14,7 @@ from typing import Final
 import psycopg
 
 from loader.errors import LoaderError
-from loader.load.database import Connection, transaction
+from loader.load.database import Connection, is_distributed, transaction
 
 SLICE_HOURS: Final = 168
 """Hours computed by one transaction: some seconds of server time at 10 events per second."""
@@ -126,5 +126,39 @@ def rebuild(connection: Connection) -> int:
 
 def _in_one_snapshot(connection: Connection, statement: str) -> int:
     with transaction(connection, "REPEATABLE READ"):
+        if is_distributed(connection):
+            _wait_for_workers(connection)
         ((value,),) = connection.execute(statement.encode()).fetchall()
     return int(value)
+
+
+_PREPARED: Final = (
+    "SELECT success, result FROM run_command_on_workers('SELECT pg_catalog.string_agg(gid, '','') "
+    "FROM pg_catalog.pg_prepared_xacts WHERE database = pg_catalog.current_database()')"
+)
+WORKERS_SECONDS: Final = 5.0
+
+
+def _wait_for_workers(connection: Connection) -> None:
+    """Wait until the workers of Citus have committed what the snapshot of the coordinator sees as committed.
+
+    A mark whose rows are not visible yet would be deleted, and the rollup lack them for ever. The workers' own
+    snapshots begin after this. Raises SerializationFailure if it takes too long, as after a crash.
+    """
+    deadline = time.monotonic() + WORKERS_SECONDS
+    awaited = prepared = _prepared(connection)
+    while awaited & prepared:
+        if time.monotonic() > deadline:
+            raise psycopg.errors.SerializationFailure("transactions of Citus are in doubt: try again")
+        time.sleep(_PAUSE_SECONDS)  # nothing reports the end of a prepared transaction
+        prepared = _prepared(connection)
+
+
+def _prepared(connection: Connection) -> set[str]:
+    """Return the names of the transactions that are prepared on workers."""
+    names: set[str] = set()
+    for answers, result in connection.execute(_PREPARED):
+        if not answers:
+            raise psycopg.OperationalError(f"a worker of Citus does not answer: {result}")
+        names.update(filter(None, (result or "").split(",")))
+    return names

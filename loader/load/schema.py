@@ -53,7 +53,7 @@ _SUCCESS: Final = "00000"
 
 ForeignKeys = Literal["on", "off"]
 Identity = Literal["required", "optional"]
-Layout = Literal["plain", "partitioned"]
+Layout = Literal["plain", "partitioned", "citus"]
 Width = Literal["day", "week", "month"]
 
 

@@ -68,6 +68,27 @@ def is_temporary(error: psycopg.Error) -> bool:
     return action(error.sqlstate) is Action.RETRY and not is_raised(error)
 
 
+_INTERNAL: Final = ("XX000", "25P02")
+"""Codes with which Citus reports that a worker failed, or every error that a worker has in a COPY, and that a
+savepoint was not rolled back on a worker, which happens after such a COPY."""
+
+
+def is_internal(error: psycopg.Error) -> bool:
+    """Whether the code is one that, on Citus, does not mean what it means on a single server."""
+    return error.sqlstate in _INTERNAL
+
+
+def concerns_no_row(error: psycopg.Error, *, distributed: bool) -> bool:
+    """Whether no row of a batch is at fault: server, connection or a missing partition is, or a node of Citus.
+
+    Citus passes on no name of a constraint, so `lacks_partition` would hold for every check. There, rows without
+    a partition of their own are in the default one.
+    """
+    if distributed:
+        return is_temporary(error) or is_internal(error)
+    return is_temporary(error) or lacks_partition(error)
+
+
 def is_lost(error: psycopg.Error) -> bool:
     """Whether the connection broke, or the server ended it, for example after an idle timeout."""
     return error.sqlstate is None or error.sqlstate.startswith(("08", "57P", "25P03", "25P04"))
@@ -93,9 +114,10 @@ def meets_new_partition(error: psycopg.Error) -> bool:
     return lacks_partition(error) and error.diag.source_function == _PARTITION_CHECK
 
 
-def retry_pattern() -> str:
-    """Return a Postgres regular expression for the codes whose action is RETRY."""
-    return "^(" + "|".join(code for code, what in _ACTIONS.items() if what is Action.RETRY) + ")"
+def retry_pattern(*, distributed: bool) -> str:
+    """Return a regular expression of Postgres for the codes that mean an outage; see `concerns_no_row`."""
+    codes = [code for code, what in _ACTIONS.items() if what is Action.RETRY]
+    return "^(" + "|".join([*codes, *_INTERNAL] if distributed else codes) + ")"
 
 
 _ADVICE: Final = {

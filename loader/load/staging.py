@@ -15,8 +15,8 @@ from typing import Any, Final, LiteralString
 import psycopg
 from psycopg import sql
 
-from loader.load.copying import RowWriter, copying, in_range
-from loader.load.database import Connection
+from loader.load.copying import RowWriter, copying, existing_ids, in_range
+from loader.load.database import Connection, is_distributed
 from loader.load.decode import Reject, Row
 from loader.load.tables import FILLED_IN, Table
 from loader.load.triggers import triggers
@@ -165,36 +165,31 @@ class Staging:
     def compare(self, positions: Sequence[int] | None = None) -> Inserted:
         """Return the rows (all, or those at some positions) whose key exists, as duplicates and collisions.
 
-        OFFSET 0 keeps the planner, which has no statistics of a new temporary table, from scanning the whole
-        table: each key is looked up in the index.
+        The rows of the table are found by _STORED, or by _STORED_DISTRIBUTED on Citus.
         """
         if not self.keys:
             return Inserted()
         equal, unequal, stored = self.run(
             "WITH compared AS MATERIALIZED (SELECT staged.position, "
             "CASE WHEN {differ} THEN pg_catalog.left(stored::text, {shown}) END AS other "
-            "FROM {staging} staged CROSS JOIN LATERAL "
-            "(SELECT * FROM {table} found WHERE found.{key} = staged.{key} AND ({in_range}) OFFSET 0) AS stored "
+            "FROM {staging} staged {stored} "
             "WHERE %s::int[] IS NULL OR position = ANY(%s::int[])) "
             "SELECT pg_catalog.array_agg(position) FILTER (WHERE other IS NULL), "
             "pg_catalog.array_agg(position) FILTER (WHERE other IS NOT NULL), "
             "pg_catalog.array_agg(other) FILTER (WHERE other IS NOT NULL) FROM compared",
-            positions and list(positions), positions and list(positions),
-            in_range=in_range(self.table, self.keys.values(), "found"),
+            positions and list(positions), positions and list(positions), stored=self._stored(),
         ).fetchall()[0]  # fmt: skip
         return Inserted(equal or [], list(map(Collision, unequal or [], stored or [])))
 
+    def _stored(self) -> sql.Composed:
+        """Return the join of staged rows with those of the table that have their keys."""
+        join = _STORED_DISTRIBUTED if is_distributed(self.connection) else _STORED
+        return self.format(join, in_range=in_range(self.table, self.keys.values(), "found"))
+
     def absent(self, positions: Sequence[int]) -> list[int]:
         """Return the positions whose key is not in the table."""
-        if not self.keys:
-            return []
-        found = self.run(
-            "SELECT position FROM {staging} staged LEFT JOIN LATERAL (SELECT true AS here FROM {table} found "
-            "WHERE found.{key} = staged.{key} AND ({in_range}) LIMIT 1) AS stored ON true "
-            "WHERE here IS NULL AND position = ANY(%s::int[]) ORDER BY position",
-            list(positions), in_range=in_range(self.table, self.keys.values(), "found"),
-        )  # fmt: skip
-        return [position for (position,) in found]
+        found = existing_ids(self.connection, self.table, [self.keys[position] for position in positions])
+        return [position for position in positions if self.keys[position] not in found]
 
     def _insert_all_but(self, positions: Sequence[int]) -> int:
         """Insert in the order of the key; return the number of new rows."""
@@ -214,6 +209,16 @@ class Staging:
         return sql.SQL(statement).format(**self._names, **names)
 
 
+_STORED: Final = (
+    "CROSS JOIN LATERAL (SELECT * FROM {table} found WHERE found.{key} = staged.{key} AND ({in_range}) OFFSET 0) "
+    "AS stored"
+)
+"""OFFSET 0 keeps the planner, which knows nothing of a fresh temporary table, from scanning the whole table: each
+key is looked up in the index."""
+_STORED_DISTRIBUTED: Final = (
+    "JOIN (SELECT * FROM {table} found WHERE {in_range}) AS stored ON stored.{key} = staged.{key}"
+)
+"""Citus sends the staged rows to the workers, and cannot push down OFFSET."""
 _STALE: Final = (
     "SELECT pg_catalog.to_regclass({staging_name}) IS NOT NULL AND EXISTS (SELECT FROM "
     "pg_catalog.pg_attribute AS now LEFT JOIN pg_catalog.pg_attribute AS before "

@@ -14,7 +14,7 @@ import psycopg
 from loader.files import writers as writer_files
 from loader.files.writers import Stated
 from loader.load import deviations, schema, writers
-from loader.load.database import Connection, transaction
+from loader.load.database import Connection, is_distributed, transaction
 from loader.load.deviations import Severity
 from loader.load.dropped import dropped, unreported
 from loader.load.sqlstate import explain
@@ -97,6 +97,8 @@ def examine(
     with transaction(connection):
         for inspect in (_server, _clock, _schema, _tables, _identity, _privileges, _creators):
             yield from _as_far_as_allowed(connection, inspect, connection)
+        if is_distributed(connection):
+            yield from _as_far_as_allowed(connection, _workers, connection)
         yield from _durability(connection, found)
         yield from _limits(connection, found, workers)
         yield from _as_far_as_allowed(connection, _drops, connection, stated)
@@ -129,6 +131,30 @@ def _server(connection: Connection) -> Iterator[Finding]:
         )
     else:
         yield ok("server", f"PostgreSQL {version}")
+
+
+_WORKERS: Final = (
+    "SELECT nodename, nodeport, success, result FROM run_command_on_workers("
+    "'SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_xacts "
+    "WHERE prepared < pg_catalog.now() - interval ''5 minutes''') ORDER BY 1, 2"
+)
+"""A worker of Citus that died in a COMMIT has transactions whose rows are not visible. Citus ends them within a
+minute (citus.recover_2pc_interval)."""
+
+
+def _workers(connection: Connection) -> Iterator[Finding]:
+    """Report workers of Citus that do not answer, or have transactions that were not ended."""
+    found = connection.execute(_WORKERS).fetchall()
+    for name, port, answers, result in found:
+        if not answers:
+            yield failed("workers", f"{name}:{port} does not answer: {result}", "start it; loading waits")
+        elif int(result):
+            finding = f"{name}:{port} has {result} prepared transactions, whose rows are not visible yet"
+            yield warning("workers", finding, "SELECT recover_prepared_transactions(), as a superuser")
+    if not found:
+        yield failed("workers", "Citus has none", "SELECT citus_add_node(...)")
+    elif all(answers and not int(result) for _, _, answers, result in found):
+        yield ok("workers", f"{len(found)} answer")
 
 
 def _clock(connection: Connection) -> Iterator[Finding]:

@@ -35,7 +35,7 @@ from loader.errors import LoaderError
 from loader.files import nofollow, rejects
 from loader.files.retire import SUFFIX
 from loader.load import ledger, lowwater, rollups
-from loader.load.database import Connection, transaction
+from loader.load.database import Connection, is_distributed, transaction
 from loader.load.tables import EVENTS, METRICS, Table
 from spool.segment import SEALED
 
@@ -50,6 +50,8 @@ _KINDS: Final = (
     "WHERE kind IS NOT NULL) SELECT kind FROM kinds WHERE kind IS NOT NULL"
 )
 """The existing kinds, by a loose index scan."""
+_KINDS_DISTRIBUTED: Final = "SELECT DISTINCT {kind} FROM {table}"
+"""Citus allows no recursion over a distributed table."""
 _COUNT: Final = (
     "SELECT pg_catalog.count(*) FROM {table} WHERE {kind} OPERATOR(pg_catalog.=) %s AND timestamp < %s"
 )
@@ -310,7 +312,8 @@ class Rows:
         return total
 
     def _kinds(self, table: Table, name: str | None = None) -> list[str]:
-        return [kind for (kind,) in self._run(_KINDS, table, name=name)]
+        statement: LiteralString = _KINDS_DISTRIBUTED if is_distributed(self._connection) else _KINDS
+        return [kind for (kind,) in self._run(statement, table, name=name)]
 
     def _writers(self, limit: datetime) -> list[str]:
         """Return the writers with a segment loaded since then."""

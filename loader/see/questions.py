@@ -15,7 +15,7 @@ from typing import Any, Final, LiteralString
 import psycopg
 
 from loader.errors import LoaderError, UsageError
-from loader.load.database import Connection, connect
+from loader.load.database import Connection, connect, is_distributed
 from loader.see.names import fetch, pin
 from loader.see.period import Period
 
@@ -129,6 +129,8 @@ _TYPES: Final = (
     "SELECT name FROM t WHERE name IS NOT NULL"
 )
 """Reads one index entry per type instead of every row."""
+_TYPES_DISTRIBUTED: Final = "SELECT DISTINCT event_type FROM analytics_events"
+"""Citus allows no recursion over a distributed table."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ def ask(connection: Connection, question: str, period: Period, **parameters: Any
 
 def unknown_types(connection: Connection, names: Sequence[str]) -> Iterator[str]:
     """Yield a message for each name without any event, with a suggested name."""
-    known = [name for (name,) in fetch(connection, _TYPES)] if names else []
+    statement = _TYPES_DISTRIBUTED if is_distributed(connection) else _TYPES
+    known = [name for (name,) in fetch(connection, statement)] if names else []
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)

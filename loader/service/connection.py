@@ -17,7 +17,7 @@ from loader.files.chunk import Chunk
 from loader.load import erasures
 from loader.load.batch import load
 from loader.load.counts import Loaded
-from loader.load.database import Connection, transaction
+from loader.load.database import Connection, NodeFailedError, transaction
 from loader.load.erasures import Erasures
 from loader.load.sqlstate import is_lost
 
@@ -63,13 +63,15 @@ class WorkerConnection:
         """Load a batch. Raises as `loader.load.batch.load` does.
 
         The server, a pooler or a firewall may have closed an idle connection. That is not an outage: the
-        connection is reopened once.
+        connection is reopened once. On Citus a duplicate may have failed a COPY, so the rows are compared then.
         """
         try:
             return self._load(batch, spool)
         except psycopg.OperationalError as error:
             if not is_lost(error):
                 raise
+            if isinstance(error, NodeFailedError):
+                self._duplicates = 1.0
         self.connect()
         return self._load(batch, spool)
 

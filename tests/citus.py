@@ -1,0 +1,154 @@
+"""What a loader sees of Citus, on a single server: a catalog that names the tables as distributed, and a wire.
+
+    install(connection)                # before `loader init --layout citus`
+    with Wire.to(dsn) as wire:
+        database.connect(wire.dsn)     # errors arrive as through Citus
+        wire.statements                # what the client sent
+
+Citus reports each error of a worker in a COPY as XX000, and passes on no name of a constraint or column, nor the
+function of its source that raised an error. It refuses some SQL about distributed tables: see REFUSED.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import struct
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from loader.load.database import Connection
+
+_CATALOG: Final = """
+    SET allow_system_table_mods = on;
+    CREATE TABLE pg_catalog.pg_dist_partition (logicalrelid regclass, key text, colocated text);
+    GRANT SELECT ON pg_catalog.pg_dist_partition TO PUBLIC;
+    CREATE FUNCTION pg_catalog.create_distributed_table(named regclass, key text, colocate_with text DEFAULT 'default')
+    RETURNS void BEGIN ATOMIC INSERT INTO pg_catalog.pg_dist_partition VALUES (named, key, colocate_with); END;
+    CREATE FUNCTION pg_catalog.run_command_on_workers(command text)
+    RETURNS TABLE (nodename text, nodeport int, success boolean, result text)
+    BEGIN ATOMIC
+        SELECT 'w1', 5432, true, current_setting('citus.stub_prepared', true) WHERE command ~ 'gid'
+        UNION ALL SELECT *
+        FROM (VALUES ('w1', 5432, false, 'refused'), ('w2', 5432, true, '3'), ('w3', 5432, true, '0')) AS counted
+        WHERE command !~ 'gid';
+    END;
+    RESET allow_system_table_mods;
+"""
+REFUSED: Final = re.compile(
+    rb"LATERAL|OFFSET|WITH RECURSIVE|\(SELECT FROM \"analytics_(?:events|metrics)\"", re.IGNORECASE
+)
+"""In a statement about a distributed table: "cannot push down this subquery" and "recursive CTEs are only supported
+when they contain a filter on the distribution column", and a subquery without columns (Citus 15.0devel)."""
+_ABOUT_DISTRIBUTED: Final = re.compile(rb'"analytics_(?:events|metrics)"')
+_COPY: Final = re.compile(rb'COPY "analytics_(?:events|metrics)"')
+_KEPT_FIELDS: Final = b"SVCMDHW"
+"""Of an error: severity, code, message, detail, hint, context
+(https://www.postgresql.org/docs/current/protocol-error-fields.html)."""
+_SOCKET: Final = ".s.PGSQL.5432"
+_HEADER: Final = 5
+"""Bytes of a message's type and length."""
+
+
+def install(connection: Connection) -> None:
+    """Have the database look like a coordinator of Citus; as a superuser."""
+    connection.execute(_CATALOG.encode())
+    connection.commit()
+
+
+class Wire:
+    """Forwards connections to a server, notes statements and changes errors to what Citus makes of them."""
+
+    def __init__(self, server: str, directory: Path) -> None:
+        self.dsn = make_conninfo(server, host=str(directory))
+        self.statements: list[bytes] = []
+        self.internal_errors = 0
+        """Errors in a COPY that were passed on as XX000."""
+        self._server = f"{conninfo_to_dict(server)['host']}/{_SOCKET}"
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(directory / _SOCKET))
+        self._listening.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @classmethod
+    @contextlib.contextmanager
+    def to(cls, dsn: str) -> Iterator[Wire]:
+        """Listen in a temporary directory; its path is short enough for a socket."""
+        with tempfile.TemporaryDirectory(prefix="citus-") as directory:
+            wire = cls(dsn, Path(directory))
+            try:
+                yield wire
+            finally:
+                wire._listening.close()
+
+    def refused(self) -> list[bytes]:
+        """Return the statements about distributed tables that Citus would refuse."""
+        return [text for text in self.statements if _ABOUT_DISTRIBUTED.search(text) and REFUSED.search(text)]
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listening.accept()
+                server = socket.socket(socket.AF_UNIX)
+                server.connect(self._server)
+                session = _Session(self)
+                for source, target, passed, starts in (
+                    (client, server, session.from_client, True), (server, client, session.from_server, False)
+                ):  # fmt: skip
+                    forward = (source, target, passed, starts)
+                    threading.Thread(target=_forward, args=forward, daemon=True).start()
+
+
+class _Session:
+    """One connection: what its client asked last."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._last = b""
+
+    def from_client(self, message: bytes) -> bytes:
+        if message[:1] in b"QP":
+            self._last = message[_HEADER:]
+            self._wire.statements.append(self._last)
+        return message
+
+    def from_server(self, message: bytes) -> bytes:
+        if message[:1] != b"E":
+            return message
+        fields = [field for field in message[_HEADER:].split(b"\0") if field and field[0] in _KEPT_FIELDS]
+        if _COPY.match(self._last):
+            self._wire.internal_errors += 1
+            fields = [b"CXX000" if field.startswith(b"C") else field for field in fields]
+        body = b"".join(field + b"\0" for field in fields) + b"\0"
+        return b"E" + struct.pack("!I", len(body) + 4) + body
+
+
+def _forward(
+    source: socket.socket, target: socket.socket, passed: Callable[[bytes], bytes], starts: bool
+) -> None:
+    """Forward message by message; a client's first one has no type."""
+    with contextlib.suppress(OSError):
+        if starts:
+            length = _exactly(source, 4)
+            target.sendall(length + _exactly(source, struct.unpack("!I", length)[0] - 4))
+        while header := _exactly(source, _HEADER):
+            target.sendall(passed(header + _exactly(source, struct.unpack("!I", header[1:])[0] - 4)))
+    for end in (source, target):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+
+
+def _exactly(source: socket.socket, count: int) -> bytes:
+    """Return so many bytes, or none at the end."""
+    data = b""
+    while len(data) < count:
+        if not (part := source.recv(count - len(data))):
+            return b""
+        data += part
+    return data

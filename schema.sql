@@ -1745,9 +1745,11 @@ COMMENT ON FUNCTION @.analytics_partitions IS
 CREATE OR REPLACE FUNCTION @.analytics_make_partition(wanted TEXT, key NAME, since TIMESTAMPTZ, until TIMESTAMPTZ) RETURNS VOID
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $function$
 -- Created separately and then attached, so that loads and reads continue: CREATE TABLE ... PARTITION OF takes
--- ACCESS EXCLUSIVE
--- on the parent. Attaching locks the default partition and the tables that foreign keys reference.
+-- ACCESS EXCLUSIVE on the parent. Attaching locks the default partition and the tables that foreign keys reference.
+-- A query that waits for the default partition has already planned which partitions it reads. So if rows are to be
+-- moved, the parent is locked first; rows that arrive in between make ATTACH fail (23514), and it is tried again.
 DECLARE
+    moves BOOLEAN;
     parent CONSTANT NAME := 'analytics_' || wanted;
     waiting CONSTANT NAME := parent || '_default';
     child CONSTANT NAME := parent || to_char(since, '_YYYYMMDD');
@@ -1761,9 +1763,14 @@ BEGIN
     EXECUTE format('CREATE TABLE @.%I (LIKE @.%I INCLUDING DEFAULTS INCLUDING GENERATED INCLUDING CONSTRAINTS '
         'INCLUDING STORAGE INCLUDING COMPRESSION) WITH (autovacuum_vacuum_insert_scale_factor = 0.01)', child, parent);
     IF to_regclass(format('@.%I', waiting)) IS NOT NULL THEN
-        EXECUTE format('LOCK TABLE @.%I IN ACCESS EXCLUSIVE MODE', waiting);
-        EXECUTE format('WITH moved AS (DELETE FROM @.%I WHERE %s RETURNING *) INSERT INTO @.%I (%s) SELECT %4$s FROM moved',
-            waiting, within, child, columns);
+        EXECUTE format('SELECT EXISTS (SELECT 1 FROM @.%I WHERE %s)', waiting, within) INTO moves;
+        IF moves THEN
+            EXECUTE format('LOCK TABLE %s @.%I IN ACCESS EXCLUSIVE MODE', CASE WHEN EXISTS (
+                SELECT FROM @.analytics_settings s WHERE s.name = 'layout' AND s.value = 'citus') THEN '' ELSE 'ONLY' END, parent);
+            EXECUTE format('LOCK TABLE @.%I IN ACCESS EXCLUSIVE MODE', waiting);
+            EXECUTE format('WITH moved AS (DELETE FROM @.%I WHERE %s RETURNING *) INSERT INTO @.%I (%s) SELECT %4$s FROM moved',
+                waiting, within, child, columns);
+        END IF;
     END IF;
     EXECUTE format('ALTER TABLE @.%I ATTACH PARTITION @.%I FOR VALUES FROM (%L) TO (%L)',
         parent, child, @.analytics_id_at(since), @.analytics_id_at(until));

@@ -188,6 +188,35 @@ def test_rows_that_wait_in_the_default_partition_move_to_their_own(
         assert number(partitioned, f"SELECT count(*) FROM analytics_events_{day:%Y%m%d}") == 10
 
 
+def test_no_reader_misses_rows_that_move_out_of_the_default_partition(
+    one_partitioned: Connection, tmp_path: Path
+) -> None:
+    """A reader that waits for the default partition has planned for the partitions there were before."""
+    days = [NOW - timedelta(days=100 + n) for n in range(20)]
+    lines = [event(0, event_id=id_of(day, n)) for day in days for n in range(50)]
+    load(one_partitioned, [chunk(*lines)], tmp_path)
+    one_partitioned.commit()
+    counts: set[int] = set()
+    done = threading.Event()
+
+    def read() -> None:
+        with psycopg.connect(one_partitioned.info.dsn, autocommit=True) as reader:
+            while not done.is_set():
+                found = reader.execute("SELECT count(*) FROM analytics_events", prepare=False)
+                counts.update(count for (count,) in found)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    with psycopg.connect(loader_of(one_partitioned)) as loader:
+        assert partitions.make(loader) == 20
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert number(one_partitioned, IN_DEFAULT) == 0
+    assert counts == {len(lines)}
+
+
 def test_two_loaders_make_partitions_at_once_beside_a_load(
     one_partitioned: Connection, tmp_path: Path
 ) -> None:
@@ -382,7 +411,7 @@ def test_init_makes_partitions_of_the_width_that_was_chosen_and_remembers_it(old
         weeks = [bound for bound in rows(connection, PARTITIONS.format("metrics")) if all(bound)]
         assert len(weeks) >= 3 and all(high - low == timedelta(days=7) for low, high in weeks)
         assert weeks[-1][1] > NOW + timedelta(days=partitions.RUNWAY_DAYS)
-    assert "cannot become plain again" in old("init", "--layout", "plain", code=1)
+    assert 'cannot become "plain"' in old("init", "--layout", "plain", code=1)
 
 
 def test_init_does_not_convert_tables_that_exist(old: Cli) -> None:

@@ -176,7 +176,7 @@ def test_a_small_server_has_a_plain_table_that_outgrows_its_cache_and_too_few_lo
 
 
 OLDER = {
-    "version 4": "DELETE FROM analytics_schema WHERE version > 4; DROP FUNCTION analytics_make_partitions, analytics_partitions",
+    "version 4": "DELETE FROM analytics_schema WHERE version > 4; DROP FUNCTION analytics_make_partitions, analytics_partitions CASCADE",
     "version 2": "DELETE FROM analytics_schema; INSERT INTO analytics_schema VALUES (2); "
     "DROP TABLE analytics_touched, analytics_sealed CASCADE",
     "few rights": "REVOKE ALL ON ALL TABLES IN SCHEMA public FROM analytics_loader; "

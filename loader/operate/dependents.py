@@ -89,7 +89,8 @@ _USERS: Final = """
 _PROPERTIES: Final = """
     WITH old AS (
         SELECT c.oid, c.relname, c.relnamespace, c.relrowsecurity, c.reloftype, keys.key
-        FROM pg_catalog.pg_class AS c JOIN unnest(%(names)s::text[], %(keys)s::text[]) AS keys (name, key)
+        FROM pg_catalog.pg_class AS c JOIN ROWS FROM (
+            pg_catalog.unnest(%(names)s::text[]), pg_catalog.unnest(%(keys)s::text[])) AS keys (name, key)
             ON c.relname = keys.name::name
         WHERE c.oid = ANY (%(tables)s::oid[])
     )

@@ -135,8 +135,9 @@ def _waiting(connection: Connection, table: Table, partitions: Sequence[_Partiti
         for low, high in gaps
     )
     statement = sql.SQL(
-        "SELECT count(*), count(*) FILTER (WHERE version = '7'), min(id) FILTER (WHERE version = '7'), "
-        "max(id) FILTER (WHERE version = '7') FROM (SELECT {0}::text AS id, substr({0}::text, 15, 1) AS version "
+        "SELECT pg_catalog.count(*), pg_catalog.count(*) FILTER (WHERE version = '7'), "
+        "pg_catalog.min(id) FILTER (WHERE version = '7'), pg_catalog.max(id) FILTER (WHERE version = '7') "
+        "FROM (SELECT {0}::text AS id, pg_catalog.substr({0}::text, 15, 1) AS version "
         "FROM {1} WHERE {2} LIMIT {3}) AS found"
     ).format(key, sql.Identifier(table.name), within, sql.Literal(_MANY_IN_DEFAULT + 1))
     ((count, timed, low, high),) = connection.execute(statement).fetchall()
@@ -238,43 +239,47 @@ def _rows(connection: Connection, statement: str, values: Sequence[Any] = ()) ->
 
 
 _KINDS: Final = """
-    SELECT relname, relkind::text FROM unnest(%s::text[]) AS name JOIN pg_class ON oid = to_regclass(name)::oid
+    SELECT relname, relkind::text FROM pg_catalog.unnest(%s::text[]) AS name
+    JOIN pg_class ON oid = pg_catalog.to_regclass(name)::oid
 """
 _UNFINISHED: Final = """
     SELECT conrelid::regclass::text FROM pg_constraint
     WHERE conname = ANY (%s::name[]) AND conrelid IN (
-        to_regclass('analytics_events')::oid, to_regclass('analytics_metrics')::oid)
+        pg_catalog.to_regclass('analytics_events')::oid, pg_catalog.to_regclass('analytics_metrics')::oid)
     ORDER BY 1
 """
 _RANDOM_INDEXES: Final = """
-    SELECT coalesce(sum(pg_relation_size(indexrelid)), 0)::bigint, pg_size_bytes(current_setting('shared_buffers'))
+    SELECT coalesce(pg_catalog.sum(pg_catalog.pg_relation_size(indexrelid)), 0)::bigint,
+        pg_catalog.pg_size_bytes(pg_catalog.current_setting('shared_buffers'))
     FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
-    WHERE indrelid = to_regclass('analytics_events')::oid AND attname IN ('user_id', 'family_unit_id')
+    WHERE indrelid = pg_catalog.to_regclass('analytics_events')::oid AND attname IN ('user_id', 'family_unit_id')
 """
 _PARTITIONS: Final = r"""
     SELECT c.oid::regclass::text, nullif(bound[1], 'MINVALUE'), nullif(bound[2], 'MAXVALUE'), b.expression = 'DEFAULT',
-        pg_relation_size(c.oid), (SELECT count(*) FROM pg_index WHERE indrelid = c.oid)::int,
-        coalesce(array_to_string(c.reloptions, ','), '')
+        pg_catalog.pg_relation_size(c.oid), (SELECT pg_catalog.count(*) FROM pg_index WHERE indrelid = c.oid)::int,
+        coalesce(pg_catalog.array_to_string(c.reloptions, ','), '')
     FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
-    CROSS JOIN pg_get_expr(c.relpartbound, c.oid) AS b (expression)
-    LEFT JOIN regexp_match(
+    CROSS JOIN pg_catalog.pg_get_expr(c.relpartbound, c.oid) AS b (expression)
+    LEFT JOIN pg_catalog.regexp_match(
         b.expression, '\(''?([0-9a-f-]{36}|MINVALUE)''?\) TO \(''?([0-9a-f-]{36}|MAXVALUE)''?\)') AS bound ON true
-    WHERE i.inhparent = to_regclass(%s)::oid ORDER BY 1
+    WHERE i.inhparent = pg_catalog.to_regclass(%s)::oid ORDER BY 1
 """
 _CAPACITY: Final = """
-    SELECT locks * (current_setting('max_connections')::int + current_setting('max_prepared_transactions')::int), locks
-    FROM current_setting('max_locks_per_transaction') AS setting CROSS JOIN int4(setting) AS locks
+    SELECT locks * (pg_catalog.current_setting('max_connections')::int
+        + pg_catalog.current_setting('max_prepared_transactions')::int), locks
+    FROM (SELECT pg_catalog.current_setting('max_locks_per_transaction')::int AS locks) AS setting
 """
 _MAY_MAKE: Final = """
-    SELECT has_function_privilege(oid, 'EXECUTE') FROM pg_proc
-    WHERE oid = to_regproc('analytics_make_partitions')::oid
+    SELECT pg_catalog.has_function_privilege(oid, 'EXECUTE') FROM pg_proc
+    WHERE oid = pg_catalog.to_regproc('analytics_make_partitions')::oid
 """
-_READABLE: Final = "SELECT has_table_privilege(to_regclass(%s)::oid, 'SELECT')"
+_READABLE: Final = "SELECT pg_catalog.has_table_privilege(pg_catalog.to_regclass(%s)::oid, 'SELECT')"
 _LEFT: Final = """
-    SELECT count(DISTINCT hour) FROM analytics_touched AS mark
-    WHERE source <> 'users' AND hour <= now() - interval '1 hour'
-        AND age(mark.xmin) > (SELECT age(load.xmin) FROM analytics_loads AS load
-            WHERE load.loaded_at < now() - %s * interval '1 minute' ORDER BY load.loaded_at DESC LIMIT 1)
+    SELECT pg_catalog.count(DISTINCT hour) FROM analytics_touched AS mark
+    WHERE source <> 'users' AND hour <= pg_catalog.now() - interval '1 hour'
+        AND pg_catalog.age(mark.xmin) > (SELECT pg_catalog.age(load.xmin) FROM analytics_loads AS load
+            WHERE load.loaded_at < pg_catalog.now() - pg_catalog.make_interval(mins => %s::int)
+            ORDER BY load.loaded_at DESC LIMIT 1)
         AND NOT EXISTS (
             SELECT FROM analytics_sealed AS sealed WHERE sealed.source = mark.source AND sealed.hour = mark.hour)
 """

@@ -219,7 +219,7 @@ class _Migration:
         """Return the cut, of which the tables refuse rows from now on, also one that an earlier run made."""
         with transaction(self._connection):
             cuts = {self._cut_of(table) for table in TABLES}
-            ((now,),) = self._rows("SELECT now()")
+            ((now,),) = self._rows("SELECT pg_catalog.now()")
         (cut, *others) = cuts
         if cut is not None and not others and time_of(cut) > now + timedelta(days=_LEAST_DAYS):
             return cut
@@ -243,7 +243,7 @@ class _Migration:
         """Check all rows, unless the switch has to move some of them first."""
         self._report(f"checking all rows of {table.name}, beside loads and readers")
         with transaction(self._connection):
-            statement = sql.SQL("SELECT count(*) FROM {} WHERE {} >= {}").format(
+            statement = sql.SQL("SELECT pg_catalog.count(*) FROM {} WHERE {} >= {}").format(
                 self._name(table.name), sql.Identifier(table.key), sql.Literal(cut)
             )
             ((beyond,),) = self._connection.execute(statement).fetchall()
@@ -345,7 +345,8 @@ class _Migration:
 
     def _prepare_switch(self, cut: str, shapes: dict[Table, Shape]) -> None:
         """Do what takes time, and make sure that nothing has changed since the steps before."""
-        self._do("SELECT pg_advisory_xact_lock(hashtext('analytics_schema'))")  # as schema.sql does
+        # As schema.sql does.
+        self._do("SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('analytics_schema'))")
         self._keep_changes_away(TABLES)
         for table, shape in shapes.items():
             if self._shape(table) != shape or self._cut_of(table) != cut or not self._has_key(table):
@@ -455,7 +456,7 @@ class _Migration:
 
     def _keep_changes_away(self, tables: Sequence[Table]) -> None:
         names = sql.SQL(", ").join(self._name(table.name) for table in tables)
-        ((before,),) = self._rows("SELECT current_setting('lock_timeout')")
+        ((before,),) = self._rows("SELECT pg_catalog.current_setting('lock_timeout')")
         self._do("SET LOCAL lock_timeout = 0")
         self._do("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE", names)
         self._do("SET LOCAL lock_timeout = {}", sql.Literal(before))
@@ -512,31 +513,29 @@ _FIND_TABLES: Final = """
     GROUP BY n.nspname
 """
 _IDS: Final = """
-    SELECT c.oid::bigint FROM unnest(%s::text[]) AS wanted
+    SELECT c.oid::bigint FROM pg_catalog.unnest(%s::text[]) AS wanted
     JOIN pg_class AS c ON c.relname = wanted::name JOIN pg_namespace AS n ON n.oid = c.relnamespace AND n.nspname = %s
 """
-_SIZE: Final = (
-    "SELECT reltuples::bigint, pg_total_relation_size(oid) FROM pg_class WHERE oid = %s::regclass::oid"
-)
-_OWNER: Final = "SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = %s::regclass::oid"
+_SIZE: Final = "SELECT reltuples::bigint, pg_catalog.pg_total_relation_size(oid) FROM pg_class WHERE oid = %s::regclass::oid"
+_OWNER: Final = "SELECT pg_catalog.pg_get_userbyid(relowner) FROM pg_class WHERE oid = %s::regclass::oid"
 _CONSTRAINT: Final = """
-    SELECT pg_get_constraintdef(oid), convalidated FROM pg_constraint
+    SELECT pg_catalog.pg_get_constraintdef(oid), convalidated FROM pg_constraint
     WHERE conrelid = %s::regclass::oid AND conname = %s AND contype = 'c'
 """
 _BELONGINGS: Final = """
     SELECT (
-            SELECT coalesce(json_agg(json_build_array(acl.privilege_type,
-                coalesce(quote_ident(pg_get_userbyid(nullif(acl.grantee, 0))), 'PUBLIC'),
+            SELECT coalesce(pg_catalog.json_agg(pg_catalog.json_build_array(acl.privilege_type,
+                coalesce(pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(nullif(acl.grantee, 0))), 'PUBLIC'),
                 acl.is_grantable, given.attname)), '[]')
             FROM (
                 SELECT relacl AS acl, NULL::text AS attname FROM pg_class WHERE oid = c.oid
                 UNION ALL SELECT attacl, attname::text FROM pg_attribute
                 WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped
             ) AS given
-            CROSS JOIN aclexplode(given.acl) AS acl WHERE acl.grantee <> c.relowner),
-        obj_description(c.oid, 'pg_class'),
+            CROSS JOIN pg_catalog.aclexplode(given.acl) AS acl WHERE acl.grantee <> c.relowner),
+        pg_catalog.obj_description(c.oid, 'pg_class'),
         (
-            SELECT coalesce(json_agg(json_build_array(d.objid::regclass::text, a.attname)), '[]')
+            SELECT coalesce(pg_catalog.json_agg(pg_catalog.json_build_array(d.objid::regclass::text, a.attname)), '[]')
             FROM pg_depend AS d
             JOIN pg_class AS s ON s.oid = d.objid AND s.relkind = 'S'
             JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum = d.refobjsubid

@@ -115,25 +115,28 @@ def shape(connection: Connection, table: str) -> Shape:
 
 
 _COLUMNS: Final = """
-    SELECT attname, format_type(atttypid, atttypmod), attnotnull, attgenerated <> '', pg_get_expr(adbin, adrelid)
+    SELECT attname, pg_catalog.format_type(atttypid, atttypmod), attnotnull, attgenerated <> '',
+        pg_catalog.pg_get_expr(adbin, adrelid)
     FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
     WHERE attrelid = %s::regclass::oid AND attnum > 0 AND NOT attisdropped ORDER BY attnum
 """
 _CONSTRAINTS: Final = r"""
-    SELECT conname, contype::text, convalidated, pg_get_constraintdef(oid) FROM pg_constraint
+    SELECT conname, contype::text, convalidated, pg_catalog.pg_get_constraintdef(oid) FROM pg_constraint
     WHERE conrelid = %s::regclass::oid AND contype IN ('c', 'f')
         AND conname NOT LIKE 'analytics\_%%\_until' ORDER BY conname
 """
 _INDEXES: Final = """
     SELECT c.relname, i.indisvalid, i.indisprimary, i.indisunique,
         CASE WHEN i.indexprs IS NULL AND i.indpred IS NULL
-            THEN ARRAY(SELECT a.attname::text FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS part (number, place)
+            THEN ARRAY(SELECT a.attname::text
+                FROM pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY AS part (number, place)
                 JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = part.number
                 WHERE part.place <= i.indnkeyatts ORDER BY part.place)
             ELSE ARRAY[]::text[] END,
         (SELECT k.conname FROM pg_constraint AS k
             WHERE k.conindid = c.oid AND k.conrelid = i.indrelid AND k.contype IN ('p', 'u')),
-        pg_get_indexdef(c.oid), quote_ident(c.relname), obj_description(c.oid, 'pg_class')
+        pg_catalog.pg_get_indexdef(c.oid), pg_catalog.quote_ident(c.relname),
+        pg_catalog.obj_description(c.oid, 'pg_class')
     FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid
     WHERE i.indrelid = %s::regclass::oid ORDER BY c.relname
 """

@@ -46,7 +46,7 @@ def _read(file: Path) -> str:
     except OSError as error:
         me = settings.owner(os.geteuid())
         raise UsageError(
-            f'no database is set, and {me} cannot read the settings of the service in "{file}" '
+            f'no database is set, and the user {me} cannot read the settings of the service in "{file}" '
             f"({error.strerror}): run `sudo loader doctor`, or set LOADER_DSN"
         ) from None
 

@@ -134,7 +134,7 @@ def test_an_outage_is_reported_once_and_its_end_too(cli: Cli, one_connection: Co
         eventually(lambda: not list(cli.spool.glob("2*")))
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
-    assert reported and rest.count(b"out of reach") == 0 and rest.count(b"loading goes on") == 1
+    assert reported and rest.count(b"out of reach") == 0 and rest.count(b"loading continues") == 1
     with psycopg.connect(dsn) as again:
         assert number(again, EVENTS) == 300
 

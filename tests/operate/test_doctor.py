@@ -305,7 +305,9 @@ def test_a_file_of_the_service_that_may_not_be_read_is_named_with_the_command(tm
     reachable_by_others(tmp_path)
 
     def look() -> None:
-        with pytest.raises(UsageError, match=r'nobody cannot read ".*/dsn".*sudo loader doctor'):
+        with pytest.raises(
+            UsageError, match=r'nobody cannot read the settings.*".*/dsn".*sudo loader doctor'
+        ):
             unit.database_dsn(None, tmp_path)
 
     assert as_another_user(look) == 0

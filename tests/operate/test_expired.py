@@ -125,7 +125,7 @@ def test_each_table_has_its_own_age_and_mark(loader: Cli, owner: Connection) -> 
     assert NOW - timedelta(days=801) < marks["events_kept_since"] <= NOW - timedelta(days=730)
     assert NOW - timedelta(days=41) < marks["metrics_kept_since"] <= NOW - timedelta(days=30)
     segment(loader.spool, 2, event_of(45, 5), metric_of(45, 6))
-    assert "events 1, metrics 0, duplicates 0, rejected 0, expired 1" in loader("run", "--once")
+    assert "events 1, metrics 0, duplicates 0, rejected 0, erased 0, expired 1" in loader("run", "--once")
 
 
 def test_what_has_no_age_is_kept(loader: Cli, owner: Connection) -> None:
@@ -166,7 +166,7 @@ def test_ids_without_a_time_go_by_their_timestamp(loader: Cli, owner: Connection
     assert json.loads(loader.owner()("prune", "--older-than", "30d", "--json"))["events"] == 3
     owner.execute("TRUNCATE analytics_loads")
     owner.commit()
-    assert "duplicates 2, rejected 0, expired 3" in loader("backfill", archived)
+    assert "duplicates 2, rejected 0, erased 0, expired 3" in loader("backfill", archived)
 
 
 def test_a_load_that_prune_overtakes_is_repeated(loader: Cli, owner: Connection) -> None:

@@ -75,7 +75,7 @@ def test_tables_of_a_version_that_remembered_nothing_keep_the_keys_that_they_hav
     application: Connection, keys: bool
 ) -> None:
     schema.apply_schema(application, foreign_keys=keys)
-    application.execute("DROP TABLE analytics_settings; UPDATE analytics_schema SET version = 2")
+    application.execute("DROP TABLE analytics_settings CASCADE; UPDATE analytics_schema SET version = 2")
     application.commit()
     applied = schema.apply_schema(application)
     assert (applied.before, applied.version) == (2, schema.SCHEMA_VERSION)

@@ -224,7 +224,7 @@ def test_identity_is_not_required_over_rows_without_one(cli: Cli, one_connection
 
 
 def test_tables_that_already_accept_nobody_keep_it(cli: Cli, one_connection: Connection) -> None:
-    one_connection.execute("DROP TABLE analytics_settings, analytics_schema")
+    one_connection.execute("DROP TABLE analytics_settings, analytics_schema CASCADE")
     one_connection.execute(OPTIONAL.partition(";")[0].encode())
     one_connection.commit()
     assert "Identity: optional" in cli.owner()("init")

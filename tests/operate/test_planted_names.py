@@ -122,7 +122,9 @@ def test_no_statement_of_the_loader_calls_what_was_planted(cli: Cli, planted: Co
     assert "Warning" not in owner("init", "--role", ROLE, "--reader", "analytics_reader")
     assert "Warning" not in owner("init", "--no-foreign-keys")
     assert "Warning" not in owner("init", "--role", ROLE)
-    planted.execute("DROP TABLE analytics_schema, analytics_settings; DROP INDEX analytics_loads_loaded_at")
+    planted.execute(
+        "DROP TABLE analytics_schema, analytics_settings CASCADE; DROP INDEX analytics_loads_loaded_at"
+    )
     planted.commit()
     assert "upgraded from version 1" in owner("init", "--role", ROLE)
     segment(cli.spool, 1, event(1), metric(1), b"{broken")

@@ -284,7 +284,8 @@ def test_a_loader_of_version_4_loads_into_the_tables(one_connection: Connection)
 
 def test_tables_of_version_4_are_loaded_into_and_upgraded(cli: Cli, one_connection: Connection) -> None:
     one_connection.execute(
-        "DROP VIEW analytics_conservation; ALTER TABLE analytics_loads DROP COLUMN erased; DROP TABLE analytics_erasures, "
+        "DROP VIEW analytics_conservation, analytics_missing_segments; ALTER TABLE analytics_loads DROP COLUMN erased, "
+        "DROP COLUMN expired, DROP COLUMN segments, DROP COLUMN digests, DROP COLUMN first_loaded_at; DROP TABLE analytics_erasures, "
         "analytics_erasure_keys; DELETE FROM analytics_schema WHERE version = 5; "
         "INSERT INTO analytics_schema (version) VALUES (4); ALTER TABLE analytics_loads ADD "
         "CONSTRAINT every_line_is_accounted_for CHECK (lines = events + metrics + duplicates + rejected)"

@@ -516,7 +516,9 @@ _IDS: Final = """
     SELECT c.oid::bigint FROM pg_catalog.unnest(%s::text[]) AS wanted
     JOIN pg_class AS c ON c.relname = wanted::name JOIN pg_namespace AS n ON n.oid = c.relnamespace AND n.nspname = %s
 """
-_SIZE: Final = "SELECT reltuples::bigint, pg_catalog.pg_total_relation_size(oid) FROM pg_class WHERE oid = %s::regclass::oid"
+_SIZE: Final = """
+    SELECT reltuples::bigint, pg_catalog.pg_total_relation_size(oid) FROM pg_class WHERE oid = %s::regclass::oid
+"""
 _OWNER: Final = "SELECT pg_catalog.pg_get_userbyid(relowner) FROM pg_class WHERE oid = %s::regclass::oid"
 _CONSTRAINT: Final = """
     SELECT pg_catalog.pg_get_constraintdef(oid), convalidated FROM pg_constraint

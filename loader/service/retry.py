@@ -48,13 +48,16 @@ T = TypeVar("T")
 class RetryPolicy:
     """Repeats a call until it succeeds, waiting is pointless, `patience` is over, or `stop` is set.
 
-    `patience` is in seconds; without it, waits forever.
+    `patience` is in seconds since the last success of any worker, because workers take a failing batch in turns;
+    without it, waits forever.
     """
 
     def __init__(self, signals: Signals, health: Health, patience: float | None) -> None:
         self._signals = signals
         self._health = health
         self._forever = patience is None
+        self._patience = patience
+        self._failing_since: float | None = None
         self._refusals = 0
         """Consecutive runs in which every row was refused."""
         self._retrying = tenacity.Retrying(
@@ -62,7 +65,7 @@ class RetryPolicy:
             wait=_wait,
             stop=tenacity.stop_any(
                 tenacity.stop_when_event_set(signals.stop),
-                tenacity.stop_never if patience is None else tenacity.stop_after_delay(patience),
+                self._is_out_of_patience,
             ),
             sleep=self._sleep,
             before_sleep=self._report,
@@ -87,8 +90,15 @@ class RetryPolicy:
     def recovered(self) -> None:
         """Log the end of a wait, if there was one."""
         self._refusals = 0
+        self._failing_since = None
         if self._health.recovered():
             log.info("loading continues")
+
+    def _is_out_of_patience(self, _: tenacity.RetryCallState) -> bool:
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        return self._patience is not None and now - self._failing_since >= self._patience
 
     def _is_worth_waiting(self, error: BaseException) -> bool:
         if isinstance(error, CannotWriteError):

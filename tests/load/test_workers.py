@@ -5,14 +5,20 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
+import threading
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from loader.errors import OutOfReachError
 from loader.load.database import Connection
 from loader.load.schema import apply_schema
+from loader.service import daemon
+from loader.service.signals import Signals
+from loader.service.workers import Workers
 from tests.load.lines import event, is_number, joined, number, rejected, rows, segment
 from tests.load.test_refused import raising
 from tests.processes import LOADER, Cli, eventually
@@ -154,3 +160,23 @@ def test_loaders_of_the_same_chunks_at_once_load_each_once(
     assert rows(
         one_connection, "SELECT sum(events), sum(duplicates), sum(rejected) FROM analytics_loads"
     ) == [(60_000, 0, 0)]
+
+
+def test_workers_that_take_a_failing_batch_in_turns_give_up_together(
+    cli: Cli, one_connection: Connection
+) -> None:
+    """Each insert is cancelled, as by a server that shuts down, and the worker that is free takes the batch."""
+    one_connection.execute(
+        "CREATE FUNCTION cancel() RETURNS trigger LANGUAGE plpgsql AS "
+        "'BEGIN PERFORM pg_sleep(0.5); PERFORM pg_cancel_backend(pg_backend_pid()); PERFORM pg_sleep(1); RETURN NEW; END'; "
+        "CREATE TRIGGER cancels BEFORE INSERT ON analytics_events FOR EACH ROW EXECUTE FUNCTION cancel()"
+    )
+    one_connection.commit()
+    segment(cli.spool, 1, event(1))
+    signals = Signals()
+    workers = Workers(lambda: cli.dsn, cli.spool, 2, signals, patience=1.0)
+    too_late = threading.Timer(20.0, signals.stop.set)
+    too_late.start()
+    with closing(workers), pytest.raises(OutOfReachError):
+        daemon.once(cli.spool, workers, None)
+    too_late.cancel()

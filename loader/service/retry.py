@@ -63,10 +63,7 @@ class RetryPolicy:
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(self._is_worth_waiting),
             wait=_wait,
-            stop=tenacity.stop_any(
-                tenacity.stop_when_event_set(signals.stop),
-                self._is_out_of_patience,
-            ),
+            stop=self._is_over,
             sleep=self._sleep,
             before_sleep=self._report,
             reraise=True,
@@ -94,7 +91,10 @@ class RetryPolicy:
         if self._health.recovered():
             log.info("loading continues")
 
-    def _is_out_of_patience(self, _: tenacity.RetryCallState) -> bool:
+    def _is_over(self, _: tenacity.RetryCallState) -> bool:
+        """Whether to stop: asked to, or out of patience."""
+        if self._signals.stop.is_set():
+            return True
         now = time.monotonic()
         if self._failing_since is None:
             self._failing_since = now

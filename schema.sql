@@ -1981,7 +1981,7 @@ BEGIN
     PERFORM @.analytics_raise_mark(wanted, pruned + interval '1 hour');
     children := ARRAY(SELECT @.analytics_untimed(wanted));
     partitioned := children <> ARRAY[('@.analytics_' || wanted)::regclass];
-    IF wanted = 'events' AND NOT EXISTS (  -- Before the first hour of a day goes: from here on its user days are only added to.
+    IF wanted = 'events' AND NOT EXISTS (  -- Before the first hour of a day is deleted: from then on its user days are only added to.
         SELECT FROM @.analytics_sealed s
         WHERE s.source = 'events' AND s.hour >= the_day AND s.hour < the_day + interval '24 hours'
     ) THEN
@@ -2073,7 +2073,7 @@ BEGIN
     ELSIF until_at > least(before, now()) THEN
         RAISE EXCEPTION '"%" has ids up to %, which is not older than %', partition, until_at, before;
     END IF;
-    -- Nobody adds a row from here on. A vacuum gives way after deadlock_timeout, a second by default.
+    -- No row is added from here on. A vacuum is cancelled after deadlock_timeout, one second by default.
     PERFORM set_config('lock_timeout', '5s', true);
     EXECUTE format('LOCK TABLE %s IN SHARE MODE', partition);
     EXECUTE format('SELECT count(*), count(*) FILTER (WHERE timestamp >= $1) FROM %s', partition) INTO rows, newer USING before;
@@ -2084,7 +2084,7 @@ BEGIN
     EXECUTE format($q$SELECT ARRAY(SELECT DISTINCT date_trunc('hour', timestamp, 'UTC') FROM %s WHERE %s)$q$, partition, is_timed)
         INTO hours;
     IF wanted = 'events' THEN
-        -- Before the first hour of a day goes: from here on its user days are only added to.
+        -- Before the first hour of a day is deleted: from then on its user days are only added to.
         PERFORM @.analytics_roll_users(ARRAY(
             SELECT DISTINCT date_trunc('day', h, 'UTC') FROM unnest(hours) h WHERE NOT EXISTS (
                 SELECT FROM @.analytics_sealed s WHERE s.source = 'events' AND s.hour >= date_trunc('day', h, 'UTC')

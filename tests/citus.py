@@ -1,4 +1,4 @@
-"""What a loader sees of Citus, on a single server: a catalog that names the tables as distributed, and a wire.
+"""A stand-in for Citus on a single server: a catalog that lists the tables as distributed, and a wire.
 
     install(connection)                # before `loader init --layout citus`
     with Wire.to(dsn) as wire:

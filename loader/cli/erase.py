@@ -61,9 +61,9 @@ def command(
     """
     people = _people(users, families, users_from)
     if again == bool(people):
-        raise UsageError("give --user or --family, or --again for everybody who was erased before")
+        raise UsageError("give --user or --family, or --again for everyone erased before")
     if dry_run and (verify or again):
-        raise UsageError("--dry-run goes without --verify and --again")
+        raise UsageError("--dry-run cannot be combined with --verify or --again")
     directories = [each.absolute() for each in exports]
     places = Places(settings.spool_directory(spool_dir), archive and archive.absolute(), directories)
     erased, proof = _erase(settings.database_dsn(dsn), places, people, dry_run=dry_run, verify=verify)

@@ -86,7 +86,7 @@ def command(
     if user is not None:
         if form not in (None, "ndjson") or by or columns or since or until:
             raise UsageError(
-                "--user goes with --spool-dir and --archive alone: it writes all there is, as NDJSON"
+                "--user can only be combined with --spool-dir and --archive: it always writes all data as NDJSON"
             )
         _check(target, None, "ndjson", as_json=as_json)
         places = Places(settings.spool_directory(spool_dir), archive and archive.absolute())

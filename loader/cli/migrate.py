@@ -31,7 +31,7 @@ def command(width: schema.Width | None, dsn: str | None, dry_run: bool, as_json:
     """Divide plain tables into partitions, beside loaders and readers.
 
     The rows stay where they are: the old tables become the first partitions. It may be interrupted at any
-    time; run again, it goes on. Objects of your own that use the tables are listed and nothing is changed.
+    time; run it again to continue. Objects of your own that use the tables are listed and nothing is changed.
 
     \b
     Examples:

@@ -53,7 +53,7 @@ _PACKERS: Final[dict[bytes, Callable[[BinaryIO], _Packer]]] = {
     b"BZh": lambda file: bz2.BZ2File(file, "wb"),
     b"\xfd7zXZ\0": lambda file: lzma.LZMAFile(file, "wb"),  # noqa: SIM115  # whoever packs closes it
 }
-"""What compresses a file again, by how it begins."""
+"""The compressor for a rewritten file, by the first bytes of the file."""
 
 
 class ChangedError(OSError):
@@ -62,7 +62,7 @@ class ChangedError(OSError):
 
 @dataclass
 class Swept:
-    """What was done to the files of a directory, or would be. `failures` maps a file to why it was left alone."""
+    """The result for the files of a directory, or of a dry run. `failures` maps each unchanged file to the reason."""
 
     lines: int = 0
     """Lines that were erased."""

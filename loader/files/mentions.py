@@ -1,4 +1,4 @@
-"""Who was erased, and how that is found in bytes: by the 32 digits of an id, however they are written.
+"""Finds and removes the ids of erased people in bytes, by the 32 digits of an id in any spelling.
 
 An id counts with any hyphens between its digits or none, in any case, inside other text, and escaped as JSON
 allows it. Each run of digits and hyphens that may hold one is looked up in a set, so that a thousand people
@@ -21,14 +21,14 @@ import orjson
 from loader.files.content import BOM
 
 ERASED_LINE: Final = b'{"erased":true}'
-"""What remains of a line, filled up with blanks. It has 15 bytes, and a line with an id has 32 at least."""
+"""Replaces an erased line and is padded with blanks. It has 15 bytes; a line with an id has at least 32."""
 IDENTITY: Final = ("user_id", "family_unit_id", "event_id", "id")
 """The fields that make a line somebody's."""
 OVERLAP: Final = 512
 """Bytes of the block before that a search of the next one begins with: more than an escaped id has."""
 _DIGITS: Final = 32
 _NOBODY: Final = b"0" * _DIGITS
-"""What remains of a mention; nobody can be erased who has this id."""
+"""Replaces a mention. No person can be erased by this id."""
 _RUN: Final = re.compile(rb"[0-9a-fA-F][0-9a-fA-F-]{30,}[0-9a-fA-F]")
 _HEXADECIMAL: Final = b"0123456789abcdefABCDEF"
 _DIGITS_ALONE: Final = bytes(
@@ -143,7 +143,7 @@ NOBODY: Final = Mentions()
 
 
 class Latest:
-    """Who was erased, for those who keep files: `mentions` is replaced, never changed."""
+    """The current mentions, for code that keeps files. `mentions` is replaced, never modified."""
 
     def __init__(self) -> None:
         self.mentions = NOBODY

@@ -1,4 +1,4 @@
-"""Who was erased, as the database knows it: the tombstones, `analytics_erasures`.
+"""The tombstones of erased people in the database, `analytics_erasures`.
 
 A load that begins takes their lock in shared mode and looks at the number of the last one. An erasure holds the
 lock alone until its transaction ends (schema.sql), so each load has ended before the rows are deleted, or sees

@@ -40,7 +40,7 @@ class Outcome:
 
     chunk: Chunk
     erasures: Erasures | None = None
-    """Who was erased; None for tables that do not record it."""
+    """The erased people; None for tables that do not record them."""
     marks: lowwater.Marks = field(default_factory=dict)
     events: int = 0
     metrics: int = 0

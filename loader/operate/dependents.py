@@ -1,4 +1,4 @@
-"""What keeps plain tables from becoming partitions: objects that are not ours and would follow the old table.
+"""Objects that prevent a migration: they are not ours, and would stay on the old table.
 
 A view, a trigger or a publication belongs to a table, not to its name. After the migration the old table is the
 partition of the rows that exist now, so such an object would silently miss all later rows. Nothing of this kind is
@@ -145,7 +145,7 @@ _PROPERTIES: Final = """
                 SELECT FROM pg_catalog.pg_inherits AS i WHERE i.inhrelid = taken.oid AND i.inhparent = frame.oid)))
     ORDER BY 1, 2
 """
-"""What a partitioned table, or a partition, cannot have."""
+"""Features that a partitioned table or a partition cannot have."""
 
 
 def find(connection: Connection, tables: Sequence[int]) -> list[Obstacle]:

@@ -34,7 +34,7 @@ _TABLES: Final = (
     "AND pg_catalog.starts_with(relname::text, 'analytics_') ORDER BY 1"
 )
 _WITHOUT_PEOPLE: Final = ("analytics_erasures", "analytics_erasure_keys")
-"""Which a reader may not read: keyed hashes of those who were erased."""
+"""Tables that a reader may not read: the keyed hashes of erased people."""
 _BLOCK: Final = 1 << 20
 _LONGEST: Final = 16 << 20
 """Bytes of a line that are disclosed; of a longer one, its beginning."""
@@ -42,7 +42,7 @@ _LONGEST: Final = 16 << 20
 
 @dataclass
 class Disclosed:
-    """What was found: records by kind of source. `failures` maps a table or file to why it was not searched."""
+    """The records found, by kind of source. `failures` maps each unsearched table or file to the reason."""
 
     records: Counter[str] = field(default_factory=Counter)
     failures: dict[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What is wrong with the layout of the tables: partitions, indexes that outgrow memory, vacuum, rollups.
+"""Checks of the layout of the tables: partitions, indexes that outgrow memory, vacuum, rollups.
 
 All of it is read from the catalog, from sizes of files, or by ids that only the default partition can hold, so it is
 cheap in large tables and needs no more rights than a load has.

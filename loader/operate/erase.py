@@ -88,7 +88,7 @@ _DONE: Final = """
 
 @dataclass
 class Erased:
-    """What was erased, or would be. `failures` maps a file to why it could not be searched."""
+    """The result of an erasure or of a dry run. `failures` maps each unsearched file to the reason."""
 
     people: int = 0
     events: int = 0
@@ -180,7 +180,7 @@ class Erasure:
 
     @property
     def mentions(self) -> Mentions:
-        """What finds them."""
+        """Finds their ids in bytes."""
         return self._mentions
 
     def _erase_rows(self, ids: Sequence[UUID], kind: str) -> None:
@@ -482,7 +482,7 @@ def _versioned() -> Iterator[None]:
 def prove(connection: Connection, places: Places, mentions: Mentions) -> Proof:
     """Search every table and file. Raises psycopg.Error, OSError.
 
-    Segments that a living writer has open, or that a loader is about to load, are waited for.
+    Wait for segments that a running writer has open or that a loader is about to load.
     """
     proof = Proof(places=list(_searched_tables(connection, mentions)))
     deadline = time.monotonic() + _WAIT_SECONDS

@@ -16,8 +16,8 @@ ones that are copied, in the transaction of the switch: until it commits, everyb
 the cut on, loaders wait with such rows (sqlstate.lacks_partition); it comes after the slowest step.
 
 Whoever needs a table queues behind a lock that somebody waits for. So a lock that loads, readers or the application
-need is waited for 100 ms at most, and tried again after a pause. SHARE UPDATE EXCLUSIVE keeps nobody but VACUUM and
-other changes of the table away, and is waited for as long as it takes: that ends an autovacuum.
+need is requested for at most 100 ms, and again after a pause. SHARE UPDATE EXCLUSIVE only blocks VACUUM and other
+changes of the table, and is requested without a limit, which cancels an autovacuum.
 """
 
 from __future__ import annotations
@@ -371,7 +371,7 @@ class _Migration:
     def _lock_out_everybody(self, views: Sequence[str], deadline: float) -> float:
         """Lock all that is replaced, and return since when it is locked.
 
-        At once, so that nothing is waited for under the locks; views before the tables, as readers do.
+        All in one statement, so that no lock is held while waiting for another; views before the tables, as readers do.
         """
         names = (*views, *(name for table in TABLES for name in (table.name, frame(table))))
         lock = sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(

@@ -1,4 +1,4 @@
-"""Where files with people's data are."""
+"""The locations of files that contain personal data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Places:
-    """Where files are: the spool, an archive, and directories with exported files."""
+    """The directories with files: the spool, an archive, and directories of exported files."""
 
     spool: Path
     archive: Path | None = None

@@ -1,4 +1,4 @@
-"""What a plain table has, which the partitioned table that replaces it gets; and the names of both (see migrate.py)."""
+"""The properties of a plain table that its partitioned replacement receives, and the names of both (migrate.py)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Index:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the partitioned table gets from the plain one. Two that are equal need the same table."""
+    """The properties that the partitioned table receives from the plain one."""
 
     columns: tuple[tuple[Any, ...], ...]
     constraints: tuple[tuple[Any, ...], ...]

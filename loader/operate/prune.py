@@ -108,7 +108,7 @@ _REPEATED: Final = ("40001", "40P01", "55P03", "57014")
 
 @dataclass(frozen=True)
 class Ages:
-    """How long to keep the rows of each table, the ledger's rows, and files. None: for ever."""
+    """The retention time of each table, of ledger rows and of files. None keeps them."""
 
     events: timedelta | None = None
     metrics: timedelta | None = None

@@ -1,4 +1,4 @@
-"""What the doctor finds about the layout, each with the condition made real, as the role that loads."""
+"""Findings of doctor about the layout, each under a real condition, as the role of the loader."""
 
 from __future__ import annotations
 

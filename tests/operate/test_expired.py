@@ -1,4 +1,4 @@
-"""What is older than what was pruned is not loaded again, and is counted; each table has its own age."""
+"""Lines older than the pruned data are not loaded again and are counted; each table has its own age."""
 
 from __future__ import annotations
 

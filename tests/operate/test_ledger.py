@@ -1,4 +1,4 @@
-"""The ledger stays small: rows of segments are merged, and whatever depends on them goes on as before."""
+"""The ledger stays small: rows of segments are merged, and everything that depends on them works as before."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ OTHERS = (
 
 
 def spellings(person: uuid.UUID) -> list[str]:
-    """How an id may be written."""
+    """The spellings of an id."""
     canonical, digits = str(person), person.hex
     odd = "-".join(digits[place : place + 4] for place in range(0, 32, 4))
     return [
@@ -118,7 +118,7 @@ def counted(connection: Connection, column: str) -> int:
 
 
 def facts(cli: Cli, *arguments: str | Path, code: int | None = 0) -> dict[str, object]:
-    """What `loader erase --json` prints, as the owner."""
+    """Return the output of `loader erase --json`, run as the owner."""
     printed = cli.owner().run("erase", *map(str, arguments), "--json")
     assert code in (None, printed.returncode), printed.stdout.decode() + printed.stderr.decode()
     found: dict[str, object] = orjson.loads(printed.stdout)

@@ -1,4 +1,4 @@
-"""What is disclosed about a person equals an independent search, and what was exported is erased."""
+"""A disclosure about a person equals an independent search, and exported files are erased."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def archive(cli: Cli, tmp_path: Path) -> Path:
 
 
 def lines_with(path: Path) -> int:
-    """How many lines of a file have Anna, found in another way."""
+    """Return the number of lines in a file with Anna, by an independent search."""
     return sum(ANNA.hex in story.plain(line) for line in story.content(path).split(b"\n"))
 
 

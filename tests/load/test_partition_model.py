@@ -189,7 +189,7 @@ def check(server: str, home: Path, examples: int) -> None:
 
 
 def test_no_line_is_rejected_because_a_partition_is_missing(one_server: str, tmp_path: Path) -> None:
-    check(one_server, tmp_path, 8)
+    check(one_server, tmp_path, 4)
 
 
 @pytest.mark.long

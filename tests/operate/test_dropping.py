@@ -106,7 +106,7 @@ def prune(cli: Cli, *arguments: str | Path) -> Any:
     return json.loads(cli.owner()("prune", "--older-than", "30d", "--json", *arguments))
 
 
-@pytest.mark.parametrize("refreshed", [True, False])
+@pytest.mark.parametrize("refreshed", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_dropping_partitions_changes_no_answer(loader: Cli, owner: Connection, *, refreshed: bool) -> None:
     load_days(loader)
     if refreshed:

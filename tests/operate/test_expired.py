@@ -47,7 +47,7 @@ def metric_of(days: float, number: int) -> bytes:
     return metric(number, event_id=id_at(moment, number), timestamp=moment.isoformat())
 
 
-@pytest.fixture(params=["plain", "partitioned"])
+@pytest.fixture(params=[pytest.param("plain", marks=pytest.mark.long), "partitioned"])
 def layout(request: pytest.FixtureRequest) -> schema.Layout:
     found: schema.Layout = request.param
     return found

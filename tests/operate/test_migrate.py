@@ -209,6 +209,7 @@ def assert_nothing_was_copied(connection: Connection, before: dict[str, int]) ->
     assert {name for name in kept if before[name] not in after} == set()
 
 
+@pytest.mark.long
 def test_it_can_be_killed_at_each_step_under_a_daemon_and_a_reader(plain: Connection, spool: Path) -> None:
     cli = Cli(spool, make_conninfo(plain.info.dsn, user=ROLE))
     check_under_load(plain, cli, 5_000, connections_too=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,26 +28,30 @@ PARENTS = (
 )
 
 
+APPLICATION = f"application_{os.getpid()}"
+"""Roles belong to the server, which all workers of pytest-xdist share."""
+
+
 @pytest.fixture
 def application(one_connection: Connection) -> Iterator[Connection]:
     """A connection of the application, whose role may erase, and delete its own users."""
     one_connection.execute(PARENTS.encode())
     one_connection.commit()
     schema.apply_schema(one_connection)
-    one_connection.execute("DROP ROLE IF EXISTS application")
-    one_connection.execute("CREATE ROLE application LOGIN")
+    one_connection.execute(f"DROP ROLE IF EXISTS {APPLICATION}".encode())
+    one_connection.execute(f"CREATE ROLE {APPLICATION} LOGIN".encode())
     one_connection.execute(
-        "GRANT USAGE ON SCHEMA auth TO application; GRANT SELECT, DELETE ON auth.users TO application"
+        f"GRANT USAGE ON SCHEMA auth TO {APPLICATION}; GRANT SELECT, DELETE ON auth.users TO {APPLICATION}".encode()
     )
     one_connection.execute(
-        "GRANT EXECUTE ON FUNCTION analytics_erase_user, analytics_erase_family TO application"
+        f"GRANT EXECUTE ON FUNCTION analytics_erase_user, analytics_erase_family TO {APPLICATION}".encode()
     )
     one_connection.commit()
-    with psycopg.connect(one_connection.info.dsn, user="application") as connection:
+    with psycopg.connect(one_connection.info.dsn, user=APPLICATION) as connection:
         yield connection
         connection.rollback()
-    one_connection.execute("DROP OWNED BY application")
-    one_connection.execute("DROP ROLE application")
+    one_connection.execute(f"DROP OWNED BY {APPLICATION}".encode())
+    one_connection.execute(f"DROP ROLE {APPLICATION}".encode())
     one_connection.commit()
 
 
@@ -218,8 +223,8 @@ def test_a_search_path_of_the_caller_changes_nothing(
     one_connection: Connection, application: Connection
 ) -> None:
     one_connection.execute(
-        "CREATE SCHEMA mine; GRANT USAGE, CREATE ON SCHEMA mine TO application; "
-        f'GRANT TEMPORARY ON DATABASE "{one_connection.info.dbname}" TO application'.encode()
+        f"CREATE SCHEMA mine; GRANT USAGE, CREATE ON SCHEMA mine TO {APPLICATION}; "
+        f'GRANT TEMPORARY ON DATABASE "{one_connection.info.dbname}" TO {APPLICATION}'.encode()
     )
     one_connection.commit()
     application.execute(

@@ -2240,6 +2240,7 @@ BEGIN
                 '@.analytics_user_days TO ' || grantee;
         ELSIF privilege = 'DELETE' THEN
             EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh, @.analytics_merge_loads TO ' || grantee;
+            EXECUTE 'GRANT SELECT ON @.analytics_settings TO ' || grantee;  -- the low-water marks
         ELSE
             EXECUTE 'GRANT INSERT ON @.analytics_touched TO ' || grantee;
             EXECUTE 'GRANT EXECUTE ON FUNCTION @.analytics_refresh, @.analytics_rebuild, @.analytics_mark, '

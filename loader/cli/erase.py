@@ -47,7 +47,7 @@ def command(
     verify: bool, exports: tuple[Path, ...], dsn: str | None, spool_dir: Path | None, archive: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Erase what is stored about a person or a family, for good.
+    """Erase everything stored about a person or a family.
 
     Rows, mentions by others, user days, rejects, archived and exported files, and what waits in the spool. A
     tombstone stays: their lines are discarded whenever they are loaded again. Run it as the owner of the tables, on

@@ -68,7 +68,7 @@ def command(
     since: str | None, until: str | None, user: UUID | None, tz: str, dsn: str | None, spool_dir: Path | None,
     archive: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Write events or metrics to Parquet, CSV or NDJSON, or all that is stored about a person.
+    """Write events, metrics or everything about a person to Parquet, CSV or NDJSON.
 
     OUT is a file, - for standard output, or a directory with --by day. NDJSON can be loaded with
     `loader backfill`. Ids are text and times are UTC.

@@ -31,7 +31,7 @@ COMMANDS: Final = {
     "rejects": "List, show, retry, export and drop rejected lines.",
     "ask": "Answer a question about the loaded data.",
     "report": "Summarize the loaded data, in the terminal or as a page.",
-    "export": "Write events or metrics to Parquet, CSV or NDJSON.",
+    "export": "Write events, metrics or everything about a person to Parquet, CSV or NDJSON.",
     "migrate": "Divide plain tables into partitions, beside loaders and readers.",
     "rollup": "Refresh the rollups of hours with new rows.",
     "erase": "Erase everything stored about a person or a family.",

@@ -286,6 +286,6 @@ def test_the_json_of_a_load_has_every_count(cli: Cli) -> None:
     segment(cli.spool, 1, event(1), b"{broken")
     printed = json.loads(cli("run", "--once", "--json", code=3))
     assert printed == {
-        "files": 1, "lines": 2, "events": 1, "metrics": 0, "duplicates": 0, "rejected": 1, "erased": 0, "known": 0,
-        "failures": {},
+        "files": 1, "lines": 2, "events": 1, "metrics": 0, "duplicates": 0, "rejected": 1, "erased": 0,
+        "expired": 0, "known": 0, "failures": {},
     }  # fmt: skip

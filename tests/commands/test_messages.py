@@ -86,7 +86,7 @@ def test_the_schema_of_a_url_holds_the_tables(cli: Cli, one_connection: Connecti
     host, name = one_connection.info.host, one_connection.info.dbname
     cli.environment["LOADER_DSN"] = f"postgresql://postgres@/{name}?host={host}&schema=app&pgbouncer=true"
     cli("init")
-    assert number(one_connection, "SELECT count(*) FROM pg_tables WHERE schemaname = 'app'") == 11
+    assert number(one_connection, "SELECT count(*) FROM pg_tables WHERE schemaname = 'app'") == 13
     segment(cli.spool, 1, event(1))
     cli("run", "--once")
     assert number(one_connection, "SELECT count(*) FROM app.analytics_events") == 1

@@ -12,12 +12,12 @@ import psycopg
 
 from loader.load.database import Connection
 from loader.operate.erase import UNREACHED
+from tests.documents import Document
 from tests.load.lines import event, number, rows, segment
 from tests.operate.erase import story
 from tests.processes import Cli
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "loader" / "PRIVACY.md").read_text()
+PAGE = Document("loader/PRIVACY.md").text
 PERSON = "0190163d-8694-739b-aea5-966c26f8ad91"
 FAMILY = "0190163d-8694-739b-aea5-966c26f8ad92"
 
@@ -79,4 +79,4 @@ def test_the_page_has_every_table(one_connection: Connection) -> None:
         "analytics_erasure_keys",
     }
     assert {name for (name,) in tables} - without_people <= set(re.findall(r"`(analytics_\w+)`", PAGE))
-    assert "loader/PRIVACY.md" in (ROOT / "README.md").read_text()
+    assert "loader/PRIVACY.md" in Document("README.md").text

@@ -32,7 +32,7 @@ COMMANDS: Final = {
     "ask": "Answer a question about the loaded data.",
     "report": "Summarize the loaded data, in the terminal or as a page.",
     "export": "Write events or metrics to Parquet, CSV or NDJSON.",
-    "migrate": "Divide plain tables into partitions, beside loaders and readers.",
+    "migrate": "Convert plain tables to partitioned ones, while loaders and readers continue.",
     "rollup": "Refresh the rollups of hours with new rows.",
     "erase": "Erase everything stored about a person or a family.",
     "prune": "Delete old rows, ledger rows, and rejected and archived files.",

@@ -142,12 +142,12 @@ def test_what_has_no_age_is_kept(loader: Cli, owner: Connection) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "give the age of what to remove: --older-than AGE"),
+        ([], "no age is given: use --older-than AGE"),
         (["--events", "0d"], "an age of 0 would remove all events"),
         (["--ledger", "0d"], "an age of 0 would remove all ledger"),
         (["--events", "2 years"], "is not an age: write a number and y, w, d, h or m"),
         (["--metrics", "9999y"], "is before the year 1"),
-        (["--dry-run"], "give the age of what to remove"),
+        (["--dry-run"], "no age is given"),
     ],
 )
 def test_ages_that_cannot_be_meant_are_refused(cli: Cli, arguments: list[str], words: str) -> None:

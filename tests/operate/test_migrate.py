@@ -150,8 +150,8 @@ def running(*work: Callable[[], object]) -> Iterator[None]:
 
 
 STEPS = (
-    "the tables and indexes", "building the unique index", "the cut is", "checking", "making analytics_events",
-    "making analytics_metrics", "switching", "switched",
+    "upgrading the tables", "building the unique index", "the cut is", "checking", "creating analytics_events",
+    "creating analytics_metrics", "switching", "switched",
 )  # fmt: skip
 
 
@@ -307,7 +307,7 @@ def test_what_belongs_to_the_tables_is_there_afterwards(owner: Cli, plain: Conne
                       "SELECT gen_random_uuid(), 'x', now(), gen_random_uuid(), id FROM family_units LIMIT 1")  # fmt: skip
     plain.rollback()
     printed = owner("migrate", "--to", "partitioned")
-    assert "made 0 partitions" in printed and rows(plain, BELONGS) == before
+    assert "created 0 partitions" in printed and rows(plain, BELONGS) == before
     plain.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
     plain.commit()
 
@@ -340,7 +340,7 @@ def test_the_application_waits_for_nothing_while_a_long_transaction_holds_its_ta
     with psycopg.connect(plain.info.dsn) as long, psycopg.connect(plain.info.dsn, autocommit=True) as user:
         long.execute("LOCK TABLE auth.users IN ROW EXCLUSIVE MODE")
         migration, slowest = Migration(owner), 0.0
-        migration.until("making analytics_events")
+        migration.until("creating analytics_events")
         for _ in range(200):
             begun = time.monotonic()
             user.execute("UPDATE auth.users SET id = id")

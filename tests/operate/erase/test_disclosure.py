@@ -87,7 +87,7 @@ def test_a_disclosure_that_is_not_complete_fails(cli: Cli, archive: Path, tmp_pa
     (path, *_) = archive.rglob("*.zst")
     path.write_bytes(path.read_bytes()[:-20])
     printed = cli.owner()("export", tmp_path / "a.ndjson", "--user", str(ANNA), "--archive", archive, code=1)
-    assert path.name in printed and "not complete" in printed
+    assert path.name in printed and "the disclosure is incomplete" in printed
     assert path.name in cli.owner()("erase", "--user", str(ANNA), "--archive", archive, code=1)
 
 

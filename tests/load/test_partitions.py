@@ -265,7 +265,7 @@ def test_the_role_may_make_partitions_and_not_remove_or_read_one(one_partitioned
     ],
 )
 def test_a_wrong_clock_makes_no_partition(one_partitioned: Connection, since: str, until: str | None) -> None:
-    with pytest.raises(psycopg.errors.RaiseException, match="cannot make partitions"):
+    with pytest.raises(psycopg.errors.RaiseException, match="cannot create partitions"):
         one_partitioned.execute("SELECT analytics_make_partitions(%s, %s)", [since, until])
 
 

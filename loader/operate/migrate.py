@@ -46,7 +46,7 @@ Report = Callable[[str], None]
 
 TABLES: Final = (EVENTS, METRICS)
 PATIENCE: Final = 600.0
-"""Seconds after which the command gives up on a lock that other sessions hold."""
+"""Seconds after which the command stops waiting for a lock that other sessions hold."""
 _CUT_DAYS: Final = 3
 _LEAST_DAYS: Final = 1
 """Minimum distance of a cut. A closer one, left by an earlier run, is moved: current ids must lie below the cut."""

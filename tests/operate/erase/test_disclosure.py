@@ -93,7 +93,9 @@ def test_a_disclosure_that_is_not_complete_fails(cli: Cli, archive: Path, tmp_pa
 
 @pytest.mark.parametrize("option", [["--by", "day"], ["--since", "7d"], ["--format", "csv"]])
 def test_a_disclosure_has_everything(cli: Cli, tmp_path: Path, option: list[str]) -> None:
-    assert "all there is" in cli("export", tmp_path / "a.ndjson", "--user", str(ANNA), *option, code=2)
+    assert "always writes all data" in cli(
+        "export", tmp_path / "a.ndjson", "--user", str(ANNA), *option, code=2
+    )
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Findings of doctor about the layout, each under a real condition, as the role of the loader."""
+"""Findings of doctor about the layout, each caused by a real condition, with the role of the loader."""
 
 from __future__ import annotations
 

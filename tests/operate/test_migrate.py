@@ -65,7 +65,7 @@ class Migration:
         self.lines = iter(self.process.stdout.readline, "")
 
     def until(self, begins: str) -> bool:
-        """Read to the line that begins so; False if it has ended without."""
+        """Read up to the line with this beginning; return False if the process ended without it."""
         return any(line.startswith(begins) for line in self.lines)
 
     def kill(self) -> None:
@@ -175,7 +175,7 @@ def check_under_load(connection: Connection, cli: Cli, count: int, connections_t
     traffic, reads = Traffic(cli.spool), Reads(connection.info.dsn)
 
     def emit() -> None:
-        while not reads.done.wait(0.05):  # so often a segment is sealed
+        while not reads.done.wait(0.05):  # the interval between sealed segments
             traffic.emit()
 
     with cli.daemon(), running(emit, reads.run):
@@ -186,7 +186,7 @@ def check_under_load(connection: Connection, cli: Cli, count: int, connections_t
         finally:
             reads.done.set()
     assert "the tables are partitioned" in printed
-    cli("run", "--once")  # what waited for the switch and is not due yet
+    cli("run", "--once")  # loads segments that waited for the switch and whose retry is not due yet
     assert reads.lost == []
     assert reads.slowest < SLOWEST * slowness() + 0.5 * connections_too, reads.slowest
     for table, key, expected in (("events", "event_id", traffic.events), ("metrics", "id", traffic.metrics)):
@@ -313,7 +313,7 @@ def test_what_belongs_to_the_tables_is_there_afterwards(owner: Cli, plain: Conne
 
 
 def test_a_cut_that_is_too_close_is_moved(plain: Connection) -> None:
-    """A run that was killed days ago: the ids of now would lie beyond its cut."""
+    """A run was killed days ago, so that current ids are beyond its cut."""
     for table, key in (("events", "event_id"), ("metrics", "id")):
         plain.execute(f"ALTER TABLE analytics_{table} ADD CONSTRAINT analytics_{table}_until "
                       f"CHECK ({key} < analytics_id_at(now())) NOT VALID".encode())  # fmt: skip

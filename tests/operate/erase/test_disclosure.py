@@ -20,7 +20,7 @@ BROKEN = b',"more":1}'
 
 @pytest.fixture
 def archive(cli: Cli, tmp_path: Path) -> Path:
-    """An archive, beside rows, rejects and a spool with lines of three people."""
+    """Return an archive with lines of three people, who also have rows, rejects and lines in the spool."""
     archive = tmp_path / "archive"
     first = [of(who, 10 * n + m) for n, who in enumerate([ANNA, BERT, CARL]) for m in range(4)]
     broken = [of(ANNA, 90)[:-1] + BROKEN, of(BERT, 91)[:-1] + BROKEN, b"{\xff" + ANNA.hex.encode()]

@@ -237,8 +237,8 @@ BEGIN
     -- ---- Since version 5: retention ---------------------------------------------------------------------------------
 
     -- `erased`: lines of erased people. `expired`: lines below the low-water mark of their table (analytics_kept_since), which were not loaded.
-    -- A merged row (analytics_merge_loads) is of `segments` successive segments, the first of which is named, has their
-    -- sums, and the first 8 bytes of each digest, so that each is known when it is read again.
+    -- A merged row (analytics_merge_loads) represents `segments` successive segments. It has the name of the first one,
+    -- the sums of all, and the first 8 bytes of each digest, by which a segment that is read again is recognized.
     IF NOT EXISTS (
         SELECT FROM pg_catalog.pg_attribute WHERE attname = 'expired'
             AND attrelid = pg_catalog.to_regclass('analytics_loads')::pg_catalog.oid
@@ -250,7 +250,7 @@ BEGIN
             ADD COLUMN IF NOT EXISTS digests BYTEA,
             ADD COLUMN IF NOT EXISTS first_loaded_at TIMESTAMPTZ;
         ALTER TABLE analytics_loads DROP CONSTRAINT IF EXISTS every_line_is_accounted_for;
-        -- Not validated: the rows so far have passed the stricter one.
+        -- Not validated, because existing rows satisfy the stricter constraint that it replaces.
         ALTER TABLE analytics_loads ADD CONSTRAINT every_line_is_accounted_for
             CHECK (lines = events + metrics + duplicates + rejected + erased + expired) NOT VALID;
     END IF;
@@ -388,7 +388,7 @@ BEGIN
     -- writer's account of its first segments is compared with the ledger; for its later segments only the
     -- ledger and the spool are evidence. A segment that is neither in the ledger nor in the spool is missing.
     -- If a chunk was loaded again, the first load counts, so a reject that was loaded later is still a reject
-    -- here. Merged rows are of whole segments that are not pending and that the account covers.
+    -- here. Merged rows represent whole segments that are not pending and are covered by the account.
     PERFORM pg_catalog.set_config('citus.enable_ddl_propagation', 'off', true);
     CREATE OR REPLACE VIEW analytics_conservation AS
     WITH stated AS (
@@ -474,7 +474,7 @@ BEGIN
         duplicates::bigint AS duplicates, rejects::bigint AS rejects, dropped::bigint AS dropped,
         pending::bigint AS pending, (stated_lines - found)::bigint AS missing,
         coalesce(absent.segments, ARRAY[]::text[]) AS missing_segments, coalesce(ended, false) AS ended,
-        -- The last ones: an existing view may only get columns at its end.
+        -- New columns come last: an existing view can only get columns at its end.
         erased::bigint AS erased, expired::bigint AS expired
     FROM summed LEFT JOIN absent ON absent.writer = summed.writer;
     PERFORM pg_catalog.set_config('citus.enable_ddl_propagation', 'on', true);
@@ -535,8 +535,8 @@ BEGIN
         WHERE nspname = 'auth' AND relname = 'users'
     );
 
-    -- A partitioned table gets a key from its partitions, which can be validated one by one (before PostgreSQL 18 a key of
-    -- the whole is validated at once, under a lock); see "validation".
+    -- On a partitioned table each partition gets the key, so that they can be validated one by one (before PostgreSQL 18, a
+    -- key of the partitioned table is validated at once, under a lock); see "validation".
     FOR key, child_table, parent IN
         SELECT conname, conrelid, confrelid
         FROM pg_constraint
@@ -614,8 +614,8 @@ BEGIN
         END;
     END LOOP;
 
-    -- A key that all partitions have, valid, becomes one of the whole at once, and of partitions that are made later;
-    -- also one of the users' own.
+    -- A key that is valid on all partitions can be added to the partitioned table without a scan, and then applies to later
+    -- partitions too. This includes keys that users added themselves.
     FOR key, child, definition, parent IN
         SELECT min(conname::text), attname, pg_get_constraintdef(pg_constraint.oid), confrelid
         FROM pg_constraint JOIN pg_attribute ON attrelid = conrelid AND attnum = conkey[1]
@@ -1720,14 +1720,14 @@ SELECT (lpad(to_hex(greatest(0, least(281474976710655, floor(extract(epoch FROM 
     || repeat('0', 20))::uuid;
 END;
 COMMENT ON FUNCTION @.analytics_id_at IS
-'The smallest UUIDv7 of a moment, in milliseconds. A condition on event_id, or on the id of a metric, lets Postgres skip partitions: event_id >= analytics_id_at(now() - interval ''1 day'').';
+'The smallest UUIDv7 of a time, in milliseconds. A condition on event_id, or on the id of a metric, lets Postgres skip partitions: event_id >= analytics_id_at(now() - interval ''1 day'').';
 
 CREATE OR REPLACE FUNCTION @.analytics_id_time(id UUID) RETURNS TIMESTAMPTZ
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
 BEGIN ATOMIC
 SELECT to_timestamp(('x' || left(replace(id::text, '-', ''), 12))::bit(48)::bigint / 1000.0);
 END;
-COMMENT ON FUNCTION @.analytics_id_time IS 'The moment in a UUIDv7: when it was made.';
+COMMENT ON FUNCTION @.analytics_id_time IS 'The time in a UUIDv7, at which it was created.';
 
 CREATE OR REPLACE FUNCTION @.analytics_partitions(wanted TEXT)
 RETURNS TABLE (partition REGCLASS, low UUID, high UUID, is_default BOOLEAN)
@@ -1740,7 +1740,7 @@ FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
 WHERE i.inhparent = to_regclass('@.analytics_' || wanted)::oid AND c.relpartbound IS NOT NULL;
 END;
 COMMENT ON FUNCTION @.analytics_partitions IS
-'The partitions of the source events or metrics with the ids they hold, low <= id < high; NULL is without a bound, and is_default holds what no other one does.';
+'The partitions of the source events or metrics with their ranges of ids, low <= id < high; NULL means no bound. is_default is the partition for all other ids.';
 
 CREATE OR REPLACE FUNCTION @.analytics_make_partition(wanted TEXT, key NAME, since TIMESTAMPTZ, until TIMESTAMPTZ) RETURNS VOID
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $function$
@@ -1777,7 +1777,7 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_make_partition IS
-'Internal. Makes one partition, and moves the rows into it that wait in the default partition.';
+'Internal. Creates one partition, and moves its rows from the default partition.';
 
 CREATE OR REPLACE FUNCTION @.analytics_make_partitions(
     since TIMESTAMPTZ DEFAULT NULL, until TIMESTAMPTZ DEFAULT NULL, at_most INT DEFAULT 1
@@ -1801,7 +1801,7 @@ BEGIN
     IF NOT EXISTS (SELECT FROM @.analytics_settings WHERE name = 'layout' AND value <> 'plain') THEN
         RETURN 0;
     ELSIF NOT (first >= '2020-01-01' AND finish <= now() + interval '400 days') THEN  -- refuses the dates of a wrong clock
-        RAISE EXCEPTION 'cannot make partitions for % to %: only from 2020 on, and for 400 days ahead', first, finish;
+        RAISE EXCEPTION 'cannot create partitions for % to %: only from 2020 on, and for 400 days ahead', first, finish;
     END IF;
     PERFORM set_config('citus.multi_shard_modify_mode', 'sequential', true);  -- in parallel, it would wait for itself
     PERFORM pg_advisory_xact_lock(hashtext('analytics_partitions'));
@@ -1832,12 +1832,12 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_make_partitions IS
-'Makes missing partitions, at most so many, and returns how many: call it until 0, each time in a transaction of its own, because it locks the tables that foreign keys refer to. Without arguments: for the next 14 days, and for rows that wait in the default partition. Waits for a lock 100 ms at most: lock_not_available (55P03) means try again. Returns 0 for the plain layout.';
+'Creates up to at_most missing partitions, and returns their number: call it until it returns 0, each time in its own transaction, because it locks the tables that foreign keys reference. Without arguments: for the next 14 days, and for rows in the default partition. Waits at most 100 ms for a lock: after lock_not_available (55P03), try again. Returns 0 for the plain layout.';
 
 -- ---- retention ----
--- A low-water mark for each table, kept in analytics_settings: rows below it were deleted, so a load counts lines below
--- it as expired. It is raised in the transaction that deletes. On partitioned tables whole partitions are dropped, and
--- only in those without a bound in time are rows deleted: what has a UUIDv7 by its time, the others by `timestamp`.
+-- Each table has a low-water mark in analytics_settings: rows below it were deleted, so a load counts lines below it as
+-- expired. It is raised in the transaction that deletes rows. On partitioned tables, whole partitions are dropped; rows are
+-- deleted only from partitions without bounds in time, by the time in a UUIDv7, or by `timestamp` for other ids.
 
 CREATE OR REPLACE FUNCTION @.analytics_kept_since(wanted TEXT) RETURNS TIMESTAMPTZ
 LANGUAGE sql STABLE
@@ -1862,7 +1862,7 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE
 BEGIN ATOMIC
 SELECT get_byte(uuid_send(id), 6) >> 4 = 7;
 END;
-COMMENT ON FUNCTION @.analytics_has_time IS 'Internal. Whether a UUID begins with the time at which it was made (version 7).';
+COMMENT ON FUNCTION @.analytics_has_time IS 'Internal. Whether a UUID begins with the time of its creation (version 7).';
 
 CREATE OR REPLACE FUNCTION @.analytics_time_partitions(wanted TEXT)
 RETURNS TABLE (child REGCLASS, since TIMESTAMPTZ, until TIMESTAMPTZ)
@@ -1873,7 +1873,7 @@ WHERE p.high > @.analytics_id_at('2020-01-01 00:00+00')  -- which the early ids 
 ORDER BY p.high;
 END;
 COMMENT ON FUNCTION @.analytics_time_partitions IS
-'Internal. The partitions of ids between two moments (since is NULL for the table that was migrated); none if the tables are not partitioned.';
+'Internal. The partitions with bounds in time (since is NULL for a migrated plain table); none if the tables are not partitioned.';
 
 CREATE OR REPLACE FUNCTION @.analytics_untimed(wanted TEXT) RETURNS SETOF REGCLASS
 LANGUAGE sql STABLE
@@ -1885,7 +1885,7 @@ SELECT p.partition FROM @.analytics_partitions(wanted) p
 WHERE p.partition NOT IN (SELECT t.child FROM @.analytics_time_partitions(wanted) t WHERE t.since IS NOT NULL);
 END;
 COMMENT ON FUNCTION @.analytics_untimed IS
-'Internal. The tables from which rows are deleted: the plain one, or the partitions without a beginning and end in time.';
+'Internal. The tables from which rows are deleted: the plain table, or the partitions without bounds in time.';
 
 CREATE OR REPLACE FUNCTION @.analytics_row_hours(wanted TEXT, before TIMESTAMPTZ) RETURNS SETOF TIMESTAMPTZ
 LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
@@ -1918,7 +1918,7 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_row_hours IS
-'Internal. The hours before a moment that have rows to delete, by leaps through the index that begins with their kind.';
+'Internal. The hours before a time that have rows to delete, by a loose scan of the index that begins with their kind.';
 
 CREATE OR REPLACE FUNCTION @.analytics_prunable(wanted TEXT, before TIMESTAMPTZ) RETURNS SETOF TIMESTAMPTZ
 LANGUAGE sql STABLE
@@ -1935,15 +1935,15 @@ SELECT h.hour FROM (
 WHERE h.hour + interval '1 hour' <= before ORDER BY 1;
 END;
 COMMENT ON FUNCTION @.analytics_prunable IS
-'Hours that lie before a moment as a whole and have rows of the source events or metrics: for analytics_prune_hour.';
+'Hours that end before a time and have rows of the source events or metrics: the arguments for analytics_prune_hour.';
 
 CREATE OR REPLACE FUNCTION @.analytics_check_pruner(wanted TEXT) RETURNS VOID
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
 BEGIN
     IF wanted NOT IN ('events', 'metrics') THEN
-        RAISE EXCEPTION 'cannot prune "%": events or metrics', wanted;
+        RAISE EXCEPTION 'cannot prune "%": use events or metrics', wanted;
     END IF;
-    -- Pruning runs as the owner, for whoever may delete the rows itself; current_user is the owner there.
+    -- Pruning runs with the owner's privileges for a role that may delete the rows; current_user is the owner there.
     IF NOT has_table_privilege(session_user, format('@.analytics_%I', wanted)::regclass, 'DELETE') THEN
         RAISE EXCEPTION 'permission denied to prune: "%" may not DELETE from analytics_%', session_user, wanted
             USING ERRCODE = 'insufficient_privilege';
@@ -1955,13 +1955,13 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_check_pruner IS
-'Internal. Fails for a role that may not prune, and takes the lock of whatever changes a rollup.';
+'Internal. Fails for a role without the privilege to prune, and takes the lock for changes of rollups.';
 
 CREATE OR REPLACE FUNCTION @.analytics_prune_hour(wanted TEXT, pruned TIMESTAMPTZ, at_most INT DEFAULT 5000) RETURNS BIGINT
 LANGUAGE plpgsql SECURITY DEFINER SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp
 AS $function$
--- A batch moves rows into the rollup of their hour, which is sealed: readers add what is left in rows, as the mark of
--- the hour is deleted with its last row. One statement, so that it deletes no mark of rows that it does not see.
+-- A batch moves rows into the rollup of their hour, which is sealed: readers add the remaining rows to it, because the mark
+-- of the hour is deleted with its last row. One statement, so that it deletes no mark of rows that it does not see.
 DECLARE
     the_day CONSTANT TIMESTAMPTZ := date_trunc('day', pruned, 'UTC');
     key CONSTANT NAME := CASE wanted WHEN 'events' THEN 'event_id' ELSE 'id' END;
@@ -2047,15 +2047,15 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_prune_hour IS
-'Deletes rows of one hour, at most so many of a table, and keeps its rollup, which is final from here on: rows that arrive later are read beside it, and added at the next call. Returns the rows deleted: call it until that is less than at_most, each time in a transaction of its own, READ COMMITTED.';
+'Deletes up to at_most rows of one hour and keeps its rollup, which is final from then on: readers add later rows to it, and the next call includes them. Returns the number of deleted rows: call it until that is less than at_most, each time in its own READ COMMITTED transaction.';
 
 CREATE OR REPLACE FUNCTION @.analytics_drop_partition(
     wanted TEXT, partition REGCLASS, before TIMESTAMPTZ, expected BIGINT DEFAULT NULL
 ) RETURNS TABLE (rows BIGINT, newer BIGINT)
 LANGUAGE plpgsql SECURITY DEFINER SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp
 AS $function$
--- DROP alone: DETACH locks the tables that the foreign keys refer to, DROP does not (tests/operate/test_partitions.py).
--- All that takes long comes before it, while only rows of this partition wait.
+-- DROP without DETACH: DETACH locks the tables that foreign keys reference, DROP does not
+-- (tests/operate/test_dropping.py). All slow work comes before it, while only new rows of this partition wait.
 DECLARE
     key CONSTANT NAME := CASE wanted WHEN 'events' THEN 'event_id' ELSE 'id' END;
     is_timed CONSTANT TEXT := format('@.analytics_has_time(%I)', key);
@@ -2073,7 +2073,7 @@ BEGIN
     ELSIF until_at > least(before, now()) THEN
         RAISE EXCEPTION '"%" has ids up to %, which is not older than %', partition, until_at, before;
     END IF;
-    -- No row is added from here on. A vacuum is cancelled after deadlock_timeout, one second by default.
+    -- From here on, no row can be added. A running autovacuum is cancelled after deadlock_timeout (1 s by default).
     PERFORM set_config('lock_timeout', '5s', true);
     EXECUTE format('LOCK TABLE %s IN SHARE MODE', partition);
     EXECUTE format('SELECT count(*), count(*) FILTER (WHERE timestamp >= $1) FROM %s', partition) INTO rows, newer USING before;
@@ -2084,7 +2084,7 @@ BEGIN
     EXECUTE format($q$SELECT ARRAY(SELECT DISTINCT date_trunc('hour', timestamp, 'UTC') FROM %s WHERE %s)$q$, partition, is_timed)
         INTO hours;
     IF wanted = 'events' THEN
-        -- Before the first hour of a day is deleted: from then on its user days are only added to.
+        -- Must precede the deletion of the first hour of a day: after that, user days of the day are only added to.
         PERFORM @.analytics_roll_users(ARRAY(
             SELECT DISTINCT date_trunc('day', h, 'UTC') FROM unnest(hours) h WHERE NOT EXISTS (
                 SELECT FROM @.analytics_sealed s WHERE s.source = 'events' AND s.hour >= date_trunc('day', h, 'UTC')
@@ -2127,7 +2127,7 @@ BEGIN
         SELECT h, $3 FROM remaining WHERE NOT EXISTS (SELECT FROM @.analytics_touched t WHERE t.source = $3 AND t.hour = h)
         $q$, wanted, is_timed) USING hours, partition::oid, wanted;
     PERFORM @.analytics_raise_mark(wanted, until_at);
-    -- Other ids that happen to lie in the range stay, in the default partition: they have no time (3 in 100,000).
+    -- Ids in the range that are not UUIDv7 have no time: they are moved to the default partition (3 in 100,000 of UUIDv4).
     IF wanted = 'events' THEN
         SELECT array_agg(e) INTO moved_events FROM @.analytics_events e
             WHERE e.event_id >= @.analytics_id_at(coalesce(since_at, 'epoch')) AND e.event_id < @.analytics_id_at(until_at)
@@ -2137,7 +2137,7 @@ BEGIN
             WHERE m.id >= @.analytics_id_at(coalesce(since_at, 'epoch')) AND m.id < @.analytics_id_at(until_at)
                 AND m.tableoid = partition::oid AND NOT @.analytics_has_time(m.id);
     END IF;
-    -- Readers and loads queue behind each attempt, so it is short, and they have their turn between two.
+    -- Readers and loads queue behind each attempt, so attempts are short, with a pause between them.
     PERFORM set_config('lock_timeout', '100ms', true);
     FOR attempt IN 1..20 LOOP
         BEGIN
@@ -2158,15 +2158,15 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_drop_partition IS
-'Drops a partition whose ids are older than a moment: keeps the rollup of its hours, which is final from here on, and raises the low-water mark. Returns its rows, and how many of them had a newer timestamp. expected: fails if it has another number of rows.';
+'Drops a partition whose ids are all older than a time. Keeps the rollups of its hours, which are final from then on, and raises the low-water mark. Returns the number of its rows, and how many of them had a newer timestamp. Fails if expected is given and is not the number of its rows.';
 
 -- ---- keeping the ledger small ----
 
 CREATE OR REPLACE FUNCTION @.analytics_merge_loads(since TIMESTAMPTZ DEFAULT '-infinity')
 RETURNS TABLE (merged BIGINT, until TIMESTAMPTZ)
 LANGUAGE plpgsql SECURITY DEFINER SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
--- Only whole segments of one chunk, loaded once, which their writer's last statement covers and does not have in the
--- spool: the sums of analytics_conservation stay exact. Gaps between numbers stay gaps.
+-- Merges only whole segments of one chunk that were loaded once, are covered by their writer's last account, and are not
+-- pending in it, so that the sums of analytics_conservation stay exact. Gaps between numbers are kept.
 DECLARE
     begins TIMESTAMPTZ;
 BEGIN
@@ -2218,10 +2218,10 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_merge_loads IS
-'Merges the ledger rows of the first hour from a moment on that ended an hour ago and has some: into one for each unbroken run of a writer''s segments. Returns how many it merged and up to where: call it from there until it returns no row.';
+'Merges ledger rows of the first hour from a time on that ended an hour ago and has rows to merge: into one row for each run of a writer''s segments without gaps. Returns the number of merged rows and the end of that hour: call it again with that time until it returns no row.';
 
--- Who may insert events may mark hours, refresh and make partitions; who may read the events may read their rollups; who may delete
--- them may refresh before that.
+-- A role that may insert events may also mark hours, refresh, and create partitions; a role that may read events may read
+-- their rollups; a role that may delete events may refresh the rollups first.
 DO $$
 DECLARE
     grantee TEXT;
@@ -2307,8 +2307,8 @@ END
 $$;
 
 $sql$;
-    -- On Citus, no function may depend on a distributed table: it would keep partitions from being attached. Citus cannot
-    -- push down OFFSET, nor read a subquery without columns, nor recurse over a distributed table.
+    -- On Citus, no function may depend on a distributed table, because Citus then cannot attach partitions. Citus also
+    -- cannot push down OFFSET, read a subquery without columns, or recurse over a distributed table.
     EXECUTE format('SELECT EXISTS (SELECT FROM %I.analytics_settings WHERE name = ''layout'' AND value = ''citus'')', home)
         INTO is_distributed;
     IF is_distributed THEN
@@ -2342,11 +2342,11 @@ END
 $questions$;
 
 -- ---- erasure ------------------------------------------------------------------------------------------------------
--- Erasing a person or a family: a tombstone, by which every load discards their lines from then on, and the deletion
--- of what is stored. "@." is the schema of the tables, as above.
+-- An erasure of a person or a family writes a tombstone, by which every later load discards their lines, and deletes the
+-- stored data. "@." is the schema of the tables, as above.
 --
--- A load holds the lock "analytics_erasures" in shared mode from its beginning, and an erasure holds it alone: a load
--- that began before has ended when the rows are deleted, and one that begins later sees the tombstone.
+-- A load holds the lock "analytics_erasures" in shared mode from its beginning, and an erasure holds it exclusively: loads
+-- that began earlier have ended when the rows are deleted, and loads that begin later see the tombstone.
 
 DO $erasure$
 DECLARE
@@ -2369,15 +2369,15 @@ BEGIN
         FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = events;
     statements := $sql$
 
--- Ids that the application counts can be tried one after the other, so their hashes have a key. There is a second key
--- only after tombstones of another database were restored.
+-- The hashes are keyed, because UUIDs made from consecutive numbers (analytics_uuid) could be found by trying them all. A
+-- second key exists only after tombstones of another database were restored.
 CREATE TABLE IF NOT EXISTS @.analytics_erasure_keys (
     key BYTEA PRIMARY KEY CHECK (octet_length(key) = 32),
     made_at TIMESTAMPTZ NOT NULL DEFAULT now()
 );
 
--- The tombstones, each of them the record of an erasure: subject = sha256(key || the 16 bytes of the UUID). `number`
--- grows with each, so that a load finds new ones by a look at the last.
+-- The tombstones, one per erased id: subject = sha256(key || the 16 bytes of the UUID). `number` grows with each, so that
+-- a load detects new ones by reading the last number.
 CREATE TABLE IF NOT EXISTS @.analytics_erasures (
     subject BYTEA PRIMARY KEY CHECK (octet_length(subject) = 32),
     kind TEXT NOT NULL CHECK (kind IN ('user', 'family')),
@@ -2413,7 +2413,7 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_redacted(TEXT, TEXT) IS
-'Internal. A text in which an id, given by its 32 digits in lower case, is replaced by zeros, however it is written.';
+'Internal. The text with an id replaced by zeros in any spelling. The id is given by its 32 digits in lower case.';
 
 CREATE OR REPLACE FUNCTION @.analytics_redacted(content JSONB, digits TEXT) RETURNS JSONB
 LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE SET search_path = pg_catalog, pg_temp AS $function$
@@ -2423,14 +2423,14 @@ EXCEPTION WHEN invalid_text_representation THEN
     RETURN '{}';  -- the digits were those of a number
 END
 $function$;
-COMMENT ON FUNCTION @.analytics_redacted(JSONB, TEXT) IS 'Internal. As the other one.';
+COMMENT ON FUNCTION @.analytics_redacted(JSONB, TEXT) IS 'Internal. The same for a JSON document.';
 
 CREATE OR REPLACE FUNCTION @.analytics_mentions(content TEXT, digits TEXT) RETURNS BOOLEAN
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
 BEGIN ATOMIC
 SELECT strpos(replace(lower(content), '-', ''), digits) > 0;
 END;
-COMMENT ON FUNCTION @.analytics_mentions IS 'Internal. Whether a text has an id, however it is written.';
+COMMENT ON FUNCTION @.analytics_mentions IS 'Internal. Whether a text contains an id in any spelling.';
 
 CREATE OR REPLACE FUNCTION @.analytics_erase_rows(ids UUID[], subject_kind TEXT) RETURNS JSONB
 LANGUAGE plpgsql SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
@@ -2442,9 +2442,9 @@ DECLARE
 BEGIN
     IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
         RAISE EXCEPTION 'cannot erase in a transaction that is %', upper(current_setting('transaction_isolation'))
-            USING HINT = 'It does not see what a load committed since it began. Use READ COMMITTED.';
+            USING HINT = 'Its snapshot does not contain rows that were committed after it began. Use READ COMMITTED.';
     ELSIF ids IS NULL OR array_position(ids, NULL) IS NOT NULL OR '00000000-0000-0000-0000-000000000000' = ANY (ids) THEN
-        RAISE EXCEPTION 'cannot erase without an id, or the id of zeros, which replaces mentions'
+        RAISE EXCEPTION 'cannot erase without an id, or the id of zeros, which is the replacement of mentions'
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
     PERFORM pg_advisory_xact_lock(hashtext('analytics_erasures'));
@@ -2489,7 +2489,7 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_erase_rows IS
-'Internal. Writes the tombstones of some ids, and deletes their rows and user days. Mentions stay: see analytics_erase_user.';
+'Internal. Writes the tombstones of ids, and deletes their rows and user days, but not mentions: see analytics_erase_user.';
 
 CREATE OR REPLACE FUNCTION @.analytics_erase_mentions(wanted UUID) RETURNS BIGINT
 LANGUAGE plpgsql SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
@@ -2510,7 +2510,8 @@ BEGIN
         SELECT DISTINCT date_trunc('hour', r.at, 'UTC'), 'metrics' FROM redacted r WHERE isfinite(r.at)
     )
     SELECT count(*) INTO in_metrics FROM redacted;
-    -- In place: the rows of an hour that was pruned are gone. The same labels may be in several rows of an hour.
+    -- Rollups are changed in place, because pruned hours have no rows to compute them from. Several rows of an hour may
+    -- have the same labels.
     UPDATE @.analytics_hourly_metrics h SET labels = @.analytics_redacted(h.labels, digits)
     WHERE @.analytics_mentions(h.labels::text, digits);
     UPDATE @.analytics_loads l SET file = @.analytics_redacted(l.file, digits) WHERE @.analytics_mentions(l.file, digits);
@@ -2520,7 +2521,7 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_erase_mentions IS
-'Internal. Replaces an id by zeros in the metadata and labels of others, and in the names of loaded files. Reads all rows.';
+'Internal. Replaces an id by zeros in the metadata and labels of other people, and in the names of loaded files. Reads all rows.';
 
 CREATE OR REPLACE FUNCTION @.analytics_erase_user(id UUID) RETURNS JSONB
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
@@ -2529,7 +2530,7 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_erase_user IS
-'Erases a person: rows, user days and mentions now, lines that are loaded later at their load, files when a loader runs next. Call it first in the transaction that deletes the account: it waits for the loads that run, and loads wait for its end.';
+'Erases a person: rows, user days and mentions at once, later lines when they are loaded, files when a loader runs next. Call it first in the transaction that deletes the account: it waits for running loads, and loads wait for its end.';
 
 CREATE OR REPLACE FUNCTION @.analytics_erase_family(id UUID) RETURNS JSONB
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
@@ -2538,14 +2539,14 @@ BEGIN
 END
 $function$;
 COMMENT ON FUNCTION @.analytics_erase_family IS
-'Erases a family as analytics_erase_user does a person: the events in it of all its members. What they did elsewhere stays.';
+'Erases a family as analytics_erase_user erases a person: the events of all members in this family. Their events in other families are kept.';
 
 REVOKE ALL ON FUNCTION @.analytics_erase_rows, @.analytics_erase_mentions, @.analytics_erase_user, @.analytics_erase_family
 FROM PUBLIC;
 $sql$;
     EXECUTE replace(statements, '@.', replace(quote_ident(home), $quote$'$quote$, $quote$''$quote$) || '.');
 
-    -- As above: what existed with one of these names would run with the rights of others.
+    -- As above: an existing function with one of these names would run with the privileges of other roles.
     SELECT named.name, rolname INTO foreign_name, foreign_owner
         FROM (
             SELECT relname, relowner FROM pg_class WHERE relnamespace = home_oid
@@ -2557,11 +2558,11 @@ $sql$;
         ORDER BY named.name
         LIMIT 1;
     IF foreign_name IS NOT NULL THEN
-        RAISE EXCEPTION '"%" belongs to the role "%" and would run with the rights of others: drop it, or connect as "%"',
+        RAISE EXCEPTION '"%" belongs to the role "%" and would run with the privileges of other roles: drop it, or connect as "%"',
             foreign_name, foreign_owner, foreign_owner;
     END IF;
 
-    -- Whoever may load has to know who was erased, also if nobody names the role again at an upgrade.
+    -- Roles that may load also get the privileges on tombstones, even if an upgrade does not name the role.
     FOR grantee_name IN
         SELECT DISTINCT rolname FROM pg_class
         CROSS JOIN LATERAL aclexplode(relacl) AS acl

@@ -5,8 +5,8 @@
         database.connect(wire.dsn)     # errors arrive as through Citus
         wire.statements                # what the client sent
 
-Citus reports each error of a worker in a COPY as XX000, and passes on no name of a constraint or column, nor the
-function of its source that raised an error. It refuses some SQL about distributed tables: see REFUSED.
+Citus reports each error of a worker in a COPY as XX000, without the names of the constraint and column, and without the
+function of the source that raised it. It refuses some SQL about distributed tables: see REFUSED.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ _HEADER: Final = 5
 
 
 def install(connection: Connection) -> None:
-    """Have the database look like a coordinator of Citus; as a superuser."""
+    """Make the database look like a coordinator of Citus. Requires a superuser."""
     connection.execute(_CATALOG.encode())
     connection.commit()
 
 
 class Wire:
-    """Forwards connections to a server, notes statements and changes errors to what Citus makes of them."""
+    """Forwards connections to a server, records statements, and changes errors as Citus does."""
 
     def __init__(self, server: str, directory: Path) -> None:
         self.dsn = make_conninfo(server, host=str(directory))
@@ -106,7 +106,7 @@ class Wire:
 
 
 class _Session:
-    """One connection: what its client asked last."""
+    """One connection, with the last request of its client."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
@@ -132,7 +132,7 @@ class _Session:
 def _forward(
     source: socket.socket, target: socket.socket, passed: Callable[[bytes], bytes], starts: bool
 ) -> None:
-    """Forward message by message; a client's first one has no type."""
+    """Forward message by message; the first message of a client has no type."""
     with contextlib.suppress(OSError):
         if starts:
             length = _exactly(source, 4)
@@ -145,7 +145,7 @@ def _forward(
 
 
 def _exactly(source: socket.socket, count: int) -> bytes:
-    """Return so many bytes, or none at the end."""
+    """Return the given number of bytes, or none at the end of the stream."""
     data = b""
     while len(data) < count:
         if not (part := source.recv(count - len(data))):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--again", is_flag=True, help="Also load chunks that are in the ledger: restores deleted rows.")
 @click.option(
     "--keep-expired", is_flag=True,
-    help="Also load lines that are older than the pruned data. The functions then count them twice. Implies "
+    help="Also load lines older than what `loader prune` deleted. Questions then count them twice. Implies "
     "--again.",
 )  # fmt: skip
 @options.as_json

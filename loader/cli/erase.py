@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--users-from", metavar="FILE", type=click.Path(allow_dash=True, path_type=Path),
-    help="A file with the UUID of a person in each line, - for standard input: arguments are seen by other "
-    "users of the machine.",
+    help="A file with the UUID of a person per line, or - for standard input. Unlike arguments, it is not visible "
+    "to other users of the machine.",
 )  # fmt: skip
-@click.option("--again", is_flag=True, help="Everybody who was erased before, as after a restore.")
-@click.option("--dry-run", is_flag=True, help="Count what would be erased, and change nothing.")
 @click.option(
-    "--verify", is_flag=True, help="Then search all tables and files, and keep the result as a proof."
+    "--again", is_flag=True, help="Erase everybody again who was erased before, for example after a restore."
+)
+@click.option("--dry-run", is_flag=True, help="Count what would be erased; change nothing.")
+@click.option(
+    "--verify", is_flag=True, help="Afterwards search all tables and files, and store the result as a proof."
 )
 @click.option(
     "--exports", metavar="DIR", multiple=True, type=click.Path(path_type=Path, file_okay=False, exists=True),
@@ -47,11 +49,11 @@ def command(
     verify: bool, exports: tuple[Path, ...], dsn: str | None, spool_dir: Path | None, archive: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Erase everything stored about a person or a family.
+    """Permanently erase all data about a person or a family.
 
-    Rows, mentions by others, user days, rejects, archived and exported files, and what waits in the spool. A
-    tombstone stays: their lines are discarded whenever they are loaded again. Run it as the owner of the tables, on
-    each host that has a spool.
+    Erases rows, mentions by others, user days, rejects, archived and exported files, and segments in the spool. A
+    tombstone is kept, by which later loads discard their lines. Run it as the owner of the tables, on each host
+    that has a spool.
 
     \b
     Examples:
@@ -61,7 +63,7 @@ def command(
     """
     people = _people(users, families, users_from)
     if again == bool(people):
-        raise UsageError("give --user or --family, or --again for everyone erased before")
+        raise UsageError("use either --user, --family or --users-from, or --again for everyone erased before")
     if dry_run and (verify or again):
         raise UsageError("--dry-run cannot be combined with --verify or --again")
     directories = [each.absolute() for each in exports]
@@ -74,19 +76,19 @@ def command(
         _show(erased, proof, dry_run=dry_run)
     if erased.failures:
         raise LoaderError(
-            f"{len(erased.failures)} files could not be searched: run it again when they can, or without them"
+            f"{len(erased.failures)} files could not be searched: repair or remove them, then run the command again"
         )
     if proof is not None and not proof.holds:
         raise LoaderError(
-            "something was found, or could not be searched: what waits in the spool is erased when it is loaded; "
-            "run it again then"
+            "something was found, or could not be searched: segments in the spool are erased when they are loaded; "
+            "run the command again after that"
         )
 
 
 def _erase(
     dsn: str, places: Places, people: Sequence[tuple[Kind, UUID]], *, dry_run: bool, verify: bool
 ) -> tuple[Erased, Proof | None]:
-    """Erase, or count; without people everybody again. Return also the proof, if one is wanted."""
+    """Erase or count people; without any, erase everybody again. Return the proof too if `verify` is set."""
     from loader.cli.loading import only_for
     from loader.load import database
     from loader.operate import erase
@@ -133,7 +135,7 @@ def _show(erased: Erased, proof: Proof | None, *, dry_run: bool) -> None:
         for place in proof.places:
             terminal.say(f"searched: {place.place}, {place.bytes} bytes, {place.hits} hits")
         for name in proof.waiting:
-            terminal.warn(f"{name} waits in the spool")
+            terminal.warn(f"{name} is still in the spool")
     if not dry_run:
         for unreached in UNREACHED:
             terminal.say(f"not reached: {unreached}")

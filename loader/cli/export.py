@@ -55,9 +55,7 @@ _NEEDED: Final = ("pyarrow", "adbc_driver_postgresql")
     help="Beginning of the range: a date, a time, or an age such as 28d; default: all.",
 )
 @click.option("--until", metavar="WHEN", help="End of the range (excluded); default: all.")
-@click.option(
-    "--user", type=Person(), metavar="UUID", help="Export everything stored about a person, as NDJSON."
-)
+@click.option("--user", type=Person(), metavar="UUID", help="Export all data about a person, as NDJSON.")
 @answers.tz
 @options.dsn
 @options.spool_dir
@@ -68,12 +66,12 @@ def command(
     since: str | None, until: str | None, user: UUID | None, tz: str, dsn: str | None, spool_dir: Path | None,
     archive: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Write events, metrics or everything about a person to Parquet, CSV or NDJSON.
+    """Write events or metrics to Parquet, CSV or NDJSON, or all data about a person.
 
     OUT is a file, - for standard output, or a directory with --by day. NDJSON can be loaded with
     `loader backfill`. Ids are text and times are UTC.
 
-    With --user, every table, the spool with its rejects, and the archive are searched; each line has its source.
+    With --user, every table, the spool with its rejects, and the archive are searched; each line names its source.
 
     \b
     Examples:
@@ -133,7 +131,7 @@ def _disclose(dsn: str, places: Places, person: UUID, target: Path, *, as_json: 
         terminal.warn(f"{name} {reason}")
     if disclosed.failures:
         raise LoaderError(
-            f"{len(disclosed.failures)} places could not be searched: the disclosure is not complete"
+            f"{len(disclosed.failures)} tables or files could not be searched: the disclosure is incomplete"
         )
 
 

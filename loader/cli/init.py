@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--layout", type=click.Choice(["plain", "partitioned", "citus"]), default=None,
-    help="Layout of new tables; remembered; default: plain. partitioned: one partition a day, so that loading stays as "
-    "fast as at first and old data is dropped at once. `loader migrate` converts plain tables. citus: the same, "
-    "distributed over the workers of a Citus cluster; no foreign keys.",
+    help="Layout of new tables; remembered; default: plain. partitioned: one partition per day; the load rate stays "
+    "constant as the data grows, and old data is dropped quickly. `loader migrate` converts plain tables. citus: the "
+    "same, distributed over the workers of a Citus cluster; no foreign keys.",
 )  # fmt: skip
 @click.option(
     "--width", type=click.Choice(["day", "week", "month"]), default=None,
@@ -98,7 +98,7 @@ _FOREIGN_KEYS = {
     "on": "Foreign keys: on, if auth.users and family_units exist (--no-foreign-keys drops them).",
     "off": "Foreign keys: off, as configured (--foreign-keys adds them).",
 }
-_NO_KEYS = "Foreign keys: none, as Citus allows none from distributed tables to local ones."
+_NO_KEYS = "Foreign keys: none; Citus does not support them from distributed to local tables."
 _IDENTITY = {
     "required": "Identity: required (--optional-identity accepts events without a user or a family).",
     "optional": "Identity: optional, as configured (--required-identity rejects events without a user "

@@ -16,22 +16,20 @@ if TYPE_CHECKING:
 @click.command("migrate")
 @click.option(
     "--to", "layout", type=click.Choice(["partitioned"]), required=True, expose_value=False,
-    help="The layout that the tables get. There is no way back.",
+    help="The new layout of the tables. This cannot be undone.",
 )  # fmt: skip
 @click.option(
     "--width", type=click.Choice(["day", "week", "month"]), default=None,
-    help="Of partitions that are made from now on; remembered, at first a day.",
+    help="Width of partitions created from now on; remembered; default: a day.",
 )  # fmt: skip
 @options.dsn
-@click.option(
-    "--dry-run", is_flag=True, help="Report what is to be done and what is in the way; change nothing."
-)
+@click.option("--dry-run", is_flag=True, help="Report the steps and the obstacles; change nothing.")
 @options.as_json
 def command(width: schema.Width | None, dsn: str | None, dry_run: bool, as_json: bool) -> None:
-    """Divide plain tables into partitions, beside loaders and readers.
+    """Convert plain tables to partitioned ones, while loaders and readers continue.
 
-    The rows stay where they are: the old tables become the first partitions. It may be interrupted at any
-    time; run it again to continue. Objects of your own that use the tables are listed and nothing is changed.
+    The rows are not copied: the old tables become the first partitions. The command may be interrupted at any
+    time; run it again to continue. If objects of your own use the tables, it lists them and changes nothing.
 
     \b
     Examples:

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     "--older-than", "age", type=options.Age(), metavar="AGE",
     help="Minimum age of all data without an option of its own, such as 90d: a number and y, w, d, h or m.",
 )  # fmt: skip
-@click.option("--events", type=options.Age(), metavar="AGE", help="Of events.")
-@click.option("--metrics", type=options.Age(), metavar="AGE", help="Of metrics.")
-@click.option("--ledger", type=options.Age(), metavar="AGE", help="Of the ledger's rows.")
-@click.option("--files", type=options.Age(), metavar="AGE", help="Of rejected and archived files.")
+@click.option("--events", type=options.Age(), metavar="AGE", help="Minimum age of events.")
+@click.option("--metrics", type=options.Age(), metavar="AGE", help="Minimum age of metrics.")
+@click.option("--ledger", type=options.Age(), metavar="AGE", help="Minimum age of ledger rows.")
+@click.option(
+    "--files", type=options.Age(), metavar="AGE", help="Minimum age of rejected and archived files."
+)
 @options.dsn
 @options.spool_dir
 @options.archive
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     "--export", metavar="DIR", type=click.Path(path_type=Path, file_okay=False),
     help="Write each partition to a Parquet file before it is dropped; replaces an existing file.",
 )  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Count old data, and delete nothing.")
+@click.option("--dry-run", is_flag=True, help="Count old data; delete nothing.")
 @options.as_json
 def command(
     age: timedelta | None, events: timedelta | None, metrics: timedelta | None, ledger: timedelta | None,
@@ -65,7 +67,7 @@ def command(
         rows = prune.Rows(connection, ages, signals.stop, to_files)
         pruned = rows.count() if dry_run else _delete(rows)
     if ages.files is not None and not signals.stop.is_set():
-        # The local clock wrote the times of the files; if the two disagree, less is removed.
+        # The times of files come from the local clock; if it and the server's disagree, fewer files are removed.
         limit = min(rows.limits["files"] or rows.before, datetime.now(UTC) - ages.files)
         removed = prune.files(spool, archive, limit, dry_run=dry_run)
         pruned.rejected_files, pruned.archived_files = removed.rejected_files, removed.archived_files
@@ -78,19 +80,19 @@ def command(
 
 
 def _check(ages: Ages, given: tuple[timedelta | None, ...]) -> None:
-    """Raise UsageError for ages that cannot be meant."""
+    """Raise UsageError if no age is given, or an age of 0."""
     if not any(each is not None for each in given):
         raise UsageError(
-            "give the age of what to remove: --older-than AGE for all, or any of --events, --metrics, --ledger, --files"
+            "no age is given: use --older-than AGE for all data, or any of --events, --metrics, --ledger, --files"
         )
     for name, age in vars(ages).items():
         if age is not None and not age:
             option = "ledger" if name == "loads" else name
-            raise UsageError(f"an age of 0 would remove all {option}: TRUNCATE is for that")
+            raise UsageError(f"an age of 0 would remove all {option}: use TRUNCATE for that")
 
 
 def _export(directory: Path | None, *, dry_run: bool) -> Export | None:
-    """Return what writes a partition below the directory. Raises UsageError if it cannot."""
+    """Return the function that writes partitions to the directory. Raises UsageError if a package is missing."""
     if directory is None or dry_run:
         return None
     from loader import extras
@@ -101,12 +103,12 @@ def _export(directory: Path | None, *, dry_run: bool) -> Export | None:
 
 
 def _delete(rows: Rows) -> Pruned:
-    """Remove the rows, with a progress bar."""
+    """Delete the rows, with a progress bar."""
     from loader.cli.loading import only_for
 
     old, done = rows.count(), 0
     with (
-        only_for("the owner of the tables, or a role that may DELETE"),
+        only_for("the owner of the tables, or a role with the DELETE privilege"),
         terminal.bar("rows", old.events + old.metrics + old.loads) as shown,
     ):
 

@@ -1,10 +1,10 @@
-"""Takes people that were erased out of files: searches every byte, and writes a file again that has any of them.
+"""Removes erased people from files: searches every byte, and rewrites the files that contain one of their ids.
 
-A file is written as a whole under a temporary name, synced and renamed, with its times, mode and owner; after a crash
-it is as it was or as it should be. What is compressed stays so. Its lines keep their number and length (see
-mentions.py), so a replay finds the chunks and offsets that it had.
+A file is rewritten under a temporary name, synced and renamed, with the original times, mode and owner; after a
+crash it is either the old or the new file. A compressed file stays compressed. Lines keep their number and length
+(see mentions.py), so a replay finds the same chunks and offsets.
 
-Only files inside of a directory are touched, and no link is followed.
+Only files inside the given directory are modified, and no link is followed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STATE: Final = ".erasures"
 PART: Final = ".part"
 _BLOCK: Final = 1 << 20
 _LONG_LINE: Final = 16 << 20
-"""Bytes from which on a line is written to a temporary file until it is known whether it has an id."""
+"""Size in bytes from which a line is buffered in a temporary file until all of it has been searched."""
 _ATTEMPTS: Final = 5
 _LARGEST_HOLE: Final = 1 << 30
 _STATE_BYTES: Final = 1 << 28
@@ -51,13 +51,13 @@ _PACKERS: Final[dict[bytes, Callable[[BinaryIO], _Packer]]] = {
     ),
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file, mode="wb", mtime=0),
     b"BZh": lambda file: bz2.BZ2File(file, "wb"),
-    b"\xfd7zXZ\0": lambda file: lzma.LZMAFile(file, "wb"),  # noqa: SIM115  # whoever packs closes it
+    b"\xfd7zXZ\0": lambda file: lzma.LZMAFile(file, "wb"),  # noqa: SIM115  # the caller closes it
 }
 """The compressor for a rewritten file, by the first bytes of the file."""
 
 
 class ChangedError(OSError):
-    """A file that somebody else has written while it was written again."""
+    """Another process changed a file while it was being rewritten."""
 
 
 @dataclass
@@ -67,14 +67,14 @@ class Swept:
     lines: int = 0
     """Lines that were erased."""
     mentions: int = 0
-    """Lines of others in which an id was replaced."""
+    """Lines of other people in which an id was replaced."""
     files: int = 0
     bytes: int = 0
-    """Bytes that were searched, without their compression."""
+    """Bytes that were searched, after decompression."""
     hits: int = 0
-    """Files in which anything was found."""
+    """Files in which an id was found."""
     found: list[str] = field(default_factory=list)
-    """Their names, by a search."""
+    """The names of these files; only `search` fills it."""
     failures: dict[str, str] = field(default_factory=dict)
 
     def __iadd__(self, other: Swept) -> Self:
@@ -86,7 +86,7 @@ class Swept:
 
 
 def sweep(root: Path, mentions: Mentions, *, dry_run: bool = False) -> Swept:
-    """Take people out of all files below a directory; one that does not exist has none."""
+    """Remove people from all files below a directory. A missing directory counts as empty."""
     swept = Swept()
     for directory, name, shown in walk(root, swept):
         with noting(swept, shown):
@@ -106,7 +106,7 @@ def walk(root: Path, swept: Swept) -> Iterator[tuple[int, str, str]]:
 
 
 def search(root: Path, mentions: Mentions, but: tuple[str, ...] = ()) -> Swept:
-    """Search every file below a directory, and change nothing; `but` are directories in it that are left out."""
+    """Search every file below a directory without changing it. `but` names subdirectories to skip."""
     swept = Swept()
     for directory, name, shown in walk(root, swept):
         if shown.split("/", 1)[0] in but and "/" in shown:
@@ -120,7 +120,7 @@ def search(root: Path, mentions: Mentions, but: tuple[str, ...] = ()) -> Swept:
 
 
 def sweep_named(root: Path, suffixes: tuple[str, ...], mentions: Mentions, *, dry_run: bool = False) -> Swept:
-    """As `sweep`, for the files in the directory itself whose name ends in one of `suffixes`."""
+    """Do as `sweep`, but only for files directly in the directory whose name ends in one of `suffixes`."""
     swept = Swept()
     with noting(swept, str(root)), nofollow.opened(root) as base:
         for name in nofollow.names(base, suffixes):
@@ -130,8 +130,8 @@ def sweep_named(root: Path, suffixes: tuple[str, ...], mentions: Mentions, *, dr
 
 
 def sweep_file(directory: int, name: str, mentions: Mentions, swept: Swept, *, dry_run: bool = False) -> None:
-    """Take people out of one file. Raises OSError, and UNREADABLE for what cannot be read to its end."""
-    for _ in range(_ATTEMPTS):  # a loader may take the same people out of it at the same time
+    """Remove people from one file. Raises OSError, and UNREADABLE if the file cannot be read to its end."""
+    for _ in range(_ATTEMPTS):  # a loader may remove the same people from it at the same time
         with contextlib.suppress(ChangedError), nofollow.open_file(name, directory) as file:
             found = is_found(file, mentions, swept)
             file.seek(0)
@@ -140,13 +140,13 @@ def sweep_file(directory: int, name: str, mentions: Mentions, swept: Swept, *, d
                     pass
             elif found and name.endswith(
                 PART
-            ):  # what an interrupted process left, or one that will write it again
+            ):  # left by an interrupted process, or in use by one that will retry
                 os.unlink(name, dir_fd=directory)
             elif found:
                 _write_again(file, directory, name, mentions, swept)
             break
     else:
-        raise ChangedError("is changed all the time: run `loader erase --again`")
+        raise ChangedError("keeps changing: run `loader erase --again`")
     named = mentions.in_text(name)
     if named and not dry_run and not name.endswith(PART):
         _rename(directory, name, mentions)
@@ -155,10 +155,10 @@ def sweep_file(directory: int, name: str, mentions: Mentions, swept: Swept, *, d
 
 
 def is_found(file: BinaryIO, mentions: Mentions, swept: Swept) -> bool:
-    """Whether a file has any of the ids. Reads it up to the first. Raises OSError, UNREADABLE."""
+    """Whether a file contains any of the ids. Reads up to the first match. Raises OSError, UNREADABLE."""
     status = os.fstat(file.fileno())
     if status.st_size > max(_LARGEST_HOLE, 1024 * status.st_blocks):
-        raise OSError("is a sparse file, which no segment is: remove it, or cut it with `truncate`")
+        raise OSError("is a sparse file, so it is not a segment: remove it, or shorten it with `truncate`")
     reader, before = unpacked(file), b""
     while piece := reader.read(_BLOCK):
         swept.bytes += len(piece)
@@ -179,9 +179,9 @@ def _write_again(file: BinaryIO, directory: int, name: str, mentions: Mentions, 
 
 @contextlib.contextmanager
 def replacing(file: BinaryIO, directory: int, name: str) -> Iterator[BinaryIO]:
-    """Yield a stream for what replaces a file that is open, with its mode, owner and times, durably.
+    """Yield a stream whose content durably replaces an open file and keeps its mode, owner and times.
 
-    If the block raises, or the file was changed in the meantime, it stays as it is. Raises OSError.
+    If the block raises, or the file was changed in the meantime, it is left unchanged. Raises OSError.
     """
     status = os.fstat(file.fileno())
     temporary = f"{name}.{secrets.token_hex(4)}{PART}"
@@ -190,11 +190,11 @@ def replacing(file: BinaryIO, directory: int, name: str) -> Iterator[BinaryIO]:
             yield copy
             copy.flush()
             os.fchmod(copy.fileno(), stat.S_IMODE(status.st_mode))
-            with contextlib.suppress(PermissionError):  # somebody else's of the group
+            with contextlib.suppress(PermissionError):  # the file of another member of the group
                 os.fchown(copy.fileno(), status.st_uid, status.st_gid)
             os.utime(
                 copy.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns)
-            )  # its age decides on its removal
+            )  # prune removes files by their age
             os.fsync(copy.fileno())
         now = os.stat(name, dir_fd=directory, follow_symlinks=False)
         if (now.st_ino, now.st_size, now.st_mtime_ns) != (status.st_ino, status.st_size, status.st_mtime_ns):
@@ -210,7 +210,7 @@ def replacing(file: BinaryIO, directory: int, name: str) -> Iterator[BinaryIO]:
 def write_without(
     reader: Reader, target: BinaryIO, pack: Callable[[BinaryIO], _Packer] | None, mentions: Mentions, swept: Swept,
 ) -> None:  # fmt: skip
-    """Write lines without some people. Raises UNREADABLE."""
+    """Write the lines without the mentioned people, compressed by `pack`. Raises UNREADABLE."""
     if pack is None:
         copy_without(reader, target, mentions, swept)
     else:
@@ -219,13 +219,13 @@ def write_without(
 
 
 def copy_without(reader: Reader, target: Writable, mentions: Mentions, swept: Swept) -> None:
-    """As `write_without`, to what compresses or not."""
+    """Do as `write_without`, to a target that may compress by itself."""
     for piece in lines_without(reader, mentions, swept):
         target.write(piece)  # python-zstandard has no writelines
 
 
 def lines_without(reader: Reader, mentions: Mentions, swept: Swept) -> Iterator[bytes]:
-    """Yield the bytes of some lines without some people, in pieces. Raises UNREADABLE."""
+    """Yield the lines without the mentioned people, as blocks of bytes. Raises UNREADABLE."""
     rest = b""
     while True:
         piece = reader.read(_BLOCK)
@@ -264,7 +264,7 @@ def _kept_line(line: bytes, mentions: Mentions, swept: Swept) -> bytes:
 def _long_line(
     begin: bytes, reader: Reader, mentions: Mentions, swept: Swept
 ) -> Generator[bytes, None, bytes]:
-    """Yield a line of any length, or blanks of its length if it has an id; return what was read after it."""
+    """Yield a line of any length, or an erased line of the same length; return the bytes read after it."""
     with tempfile.TemporaryFile() as line:
         before, piece, rest, found = b"", begin, b"", False
         while piece:
@@ -292,7 +292,7 @@ def _long_line(
 
 
 def _rename(directory: int, name: str, mentions: Mentions) -> None:
-    """Take an id out of the name of a file."""
+    """Replace the ids in the name of a file."""
     new = mentions.redacted(name.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape")
     with contextlib.suppress(FileNotFoundError):
         os.stat(new, dir_fd=directory, follow_symlinks=False)
@@ -302,7 +302,7 @@ def _rename(directory: int, name: str, mentions: Mentions) -> None:
 
 @contextlib.contextmanager
 def noting(swept: Swept, name: str) -> Iterator[None]:
-    """Go on after a file that cannot be read or written, and note why; one that no longer exists needs nothing."""
+    """Record why a file cannot be read or written, and continue; ignore one that no longer exists."""
     try:
         yield
     except FileNotFoundError:
@@ -312,23 +312,22 @@ def noting(swept: Swept, name: str) -> Iterator[None]:
         swept.failures[name] = f"could not be searched to its end: {reason}"
 
 
-# ---- which erasures were applied ----------------------------------------------------------------------
+# ---- applied erasures ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class State:
-    """Erasures that were applied to a directory: the keys of their hashes, and which kind each was."""
+    """Erasures that were applied to a directory: the keys of their hashes, and the kind of each by its hash."""
 
     keys: frozenset[bytes] = frozenset()
     kinds: dict[bytes, str] = field(default_factory=dict)
 
 
 def state(root: Path) -> State:
-    """Return which erasures were applied to a directory.
+    """Return the erasures that were applied to a directory. Raises OSError.
 
-    None if its file is missing, damaged, another user's, or one that others may write to.
-
-    Whoever may write to a spool could put one there, and have others erased by it. Raises OSError.
+    The result is empty if the state file is missing or damaged, belongs to another user, or is writable by others:
+    anyone who can write to a spool could otherwise create one and have other people erased.
     """
     try:
         with nofollow.opened(root) as base, nofollow.open_file(STATE, base) as file:
@@ -344,7 +343,7 @@ def state(root: Path) -> State:
 
 
 def write_state(root: Path, applied: State) -> None:
-    """Note which erasures were applied to a directory, durably, for its owner alone. Raises OSError."""
+    """Record durably which erasures were applied to a directory, readable by its owner only. Raises OSError."""
     content = orjson.dumps(
         {
             "keys": sorted(key.hex() for key in applied.keys),

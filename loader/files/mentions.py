@@ -1,12 +1,12 @@
 """Finds and removes the ids of erased people in bytes, by the 32 digits of an id in any spelling.
 
-An id counts with any hyphens between its digits or none, in any case, inside other text, and escaped as JSON
-allows it. Each run of digits and hyphens that may hold one is looked up in a set, so that a thousand people
-take as long as one: a regular expression of 100 alternatives took 304 s for what one took 2.1 s.
+An id is found with or without hyphens between its digits, in upper or lower case, inside other text, and with JSON
+escapes. Each run of digits and hyphens that is long enough is checked against a set, so that a thousand people
+take as long as one: a regular expression with 100 alternatives took 304 s, with one alternative 2.1 s.
 
-A line is that of somebody if `user_id`, `family_unit_id`, `event_id` or `id` has the id, or if it is not a JSON object;
-it becomes `ERASED_LINE`. In every other line the digits of the id become zeros. Both keep the length of the
-line: chunks, offsets and numbers of lines stay what the ledger knows, and each line is counted again at a replay.
+A line belongs to a person if `user_id`, `family_unit_id`, `event_id` or `id` is the id, or if the line contains the id
+and is not a JSON object; it becomes `ERASED_LINE`. In all other lines the digits of the id become zeros. Both keep
+the length of the line, so chunks, offsets and line numbers still match the ledger, and a replay counts every line.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import orjson
 from loader.files.content import BOM
 
 ERASED_LINE: Final = b'{"erased":true}'
-"""Replaces an erased line and is padded with blanks. It has 15 bytes; a line with an id has at least 32."""
+"""The replacement of an erased line, padded with blanks. It has 15 bytes; a line with an id has at least 32."""
 IDENTITY: Final = ("user_id", "family_unit_id", "event_id", "id")
-"""The fields that make a line somebody's."""
+"""The fields whose id makes a line belong to a person."""
 OVERLAP: Final = 512
-"""Bytes of the block before that a search of the next one begins with: more than an escaped id has."""
+"""Bytes of the previous block that are searched again with the next one: longer than any escaped id."""
 _DIGITS: Final = 32
 _NOBODY: Final = b"0" * _DIGITS
 """Replaces a mention. No person can be erased by this id."""
@@ -34,19 +34,19 @@ _HEXADECIMAL: Final = b"0123456789abcdefABCDEF"
 _DIGITS_ALONE: Final = bytes(
     ord(chr(byte).lower()) if byte in _HEXADECIMAL else ord(" ") for byte in range(256)
 )
-"""Makes everything but digits a blank."""
+"""Maps hexadecimal digits to lower case, and every other byte to a blank."""
 _DIGIT: Final = re.compile(rb"[0-9a-fA-F]")
 _ESCAPED: Final = re.compile(rb"(?<!\\)((?:\\\\)*)\\u00(3[0-9]|[46][1-6]|2[dD])")
-"""A digit or a hyphen that is escaped, which the emitter never does."""
+"""An escaped digit or hyphen. The emitter never writes one."""
 _MEMO: Final = 1 << 17
-"""Runs after which the memo of those that concern nobody is cleared; some 15 MiB."""
+"""Number of runs without an id after which their memo is cleared; about 15 MiB."""
 _ZEROS: Final = bytes.maketrans(b"123456789abcdefABCDEF", b"0" * 21)
 
 
 class Mentions:
-    """Finds the ids of some people. Safe to use from any thread: a memo that is lost costs nothing.
+    """Finds the ids of the given people. Thread-safe: losing an entry of the memo only costs time.
 
-    `ids` are known; of `subjects` only sha256(key || id) is, under one of the `keys`.
+    `ids` are plain ids. `subjects` are hashes, sha256(key || id) with one of the `keys`.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Mentions:
         return self._found_in(data) or (b"\\u00" in data and self._found_in(_unescaped(bytes(data))))
 
     def in_text(self, text: str) -> bool:
-        """Whether any of the ids is in a text that has no escapes."""
+        """Whether any of the ids is in a text without JSON escapes."""
         return self._found_in(text.encode("utf-8", "surrogatepass"))
 
     def applied(self, line: bytes) -> bytes | None:
-        """Return a line, without its newline, as it may be kept: unchanged, with zeros, or None if it is erased."""
+        """Return a line (without its newline) unchanged or with ids zeroed, or None if it has to be erased."""
         if not self.concern(line):
             return line
         text = _unescaped(line)
@@ -78,14 +78,14 @@ class Mentions:
         return self.redacted(text).ljust(len(line))
 
     def redacted(self, data: bytes) -> bytes:
-        """Return the data with zeros in the place of the ids' digits."""
+        """Return the data with the digits of the ids replaced by zeros."""
         kept = bytearray(data)
         for begin, end in self.spans(data):
             kept[begin:end] = data[begin:end].translate(_ZEROS)
         return bytes(kept)
 
     def spans(self, data: bytes | bytearray) -> Iterator[tuple[int, int]]:
-        """Yield where ids begin and end."""
+        """Yield the start and end of each id."""
         for run in _RUN.finditer(data):
             digits = run[0].replace(b"-", b"").lower()
             if not self._is_in(digits):
@@ -96,13 +96,13 @@ class Mentions:
                     yield run.start() + places[place], run.start() + places[place + _DIGITS - 1] + 1
 
     def ids_in(self, data: bytes) -> Iterator[bytes]:
-        """Yield the ids that are in the data, as 16 bytes each."""
+        """Yield the ids in the data, as 16 bytes each."""
         for begin, end in self.spans(data):
             yield bytes.fromhex(data[begin:end].replace(b"-", b"").decode())
 
     def _found_in(self, data: bytes | bytearray) -> bool:
-        # Of a chunk of 8,000 events: 45 ms for the runs and 55 ms for hashes of what is not in the memo, where a
-        # regular expression and a call for each run took 200 ms (Python 3.11).
+        # For a chunk of 8,000 events: 45 ms for the runs and 55 ms for the hashes of those not in the memo. A
+        # regular expression with a call for each run took 200 ms (Python 3.11).
         runs = set(bytes(data.translate(_DIGITS_ALONE, b"-")).split()) - self._clean
         if any(self._is_in(run) for run in runs if len(run) >= _DIGITS):
             return True
@@ -112,7 +112,7 @@ class Mentions:
         return False
 
     def _is_in(self, run: bytes) -> bool:
-        """Whether any of the ids is in a run of digits."""
+        """Whether a run of digits contains any of the ids."""
         if len(run) == _DIGITS:
             return self._has(run)
         return any(self._has(run[place : place + _DIGITS]) for place in range(len(run) - _DIGITS + 1))
@@ -143,22 +143,22 @@ NOBODY: Final = Mentions()
 
 
 class Latest:
-    """The current mentions, for code that keeps files. `mentions` is replaced, never modified."""
+    """The current mentions, for code that retires or archives files. `mentions` is replaced, never modified."""
 
     def __init__(self) -> None:
         self.mentions = NOBODY
 
 
 def erased_line(length: int) -> bytes:
-    """Return what is kept of a line of this length."""
+    """Return an erased line of the given length in bytes."""
     return ERASED_LINE.ljust(length)
 
 
 def is_erased(line: bytes) -> bool:
-    """Whether this is what was kept of a line."""
+    """Whether a line is an erased one."""
     return line.strip() == ERASED_LINE
 
 
 def _unescaped(data: bytes) -> bytes:
-    """Return JSON in which no digit and no hyphen is escaped; it means the same."""
+    """Return equivalent JSON in which no digit or hyphen is escaped."""
     return _ESCAPED.sub(lambda found: found[1] + bytes.fromhex(found[2].decode()), data)

@@ -1,8 +1,8 @@
 """The tombstones of erased people in the database, `analytics_erasures`.
 
-A load that begins takes their lock in shared mode and looks at the number of the last one. An erasure holds the
-lock alone until its transaction ends (schema.sql), so each load has ended before the rows are deleted, or sees
-the tombstone. Tables of an earlier version have no tombstones.
+Each load begins by taking their lock in shared mode and reading the number of the last tombstone. An erasure holds
+the lock exclusively until its transaction ends (schema.sql), so each load either ends before the rows are deleted, or
+sees the tombstone. Tables of an earlier version have no tombstones.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from loader.load.ledger import Entry
 VERSION: Final = 5
 """The first version of the tables that has erasures."""
 _KEPT: Final = (rejects.WHOLE, PART)
-"""Files beside those of rejects: kept whole, or left by a crash."""
+"""Other files in the directory of rejects: kept whole, or left by a crash."""
 _PATIENCE: Final = 20.0
-"""Seconds that a search waits for whoever retries a reject file."""
+"""Seconds to wait for a process that is retrying a reject file."""
 _SHARE: Final = (
     b"SELECT pg_catalog.pg_advisory_xact_lock_shared(pg_catalog.hashtext('analytics_erasures')::bigint)"
 )
@@ -41,7 +41,7 @@ _SUBJECTS: Final = "SELECT subject, kind FROM analytics_erasures"
 
 
 class Erasures(Mentions):
-    """The people that were erased up to the tombstone with the number `last`; `kinds` by subject."""
+    """The people erased up to the tombstone with the number `last`; `kinds` is keyed by subject."""
 
     def __init__(self, last: int, keys: frozenset[bytes], kinds: Mapping[bytes, str]) -> None:
         super().__init__(keys=keys, subjects=kinds)
@@ -55,16 +55,16 @@ _known: WeakKeyDictionary[Connection, Erasures] = WeakKeyDictionary()
 
 
 def current(connection: Connection) -> Erasures | None:
-    """Return who was erased, and keep others from being so until the transaction ends; None for older tables.
+    """Return the erased people, and block further erasures until the transaction ends. None for older tables.
 
-    Call it before any other statement about the tables. Raises psycopg.Error.
+    Call it before any other statement that uses the tables. Raises psycopg.Error.
     """
-    connection.execute(_SHARE)  # by itself: the next statement has a snapshot of its own, after the wait
+    connection.execute(_SHARE)  # a separate statement: the next one takes its snapshot after the wait
     return seen(connection)
 
 
 def seen(connection: Connection) -> Erasures | None:
-    """As `current`, but somebody may be erased at the same time. Raises psycopg.Error."""
+    """Do as `current`, without blocking erasures. Raises psycopg.Error."""
     if connection.execute(_EXIST).fetchone() != (True,):
         return None
     ((last,),) = connection.execute(_LAST).fetchall()
@@ -79,7 +79,7 @@ def seen(connection: Connection) -> Erasures | None:
 
 
 def sweep_rejects(connection: Connection, spool: Path, mentions: Mentions) -> Swept:
-    """Take people out of the reject files of a spool. Raises psycopg.Error, OSError."""
+    """Remove people from the reject files of a spool. Raises psycopg.Error, OSError."""
     swept = sweep_named(spool / rejects.DIRECTORY, _KEPT, mentions)
     for path in rejects.files(spool):
         try:
@@ -91,7 +91,7 @@ def sweep_rejects(connection: Connection, spool: Path, mentions: Mentions) -> Sw
 
 
 def _claim_and_sweep(connection: Connection, path: Path, mentions: Mentions, swept: Swept) -> bool:
-    """Sweep a file; return whether that was possible: another process may retry its lines for a while."""
+    """Sweep a file. Return False if another process kept it locked to retry its lines."""
     deadline = time.monotonic() + _PATIENCE
     while True:
         with claimed(path) as is_ours:
@@ -101,11 +101,11 @@ def _claim_and_sweep(connection: Connection, path: Path, mentions: Mentions, swe
             return True
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.05)  # nothing reports the end of another process's lock
+        time.sleep(0.05)  # the release of another process's lock is not reported
 
 
 def search_rejects(spool: Path, mentions: Mentions) -> Swept:
-    """Search the reject files of a spool, and change nothing. Raises OSError."""
+    """Search the reject files of a spool without changing them. Raises OSError."""
     swept = sweep_named(spool / rejects.DIRECTORY, _KEPT, mentions, dry_run=True)
     for path in rejects.files(spool):
         try:
@@ -120,10 +120,10 @@ def search_rejects(spool: Path, mentions: Mentions) -> Swept:
 
 
 def _sweep_file(connection: Connection, path: Path, mentions: Mentions, swept: Swept) -> None:
-    """Write a reject file again without some people, and the lines that leave it to the ledger.
+    """Rewrite a reject file without the erased people, and record the removed lines in the ledger.
 
-    They were counted as rejected before, as those of a retry. The key of their row is made of their bytes: if
-    the file was not replaced after the COMMIT, it is known the next time.
+    They were counted as rejected before, like lines of a retry. The key of their ledger row is a digest of their
+    bytes: if a crash after the COMMIT kept the file from being replaced, the next attempt recognizes them.
     """
     kept, erased, mentioned = _divided(path, mentions, swept)
     if not erased and not mentioned:
@@ -138,7 +138,7 @@ def _sweep_file(connection: Connection, path: Path, mentions: Mentions, swept: S
             with transaction(connection):
                 ledger.record(connection, [Entry(digest, name, 0, len(lines), Counts(erased=len(erased)))])
     if kept:
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # its age decides on retries and removal
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # retry and prune go by its age
         if mentions.in_text(path.name):
             path.rename(path.with_name(Path(name).name))
     swept.lines, swept.mentions = swept.lines + len(erased), swept.mentions + mentioned
@@ -147,7 +147,7 @@ def _sweep_file(connection: Connection, path: Path, mentions: Mentions, swept: S
 
 
 def _divided(path: Path, mentions: Mentions, swept: Swept) -> tuple[list[Rejected], list[Rejected], int]:
-    """Return the rejects that stay, those that are erased, and in how many of the others an id was replaced."""
+    """Return the rejects to keep, the erased ones, and the number of kept ones in which an id was replaced."""
     kept: list[Rejected] = []
     erased: list[Rejected] = []
     mentioned = 0

@@ -1,8 +1,8 @@
 """The ledger, `analytics_loads`: one row for each chunk, keyed by the digest of the chunk's bytes.
 
-The rows of a writer's segments are merged an hour after theirs has ended (schema.sql, analytics_merge_loads): a
-segment is then known under its own name only. A copy under another name is compared row by row: its lines are
-duplicates.
+The rows of a writer's segments are merged when their hour ended an hour ago (schema.sql, analytics_merge_loads). After
+that, a segment is recognized only by its own name. The lines of a copy with another name are compared one by one, and
+are duplicates.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _COLUMNS: Final[Mapping[str, LiteralString]] = {
 }  # fmt: skip
 """The columns written by the loader, with their types."""
 _LATER_COLUMNS: Final[Mapping[str, LiteralString]] = {"erased": "bigint", "expired": "bigint"}
-"""Columns that tables of version 4 lack; they are written if there is something to count."""
+"""Columns that tables of version 4 lack; they are written only if a count is not 0."""
 
 
 def _recording(columns: Mapping[str, LiteralString]) -> sql.Composed:
@@ -78,11 +78,11 @@ _MERGED: Final = """
         AND pg_catalog.substr(digests, (8 * (wanted.segment - first) + 1)::int, 8)
             = pg_catalog.substr(wanted.digest, 1, 8)
 """
-"""A file of a writer's whole segment, as it is in the row that its ledger row was merged into."""
+"""Finds a whole segment in the ledger row that its own row was merged into."""
 
 
 def known(connection: Connection, chunks: Sequence[Chunk]) -> set[bytes]:
-    """Return the digests of those chunks that the ledger has already. Raises psycopg.Error."""
+    """Return the digests of the chunks that are already in the ledger. Raises psycopg.Error."""
     found = _having(connection, [chunk.digest for chunk in chunks])
     rest = [
         (chunk.digest, *name) for chunk in chunks if chunk.digest not in found for name in _segment(chunk)
@@ -96,13 +96,13 @@ def known(connection: Connection, chunks: Sequence[Chunk]) -> set[bytes]:
 
 
 def _having(connection: Connection, digests: Sequence[bytes]) -> set[bytes]:
-    """Return those of some digests that a row of its own has."""
+    """Return the digests that have a ledger row of their own."""
     found = connection.execute("SELECT digest FROM analytics_loads WHERE digest = ANY(%s)", [list(digests)])
     return {digest for (digest,) in found}
 
 
 def _segment(chunk: Chunk) -> Iterator[tuple[str, int]]:
-    """Yield the writer and number of the segment that a chunk begins, if it begins one."""
+    """Yield the writer and number of a chunk's segment, if the chunk is at the beginning of one."""
     name = os.path.basename(chunk.file).removesuffix(".gz").removesuffix(".zst")
     if (
         chunk.offset == 0
@@ -134,9 +134,9 @@ def record(connection: Connection, entries: Sequence[Entry]) -> set[bytes]:
 
 
 def merge(connection: Connection, stopped: Callable[[], bool] = lambda: False) -> int:
-    """Merge rows of hours that ended an hour ago, and return how many were; 0 also while another session does.
+    """Merge the rows of hours that ended an hour ago. Return their number, 0 also if another session is merging.
 
-    The connection must be in no transaction. Raises psycopg.Error; UndefinedFunction for tables of an earlier version.
+    The connection must not be in a transaction. Raises psycopg.Error; UndefinedFunction if the tables are older.
     """
     total, since = 0, "-infinity"
     while not stopped():

@@ -1,11 +1,11 @@
-"""Low-water marks: a table's rows below its mark were pruned, so that a line below it cannot be compared with its row.
+"""Low-water marks. The rows of a table below its mark were pruned, so a line below it cannot be checked for duplicates.
 
-`loader prune` raises a mark in the transaction that deletes. A load reads the marks when it begins, counts the
-lines below them as expired, and reads the marks again before it commits: a row that it inserted in the place of
-one that was deleted in the meantime would be counted twice.
+`loader prune` raises a mark in the transaction that deletes rows. A load reads the marks when it begins, counts the
+lines below them as expired, and reads the marks again before it commits: if it inserted a row that was deleted in
+the meantime, the rollups would count the row twice.
 
-A line's moment is that of its id if the tables are partitioned, because partitions follow ids, and if the id has
-one (UUIDv7); otherwise its timestamp.
+The time of a line is the time in its id if the tables are partitioned (partitions are by id) and the id is a
+UUIDv7; otherwise it is its timestamp.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loader.load.decode import Row
 from loader.load.tables import EVENTS, METRICS, Table
 
 SETTINGS: Final = {EVENTS: "events_kept_since", METRICS: "metrics_kept_since"}
-"""Rows of `analytics_settings`; absent until something was pruned."""
+"""Rows of `analytics_settings`; absent until the first prune."""
 _EXIST: Final = (
     "SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute WHERE attname = 'expired' "
     "AND attrelid = pg_catalog.to_regclass('analytics_loads')::oid)"
@@ -36,26 +36,26 @@ _READ: Final = (
 )
 _HOUR: Final = len("2026-11-25T03")
 _VERSION_AT: Final = 14
-"""Of a UUID's text: the digit of its version."""
+"""Position of the version digit in a UUID's text."""
 _exist: WeakKeyDictionary[Connection, bool] = WeakKeyDictionary()
-"""Connections to tables that have marks. Tables are upgraded, never the reverse."""
+"""Connections to tables that have marks. The answer is cached because tables are never downgraded."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """The moment below which the rows of a table were pruned."""
+    """The time before which the rows of a table were pruned."""
 
     moment: datetime
     partitioned: bool
 
     @cached_property
     def hour(self) -> str:
-        """As `Row.hour`: text, because a load compares each of its rows."""
+        """The mark in the format of `Row.hour`: text, because it is compared with every row of a load."""
         return self.moment.astimezone(UTC).replace(tzinfo=None).isoformat()[:_HOUR]
 
     @cached_property
     def first_id(self) -> str:
-        """The beginning of the smallest UUIDv7 of the moment: its milliseconds."""
+        """The first digits of the smallest UUIDv7 of that time: its milliseconds."""
         milliseconds = f"{max(0, int(self.moment.timestamp() * 1000)):012x}"
         return f"{milliseconds[:8]}-{milliseconds[8:]}"
 
@@ -71,14 +71,14 @@ NONE: Final[Marks] = {}
 
 
 def exist(connection: Connection) -> bool:
-    """Return whether the tables have marks, and merged rows in their ledger: from version 5. Raises psycopg.Error."""
+    """Return whether the tables support marks and merged ledger rows: from version 5. Raises psycopg.Error."""
     if not _exist.get(connection):
         ((_exist[connection],),) = connection.execute(_EXIST).fetchall()
     return _exist[connection]
 
 
 def read(connection: Connection) -> Marks:
-    """Return the marks there are. Raises psycopg.Error."""
+    """Return the existing marks. Raises psycopg.Error."""
     if not exist(connection):
         return NONE
     found = {name: (value, partitioned) for name, value, partitioned in connection.execute(_READ)}
@@ -90,6 +90,6 @@ def read(connection: Connection) -> Marks:
 
 
 def check_unchanged(connection: Connection, before: Marks) -> None:
-    """Raise SerializationFailure, after which the batch is loaded again, if a mark was raised. Raises psycopg.Error."""
+    """Raise SerializationFailure if a mark was raised, so that the batch is loaded again. Raises psycopg.Error."""
     if read(connection) != before:
         raise psycopg.errors.SerializationFailure("rows were pruned in the meantime: try again")

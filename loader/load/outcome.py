@@ -68,7 +68,7 @@ class Outcome:
         return Entry(chunk.digest, chunk.file, chunk.offset, chunk.size, self.counts)
 
     def insert(self, row: Row) -> None:
-        """Count a new row, and record its hour."""
+        """Count a new row and record its hour."""
         if row.table is EVENTS:
             self.events += 1
             self.event_hours.add(row.hour)
@@ -113,14 +113,14 @@ def decoded(outcomes: Sequence[Outcome]) -> Iterator[Line]:
     """Yield the lines of the chunks that have a row; reject the others, or count them as erased or expired."""
     for outcome in outcomes:
         lines, erasures = outcome.chunk.lines(), outcome.erasures
-        # The whole chunk is searched first: few have anything that was erased.
+        # The whole chunk is searched first, because few chunks mention an erased person.
         if erasures and erasures.concern(outcome.chunk.data):
             lines = kept_lines(erasures, lines)
         yield from decoded_lines(outcome, lines)
 
 
 def kept_lines(erasures: Erasures | None, lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the lines without what concerns people that were erased."""
+    """Yield the lines without the data of erased people."""
     for line in lines:
         kept = erasures.applied(line) if erasures else line
         yield ERASED_LINE if kept is None else kept

@@ -39,7 +39,7 @@ def make(
 ) -> int:  # fmt: skip
     """Create the missing partitions from `since` to `until`, and return their number.
 
-    Without a range, creates those for the next days, and for rows that wait in the default partition. Does
+    Without a range, creates those for the next days, and for rows in the default partition. Does
     nothing in the plain layout. `patience` is in seconds; the connection must not be in a transaction. Raises
     psycopg.Error: LockNotAvailable if other sessions hold a lock for longer than that.
     """
@@ -125,7 +125,7 @@ _BOUNDS: Final = ("016f5e66", "02000000")
 MOST_RANGES: Final = 8
 """Maximum number of key ranges in one statement. The planner checks each partition for each range."""
 _GAP: Final = 24 * 60 * 60 * 1000 >> 16
-"""Distance of keys, in units of 65.5 s, from which they are in separate ranges: a day."""
+"""Gap between keys, in units of 65.5 s, above which they are put into separate ranges: a day."""
 
 
 def key_ranges(keys: Iterable[str]) -> list[tuple[str, str]]:

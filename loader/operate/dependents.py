@@ -1,11 +1,11 @@
-"""Objects that prevent a migration: they are not ours, and would stay on the old table.
+"""Objects that prevent a migration: schema.sql did not create them, and they would stay on the old table.
 
-A view, a trigger or a publication belongs to a table, not to its name. After the migration the old table is the
-partition of the rows that exist now, so such an object would silently miss all later rows. Nothing of this kind is
-moved: who made it decides how it should be on the new table.
+A view, a trigger or a publication belongs to a table, not to its name. After the migration the old table is only the
+partition of the existing rows, so such an object would silently miss all later rows. The migration does not move
+these objects, because only their owner knows how they should be defined on the new table.
 
-Copied with the table instead are its columns, defaults, checks, indexes, foreign keys, privileges, comments and the
-sequences of its columns. A statistics object stays on the old table and is copied to the new one.
+Columns, defaults, checks, indexes, foreign keys, privileges, comments and the sequences of columns are copied to the
+new table. A statistics object stays on the old table and is copied to the new one.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Obstacle:
 
 
 class CannotMigrateError(LoaderError):
-    """The tables have something that a migration would break."""
+    """The tables have objects or properties that a migration would break."""
 
     def __init__(self, obstacles: Sequence[Obstacle]) -> None:
-        objects = "1 object keeps" if len(obstacles) == 1 else f"{len(obstacles)} objects keep"
-        super().__init__(f"{objects} the tables from being partitioned, they are still plain")
+        objects = "1 object prevents" if len(obstacles) == 1 else f"{len(obstacles)} objects prevent"
+        super().__init__(f"{objects} the migration: the tables are still plain")
         self.obstacles = obstacles
 
 
@@ -84,7 +84,7 @@ _USERS: Final = """
     FROM old JOIN pg_catalog.pg_trigger AS t ON t.tgrelid = old.oid WHERE NOT t.tgisinternal
     ORDER BY 1, 2
 """
-"""Everything that depends on the tables, but what belongs to them and what schema.sql creates."""
+"""Everything that depends on the tables, except their own parts and what schema.sql creates."""
 
 _PROPERTIES: Final = """
     WITH old AS (
@@ -149,7 +149,7 @@ _PROPERTIES: Final = """
 
 
 def find(connection: Connection, tables: Sequence[int]) -> list[Obstacle]:
-    """Return what would be lost or refused if the tables with these ids became partitions. Raises psycopg.Error."""
+    """Return what would be lost or refused if the tables with these oids became partitions. Raises psycopg.Error."""
     kinds: tuple[Table, ...] = (EVENTS, METRICS)
     values = {
         "tables": list(tables), "names": [kind.name for kind in kinds], "keys": [kind.key for kind in kinds],
@@ -160,13 +160,13 @@ def find(connection: Connection, tables: Sequence[int]) -> list[Obstacle]:
 
 
 def users(connection: Connection, tables: Sequence[int], ours: Collection[str] = ()) -> list[Obstacle]:
-    """Return the views, functions and other objects that use the tables, but those with the names `ours`."""
+    """Return the views, functions and other objects that use the tables, except those named in `ours`."""
     found = connection.execute(_USERS, {"tables": list(tables), "ours": list(ours)}).fetchall()
     return [Obstacle(table, what, _AGAIN) for table, what in found]
 
 
 def ours(connection: Connection, tables: Sequence[int]) -> tuple[list[str], list[str]]:
-    """Return the names of the views and of the functions of schema.sql that use the tables. Raises psycopg.Error."""
+    """Return the names of the views and functions of schema.sql that use the tables. Raises psycopg.Error."""
     found = connection.execute(
         _OURS, {"tables": list(tables), "ours": list(schema.created_names())}
     ).fetchall()

@@ -1,9 +1,9 @@
-"""All that is stored about a person, each with where it was found: rows, mentions, spool, rejects and archive.
+"""Disclosure of all data about a person, with its source: rows, mentions, spool, rejects and archive.
 
-Every table and every byte is searched, as by an erasure (loader.files.mentions): what is disclosed is what would
-be erased. A line of the output is a JSON object. `_source` is a table or a file, `_line` the number of a line in its
-file. `_found` is "own", or "mention" in what is about somebody else, whose data it has too: read it before it is
-handed over.
+Every table and every byte is searched in the same way as by an erasure (loader.files.mentions), so the disclosed data
+is the data that would be erased. Each line of the output is a JSON object. `_source` is a table or a file, `_line` the
+line number in the file. `_found` is "own", or "mention" if the record belongs to somebody else. A mention contains
+the other person's data: review it before you hand it over.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _TABLES: Final = (
     "AND pg_catalog.starts_with(relname::text, 'analytics_') ORDER BY 1"
 )
 _WITHOUT_PEOPLE: Final = ("analytics_erasures", "analytics_erasure_keys")
-"""Tables that a reader may not read: the keyed hashes of erased people."""
+"""Tables that a reader has no privilege to read: the keyed hashes of erased people."""
 _BLOCK: Final = 1 << 20
 _LONGEST: Final = 16 << 20
-"""Bytes of a line that are disclosed; of a longer one, its beginning."""
+"""Maximum number of bytes disclosed of a line. Only the beginning of a longer line is disclosed."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Disclosed:
 
 
 def disclose(connection: Connection, places: Places, person: UUID, target: IO[bytes]) -> Disclosed:
-    """Write all that is stored about a person. Raises psycopg.Error, OSError."""
+    """Write all data about a person to `target`. Raises psycopg.Error, OSError."""
     disclosed, mentions = Disclosed(), Mentions(ids=[person.bytes])
     swept = Swept()
     for name, records in (
@@ -70,17 +70,19 @@ def disclose(connection: Connection, places: Places, person: UUID, target: IO[by
 
 
 def _rows(connection: Connection, mentions: Mentions, disclosed: Disclosed) -> Iterator[dict[str, Any]]:
-    with transaction(connection, "REPEATABLE READ"):  # all tables at one moment
+    with transaction(connection, "REPEATABLE READ"):  # one snapshot for all tables
         for table, readable in connection.execute(_TABLES).fetchall():
             if not readable and table not in _WITHOUT_PEOPLE:
-                disclosed.failures[f"table {table}"] = "was not searched: this role may not read it"
+                disclosed.failures[f"table {table}"] = (
+                    "was not searched: this role lacks the SELECT privilege"
+                )
             elif readable:
                 for row in _table(connection, table, mentions):
                     yield {"_source": f"table {table}", **_kind(row, mentions), **orjson.loads(row)}
 
 
 def _table(connection: Connection, table: str, mentions: Mentions) -> Iterator[bytes]:
-    """Yield the rows of a table that have the person, as JSON, which has neither of the two control characters."""
+    """Yield the rows that contain the person, as JSON. JSON never contains the two control characters used here."""
     query = sql.SQL(
         "COPY (SELECT pg_catalog.row_to_json(each) FROM {} AS each) TO STDOUT "
         "(FORMAT csv, QUOTE E'\\x01', ESCAPE E'\\x01', DELIMITER E'\\x02')"
@@ -97,7 +99,7 @@ def _kind(line: bytes, mentions: Mentions) -> dict[str, str]:
 
 
 def _spool(places: Places, mentions: Mentions, swept: Swept) -> Iterator[dict[str, Any]]:
-    """Yield lines of the segments, open and sealed, and of whatever else is in the directory itself."""
+    """Yield lines of the open and sealed segments, and of all other files directly in the spool."""
     with erase.noting(swept, str(places.spool)), nofollow.opened(places.spool) as directory:
         for name in nofollow.names(directory, ("",)):
             yield from _file(directory, name, f"spool/{name}", mentions, swept)
@@ -151,7 +153,7 @@ def _lines(reader: Reader, mentions: Mentions) -> Iterator[tuple[bytes, bool]]:
 
 
 def _content(line: bytes) -> dict[str, Any]:
-    """Return a line as JSON, else as text, else as base64."""
+    """Return a line as JSON if possible, otherwise as text, otherwise as base64."""
     try:
         return {"line": orjson.loads(line)}
     except orjson.JSONDecodeError:

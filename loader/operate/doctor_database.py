@@ -32,7 +32,7 @@ _UNREADABLE_ERASURES: Final = (
     "SELECT name FROM pg_catalog.unnest(ARRAY['analytics_erasures', 'analytics_erasure_keys']) AS name "
     "WHERE NOT pg_catalog.has_table_privilege(pg_catalog.to_regclass(name)::pg_catalog.oid, 'SELECT')"
 )
-"""Every load reads them. Tables of an earlier version have none; there the condition is null."""
+"""Every load reads these tables. Older schemas lack them; the condition is null there."""
 _TABLES: Final = ("analytics_events", "analytics_metrics", "analytics_loads")
 _TABLE_PRIVILEGES: Final = (
     "SELECT name, privilege, pg_catalog.has_table_privilege(name, privilege) "
@@ -138,21 +138,23 @@ _WORKERS: Final = (
     "'SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_xacts "
     "WHERE prepared < pg_catalog.now() - interval ''5 minutes''') ORDER BY 1, 2"
 )
-"""A worker of Citus that died in a COMMIT has transactions whose rows are not visible. Citus ends them within a
-minute (citus.recover_2pc_interval)."""
+"""After a Citus worker died in a COMMIT, it has prepared transactions whose rows are not visible. Citus resolves them
+within a minute (citus.recover_2pc_interval)."""
 
 
 def _workers(connection: Connection) -> Iterator[Finding]:
-    """Report workers of Citus that do not answer, or have transactions that were not ended."""
+    """Report workers of Citus that do not answer, or have unresolved prepared transactions."""
     found = connection.execute(_WORKERS).fetchall()
     for name, port, answers, result in found:
         if not answers:
-            yield failed("workers", f"{name}:{port} does not answer: {result}", "start it; loading waits")
+            yield failed(
+                "workers", f"{name}:{port} does not answer: {result}", "start it; the loader waits for it"
+            )
         elif int(result):
             finding = f"{name}:{port} has {result} prepared transactions, whose rows are not visible yet"
             yield warning("workers", finding, "SELECT recover_prepared_transactions(), as a superuser")
     if not found:
-        yield failed("workers", "Citus has none", "SELECT citus_add_node(...)")
+        yield failed("workers", "the Citus cluster has no workers", "SELECT citus_add_node(...)")
     elif all(answers and not int(result) for _, _, answers, result in found):
         yield ok("workers", f"{len(found)} answer")
 

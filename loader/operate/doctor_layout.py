@@ -1,7 +1,7 @@
 """Checks of the layout of the tables: partitions, indexes that outgrow memory, vacuum, rollups.
 
-All of it is read from the catalog, from sizes of files, or by ids that only the default partition can hold, so it is
-cheap in large tables and needs no more rights than a load has.
+The checks read the catalog, file sizes, and only rows with ids that are in the default partition. So they are cheap on
+large tables, and need no more privileges than a load.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from loader.operate.finding import Finding, failed, ok, warning
 _SHORT_RUNWAY: Final = timedelta(days=3)
 _FIRST_DIVIDED: Final = "016f5e66-e800-0000-0000-000000000000"
 _FIRST_OTHER: Final = "02000000-0000-0000-0000-000000000000"
-"""Between these ids, of 2020 and of 2039, there is a partition for each day (schema.sql)."""
+"""Ids between these, of 2020 and of 2039, are partitioned by day (schema.sql)."""
 _MANY_IN_DEFAULT: Final = 10_000
-"""Rows from which on making a partition, which scans the default partition under a lock, holds up the load."""
+"""Number of rows above which creating a partition blocks the load, because it scans the default partition locked."""
 _MANY_OTHER: Final = 0.05
-"""Share of ids of no time from which on partitions gain little: they share one that is like a plain table."""
+"""Share of ids without a time above which partitioning gains little: they share one partition, as in a plain table."""
 _LOCK_SHARE: Final = 0.5
-"""Share of all locks of the server that one query of all partitions may take."""
+"""Share of the server's locks that a query over all partitions may take."""
 _CACHE_SHARE: Final = 0.5
-"""Share of shared_buffers that the indexes with random keys may take; the load writes to any page of them."""
+"""Share of shared_buffers that indexes with random keys may take. A load writes to random pages of them."""
 _REFRESH_MINUTES: Final = 15
-"""Within which the daemon computes the hours that loads touched, three times as long as it takes at most."""
+"""Minutes within which touched hours should be computed: three times the longest pause of the daemon."""
 _MIGRATE: Final = "`loader migrate --to partitioned`"
 
 
 @dataclass(frozen=True)
 class _Partition:
-    """A partition, with the ids that it holds: low <= id < high, None without a bound."""
+    """A partition and its range of ids: low <= id < high. None means no bound."""
 
     name: str
     low: str | None
@@ -50,7 +50,7 @@ class _Partition:
 
 
 def examine(connection: Connection) -> Iterator[Finding]:
-    """Check the layout, in a transaction of database.py. Reports nothing about tables that do not exist."""
+    """Check the layout, in a transaction of database.py. Reports nothing if the tables do not exist."""
     kinds = dict(_rows(connection, _KINDS, [[EVENTS.name, METRICS.name]]))
     if unfinished := _rows(connection, _UNFINISHED, [list(MIGRATION_CHECKS)]):
         names = ", ".join(name for (name,) in unfinished)
@@ -90,17 +90,17 @@ def _partitioned(connection: Connection, found: dict[Table, list[_Partition]]) -
 
 
 def _runway(connection: Connection, table: Table, partitions: Sequence[_Partition]) -> Iterator[Finding]:
-    """Report how far ahead there are partitions without a gap."""
+    """Report how far ahead partitions exist without a gap."""
     now = datetime.now(UTC)
     until = _covered_from(now, partitions)
     like = f"{table.name} has partitions until {until:%Y-%m-%d %H:%M}"
-    remedy = "is a daemon of this version running (`loader run`)? `loader init` makes them now"
+    remedy = "is a daemon of this version running (`loader run`)? `loader init` creates them now"
     if _rows(connection, _MAY_MAKE) == [(False,)]:
         remedy = (
             f"as the owner of the tables: `loader init --role {connection.info.user}`, which grants EXECUTE"
         )
     if until <= now:
-        yield failed("runway", f"{table.name} has no partition for the rows of now", remedy)
+        yield failed("runway", f"{table.name} has no partition for the current time", remedy)
     elif until - now < _SHORT_RUNWAY:
         yield warning("runway", like, remedy)
     else:
@@ -108,7 +108,7 @@ def _runway(connection: Connection, table: Table, partitions: Sequence[_Partitio
 
 
 def _covered_from(moment: datetime, partitions: Sequence[_Partition]) -> datetime:
-    """Return until when each moment has a partition, `moment` itself if that has none."""
+    """Return the end of the partitions without a gap from `moment` on, `moment` itself if it has none."""
     milliseconds = int(moment.timestamp() * 1000)
     key = f"{milliseconds >> 16:08x}-{milliseconds & 0xFFFF:04x}-0000-0000-000000000000"
     until = key
@@ -125,7 +125,7 @@ def _divided(partitions: Sequence[_Partition]) -> list[_Partition]:
 
 
 def _waiting(connection: Connection, table: Table, partitions: Sequence[_Partition]) -> Iterator[Finding]:
-    """Report rows in the default partition, found by their ids: the role may not read a partition by itself."""
+    """Report rows in the default partition, found by their ids: the role has no privilege on a single partition."""
     gaps = _gaps(partitions)
     if not gaps or not any(each.is_default for each in partitions) or not _may_read(connection, table.name):
         return
@@ -143,21 +143,21 @@ def _waiting(connection: Connection, table: Table, partitions: Sequence[_Partiti
     ((count, timed, low, high),) = connection.execute(statement).fetchall()
     if count > _MANY_IN_DEFAULT:
         yield failed(
-            "default", f"more than {_MANY_IN_DEFAULT} rows of {table.name} lie in the default partition",
-            "`loader init` makes their partitions; if that takes too long, move them to a table of their own",
+            "default", f"more than {_MANY_IN_DEFAULT} rows of {table.name} are in the default partition",
+            "`loader init` creates their partitions; if that takes too long, move them to a separate table",
         )  # fmt: skip
     elif timed:
         yield warning(
-            "default", f"{timed} rows of {table.name} wait in the default partition, ids {low} to {high}",
-            "a running daemon makes their partitions each hour, `loader init` at once; ids of a later year are of a "
-            "wrong clock",
+            "default", f"{timed} rows of {table.name} are in the default partition, ids {low} to {high}",
+            "a running daemon creates their partitions each hour, `loader init` at once; ids of a later year come from "
+            "a wrong clock",
         )  # fmt: skip
     else:
-        yield ok("default", f"no row of {table.name} waits for its partition")
+        yield ok("default", f"no row of {table.name} lacks its partition")
 
 
 def _gaps(partitions: Sequence[_Partition]) -> list[tuple[str, str]]:
-    """Return the ranges of ids, of the time that is divided, that no partition but the default one holds."""
+    """Return the ranges of ids within the divided time that only the default partition covers."""
     bounds = sorted((each.low or "", each.high or _FIRST_OTHER) for each in _divided(partitions))
     edges = [("", _FIRST_DIVIDED), *bounds, (_FIRST_OTHER, "")]
     pairs = ((max(before, _FIRST_DIVIDED), after) for (_, before), (after, _) in itertools.pairwise(edges))
@@ -165,7 +165,7 @@ def _gaps(partitions: Sequence[_Partition]) -> list[tuple[str, str]]:
 
 
 def _other_ids(_: Connection, found: dict[Table, list[_Partition]]) -> Iterator[Finding]:
-    """Report how much lies in the partitions of ids that are of no day, by size, of which all know the value."""
+    """Report the share of data whose ids belong to no day, by size: every role can read the size of a partition."""
     for table, partitions in found.items():
         total = sum(each.size for each in partitions)
         other = sum(
@@ -173,10 +173,10 @@ def _other_ids(_: Connection, found: dict[Table, list[_Partition]]) -> Iterator[
             if (each.low or "") >= _FIRST_OTHER or (each.high or "g") <= _FIRST_DIVIDED
         )  # fmt: skip
         share = other / total if total else 0.0
-        like = f"about {share:.0%} of {table.name} has ids that are not UUIDv7, or of a time that is far away"
+        like = f"about {share:.0%} of {table.name} has ids that are not UUIDv7, or not of 2020 to 2038"
         if share > _MANY_OTHER:
             remedy = (
-                "leave event_id to the emitter, or make UUIDv7: such rows share one partition, which grows"
+                "let the emitter create event_id, or use UUIDv7: all other rows share one growing partition"
             )
             yield warning("ids", like, remedy)
         else:
@@ -184,16 +184,16 @@ def _other_ids(_: Connection, found: dict[Table, list[_Partition]]) -> Iterator[
 
 
 def _locks(connection: Connection, found: dict[Table, list[_Partition]]) -> Iterator[Finding]:
-    """Report whether queries of all partitions may run out of locks: one for each partition and each index."""
+    """Report whether a query over all partitions may run out of locks: it locks each partition and each index."""
     ((capacity, per_transaction),) = _rows(connection, _CAPACITY)
     needed = max(sum(1 + each.indexes for each in partitions) for partitions in found.values())
-    like = f"a query of all partitions takes {needed} of {capacity} locks"
+    like = f"a query over all partitions takes {needed} of {capacity} locks"
     if needed > _LOCK_SHARE * capacity:
         value = -(-2 * needed * per_transaction // capacity)
         yield warning(
             "locks", like,
-            f"ALTER SYSTEM SET max_locks_per_transaction = {value}; and restart the server, or wider partitions "
-            "(`loader init --width week`) and less old data",
+            f"ALTER SYSTEM SET max_locks_per_transaction = {value}; and restart the server, or use wider partitions "
+            "(`loader init --width week`) and keep less old data",
         )  # fmt: skip
     else:
         yield ok("locks", like)
@@ -212,18 +212,18 @@ def _unvacuumed(_: Connection, found: dict[Table, list[_Partition]]) -> Iterator
 
 
 def _rollups(connection: Connection) -> Iterator[Finding]:
-    """Report hours that nobody computes: a mark of theirs is older than a load that is some time ago."""
+    """Report hours that are not computed: they have a mark older than a load of _REFRESH_MINUTES ago."""
     tables = ("analytics_touched", "analytics_sealed", "analytics_loads")
     if not all(_may_read(connection, table) for table in tables):
         return  # older tables, or a role that does not load
     ((hours,),) = _rows(connection, _LEFT, [_REFRESH_MINUTES])
     if hours:
         yield warning(
-            "rollups", f"{hours} touched hours wait for their rollup for more than {_REFRESH_MINUTES} minutes",
+            "rollups", f"{hours} touched hours have not been computed for more than {_REFRESH_MINUTES} minutes",
             "is a daemon of this version running (`loader run`)? `loader rollup` computes them now",
         )  # fmt: skip
     else:
-        yield ok("rollups", "no hour waits for long")
+        yield ok("rollups", "up to date")
 
 
 def _partitions(connection: Connection, table: Table) -> list[_Partition]:
@@ -283,4 +283,4 @@ _LEFT: Final = """
         AND NOT EXISTS (
             SELECT FROM analytics_sealed AS sealed WHERE sealed.source = mark.source AND sealed.hour = mark.hour)
 """
-"""A mark has no time of its own. Its transaction is compared with that of a load, which has one."""
+"""A mark has no time. Its transaction is compared with that of a load, whose time is known."""

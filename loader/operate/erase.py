@@ -1,13 +1,13 @@
-"""Erases people and families: rows, mentions, user days, rejects, archive, waiting files, exports; and proves it.
+"""Erases people and families: rows, mentions, user days, rejects, archive, spool and exports; and verifies it.
 
     step                                a kill here leaves           repaired by
     ----------------------------------  ---------------------------  ---------------------------------------------
     tombstones, rows, user days         all of it, or nothing        the same command
-    mentions, some rows at a time       the other mentions           the same command, or `--again`
-    files, one at a time                the other files              the same, or a loader that runs there
+    mentions, in batches of rows        the remaining mentions       the same command, or `--again`
+    files, one at a time                the remaining files          the same command, or a loader on that host
     proof                               no proof                     `--verify`
 
-Each step is safe to repeat. From the first COMMIT on, every load discards the lines of these people.
+Each step can be repeated safely. After the first COMMIT, every load discards the lines of these people.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from spool.segment import OPEN, SEALED
 
 Kind = Literal["user", "family"]
 UNREACHED: Final = (
-    "the server's WAL, and free space in its files until it is written over",
+    "the server's WAL, and free space in its files until it is overwritten",
     "replicas and backups: after a restore, run `loader erase --again`",
-    "copies, exports and logs in other places than those that are named",
+    "copies, exports and logs in other places than those listed",
 )
 _GROUP: Final = 1000
-"""People whose rows are deleted in one transaction, for which loads wait."""
+"""Maximum number of people whose rows are deleted in one transaction. Loads wait for it."""
 _ROWS: Final = 500
-"""Rows that are searched at once, and rewritten in one transaction."""
+"""Number of rows that are searched together and rewritten in one transaction."""
 _WAIT_SECONDS: Final = 30.0
-"""Seconds that a proof waits for a loader that runs to load what waits."""
+"""Seconds to wait, before a proof, for a running loader to load the remaining segments."""
 _ERASE_ROWS: Final = "SELECT analytics_erase_rows(%s::uuid[], %s::text)"
 _OWN_ROWS: Final = """
     SELECT (SELECT pg_catalog.count(*) FROM analytics_events
@@ -73,7 +73,7 @@ _RETURNED: Final = """
     JOIN analytics_erasures ON subject = pg_catalog.sha256(key || pg_catalog.uuid_send(found.id))
     WHERE found.id IS NOT NULL
 """
-"""Ids with a tombstone of which there are rows, as after a restore."""
+"""Ids that have a tombstone and still have rows, for example after a restore."""
 _COUNT_MENTIONS: Final = """
     UPDATE analytics_erasures SET mentions = mentions + counted
     FROM ROWS FROM (pg_catalog.unnest(%s::uuid[]), pg_catalog.unnest(%s::bigint[])) AS found (id, counted)
@@ -109,7 +109,7 @@ class Erased:
 
 @dataclass(frozen=True)
 class Searched:
-    """A place of the proof: bytes that were searched, and rows or files in which an id was found."""
+    """A searched table or directory: the bytes searched, and the number of rows or files with an id."""
 
     place: str
     bytes: int
@@ -118,7 +118,7 @@ class Searched:
 
 @dataclass
 class Proof:
-    """The places that were searched. `waiting` are segments whose lines are erased when they are loaded."""
+    """The result of a search. `waiting` are segments whose lines are erased when they are loaded."""
 
     places: list[Searched] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
@@ -126,11 +126,11 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether nothing was found, and nothing was left out."""
+        """Whether everything could be searched and nothing was found."""
         return not self.failures and not any(place.hits for place in self.places)
 
     def facts(self) -> dict[str, Any]:
-        """Return what is printed and kept."""
+        """Return the proof as it is printed and stored."""
         return {
             "searched_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "places": [vars(place) for place in self.places],
@@ -139,7 +139,7 @@ class Proof:
 
 
 class Erasure:
-    """Erases people whose ids are given. Methods raise psycopg.Error, OSError and LoaderError."""
+    """Erases people by their ids. Methods raise psycopg.Error, OSError and LoaderError."""
 
     def __init__(self, connection: Connection, places: Places, people: Sequence[tuple[Kind, UUID]]) -> None:
         self.erased = Erased(people=len(people))
@@ -169,7 +169,7 @@ class Erasure:
         return self.erased
 
     def subjects(self) -> list[bytes]:
-        """Return their tombstones."""
+        """Return the subjects (hashes of the ids) of their tombstones."""
         statement = (
             "SELECT pg_catalog.sha256(key || pg_catalog.uuid_send(id)) "
             "FROM pg_catalog.unnest(%s::uuid[]) AS id CROSS JOIN analytics_erasure_keys"
@@ -180,7 +180,7 @@ class Erasure:
 
     @property
     def mentions(self) -> Mentions:
-        """Finds their ids in bytes."""
+        """The matcher for their ids."""
         return self._mentions
 
     def _erase_rows(self, ids: Sequence[UUID], kind: str) -> None:
@@ -195,12 +195,12 @@ class Erasure:
     def _sweep_files(self) -> None:
         with transaction(self._connection):
             seen = erasures.seen(self._connection)
-        assert seen is not None  # there is a tombstone
+        assert seen is not None  # a tombstone exists
         _add_files(self.erased, sweep_files(self._connection, self._places, seen))
 
 
 class Again(Erasure):
-    """Applies all tombstones once more, as after a restore; those that only the files know come back first."""
+    """Applies all tombstones again, for example after a restore. First restores tombstones that only files have."""
 
     def __init__(self, connection: Connection, places: Places) -> None:
         super().__init__(connection, places, ())
@@ -221,7 +221,7 @@ class Again(Erasure):
 
 @dataclass(frozen=True)
 class _Documents:
-    """A table with a document that may mention people, the key of a row, and another column that may be an id."""
+    """A table with a JSON document that may mention people, its key, and another column that may contain an id."""
 
     table: str
     key: str
@@ -240,7 +240,7 @@ _OTHERS: Final = (
 
 
 def redact(connection: Connection, mentions: Mentions) -> int:
-    """Replace the ids by zeros in the rows of others; return how many rows. Raises psycopg.Error."""
+    """Replace the ids by zeros in the rows of other people; return the number of rows. Raises psycopg.Error."""
     if not mentions:
         return 0
     total = 0
@@ -254,7 +254,7 @@ def redact(connection: Connection, mentions: Mentions) -> int:
 def _mentioned(
     connection: Connection, mentions: Mentions, own: Sequence[str]
 ) -> Iterator[tuple[_Documents, list[str]]]:
-    """Yield the tables with the keys of the rows that mention somebody, except rows of `own` ids."""
+    """Yield each table with the keys of rows that mention one of the people, except rows of `own` ids."""
     for documents in (_EVENTS, _METRICS):
         query = sql.SQL("SELECT {}::text, {}, {}::text FROM {}").format(
             sql.Identifier(documents.key), sql.SQL(documents.other),
@@ -273,7 +273,7 @@ def _mentioned(
 
 
 def _copied(connection: Connection, query: sql.Composable) -> Iterator[list[bytes]]:
-    """Yield the rows of a query in COPY's text format, some at once."""
+    """Yield the rows of a query in batches, in COPY's text format."""
     rows: list[bytes] = []
     with connection.cursor().copy(sql.SQL("COPY ({}) TO STDOUT").format(query)) as copied:
         for row in copied:
@@ -331,7 +331,7 @@ def _redacted_document(content: str | None, mentions: Mentions) -> str | None:
     try:
         orjson.loads(redacted)
     except orjson.JSONDecodeError:
-        return "{}"  # the digits were those of a number
+        return "{}"  # the digits were part of a number, so the result is not JSON
     return redacted
 
 
@@ -340,7 +340,7 @@ def _redacted_text(text: str | None, mentions: Mentions) -> str | None:
 
 
 def _redact_texts(connection: Connection, mentions: Mentions) -> None:
-    """Replace the ids in labels of rollups, whose rows may be pruned, and in names of files."""
+    """Replace the ids in file names and in the labels of rollups, whose rows may already be pruned."""
     for table, column, kind in (
         ("analytics_hourly_metrics", "labels", "jsonb"), ("analytics_loads", "file", "text"),
     ):  # fmt: skip
@@ -363,7 +363,7 @@ def _redact_texts(connection: Connection, mentions: Mentions) -> None:
 
 
 def vacuum(connection: Connection) -> None:
-    """Free what deleted rows hold, as far as nobody is in the way. Raises psycopg.Error."""
+    """Vacuum deleted rows, except in tables that another session has locked. Raises psycopg.Error."""
     with transaction(connection):
         tables = [
             sql.Identifier(name, table)
@@ -386,9 +386,9 @@ def vacuum(connection: Connection) -> None:
 
 
 def sweep_files(connection: Connection, places: Places, seen: Erasures) -> dict[str, Swept]:
-    """Take people out of all files; those of the spool that wait are left to a loader that runs there.
+    """Remove people from all files. If a loader runs on this spool, its pending segments are left to that loader.
 
-    That loader also notes what was applied: it may be keeping files that it has read before the erasure.
+    That loader then also records the applied erasures: it may be retiring files that it read before the erasure.
     """
     with contextlib.ExitStack() as held:
         alone = True
@@ -410,7 +410,7 @@ def sweep_files(connection: Connection, places: Places, seen: Erasures) -> dict[
 
 
 def _sweep_waiting(spool: Path, mentions: Mentions) -> Swept:
-    """Take people out of sealed segments, those of dead writers too; one that may still be written is left."""
+    """Remove people from sealed segments, also those of dead writers; skip segments that may still be written."""
     swept = Swept()
     scan(spool)
     with nofollow.opened(spool) as directory:
@@ -448,7 +448,7 @@ def _add_files(erased: Erased, swept: dict[str, Swept]) -> None:
 
 
 def _restore(connection: Connection, places: Places) -> None:
-    """Bring tombstones back that the database lost with a restore, from the files' copies of them."""
+    """Restore tombstones that the database lost in a restore, from the copies beside the files."""
     for root in (places.spool, *([places.archive] if places.archive else [])):
         known = files.state(root)
         if not known.kinds:
@@ -473,7 +473,9 @@ def _versioned() -> Iterator[None]:
     try:
         yield
     except (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable) as error:
-        raise LoaderError("the tables know no erasures: run `loader init` as their owner") from error
+        raise LoaderError(
+            "the tables do not support erasures yet: run `loader init` as their owner"
+        ) from error
 
 
 # ---- proof ------------------------------------------------------------------------------------------
@@ -482,7 +484,7 @@ def _versioned() -> Iterator[None]:
 def prove(connection: Connection, places: Places, mentions: Mentions) -> Proof:
     """Search every table and file. Raises psycopg.Error, OSError.
 
-    Wait for segments that a running writer has open or that a loader is about to load.
+    Waits for segments that a running writer has open or that a loader is about to load.
     """
     proof = Proof(places=list(_searched_tables(connection, mentions)))
     deadline = time.monotonic() + _WAIT_SECONDS
@@ -490,13 +492,13 @@ def prove(connection: Connection, places: Places, mentions: Mentions) -> Proof:
         searched = _searched_files(places, mentions, proof)
         if not any(each.hits for each in searched) or time.monotonic() > deadline or not holder(places.spool):
             break
-        time.sleep(0.5)  # until the loader that runs has loaded what waits
+        time.sleep(0.5)  # until the running loader has loaded the remaining segments
     proof.places += searched
     return proof
 
 
 def note(connection: Connection, subjects: Sequence[bytes], proof: Proof | None) -> None:
-    """Note on the tombstones that an erasure is done, and how that was proved. Raises psycopg.Error."""
+    """Record in the tombstones that an erasure is complete, with its proof. Raises psycopg.Error."""
     content = None if proof is None else orjson.dumps(proof.facts()).decode()
     with transaction(connection):
         connection.execute(_DONE, [content, list(subjects)])
@@ -538,7 +540,7 @@ def _searched_files(places: Places, mentions: Mentions, proof: Proof) -> list[Se
 
 
 def _inside(places: Places) -> Iterator[str]:
-    """Yield the directories of the spool that are searched as a place of their own."""
+    """Yield the subdirectories of the spool that are searched separately."""
     for root in (places.archive, *places.exports):
         if root is not None and root.is_relative_to(places.spool):
             yield root.relative_to(places.spool).parts[0]

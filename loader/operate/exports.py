@@ -1,7 +1,7 @@
-"""Takes people out of files that `loader export` wrote, wherever those are kept: NDJSON, CSV and Parquet.
+"""Removes people from files that `loader export` wrote: NDJSON, CSV and Parquet.
 
-Their rows are removed, and in the rows of others the id becomes zeros. Any other file is treated as one of the
-archive (loader.files.erase).
+Their rows are removed, and in the rows of other people the id becomes zeros. Any other file is treated like a file of
+the archive (loader.files.erase).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from loader.files.mentions import IDENTITY, Mentions
 
 _PARQUET_ROWS: Final = 1 << 15
 _LONGEST_FIELD: Final = 1 << 27
-"""Bytes of a value in CSV: metadata has no limit of its own."""
+"""Maximum size of a CSV value in bytes. `metadata` itself has no limit."""
 
 
 def sweep(root: Path, mentions: Mentions, *, dry_run: bool = False) -> Swept:
-    """Take people out of the exported files below a directory. Failures are noted."""
+    """Remove people from the exported files below a directory. Failures are recorded in the result."""
     swept = Swept()
     for directory, name, shown in erase.walk(root, swept):
         with erase.noting(swept, shown):
@@ -39,7 +39,7 @@ def _sweep_file(
     file: BinaryIO, directory: int, name: str, mentions: Mentions, swept: Swept,
     write: Callable[[BinaryIO, BinaryIO, Mentions, Swept], None], *, dry_run: bool,
 ) -> None:  # fmt: skip
-    """Write a file again if that changes it: what a Parquet file holds is compressed."""
+    """Rewrite a file if that changes it. The trial run finds ids that compression hides in a Parquet file."""
     trial, before = Swept(), file.tell()
     with _Discarded() as nowhere:
         write(file, nowhere, mentions, trial)
@@ -54,7 +54,7 @@ def _sweep_file(
 
 
 class _Discarded(io.BytesIO):
-    """A file that keeps nothing but its size."""
+    """A file that discards its content and only counts its size."""
 
     _size = 0
 
@@ -97,7 +97,7 @@ def _csv(file: BinaryIO, copy: BinaryIO, mentions: Mentions, swept: Swept) -> No
 
 
 def _csv_line(values: list[str]) -> bytes:
-    """Return a row as COPY writes it: quoted only if it has to be."""
+    """Return a row as COPY writes it: values are quoted only if necessary."""
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(values)
     return line.getvalue().encode("utf-8", "surrogateescape")

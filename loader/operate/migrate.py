@@ -1,6 +1,6 @@
-"""`loader migrate --to partitioned`: a plain table becomes the first partition, in place, beside loads and readers.
+"""`loader migrate --to partitioned`: turns a plain table into the first partition, in place, beside loads and readers.
 
-  step        lock on the tables                              what is in the catalog afterwards
+  step        lock on the tables                              state of the catalog afterwards
   ----------- ----------------------------------------------- --------------------------------------------------
   upgrade     see schema.py and indexes.py                    tables and indexes of this version
   key         none that a load or a reader waits for          unique index analytics_events_plain_pkey, valid
@@ -10,14 +10,15 @@
   switch      ACCESS EXCLUSIVE, 0.3 s for both                the old tables are partitions
   finish      see schema.py and partitions.py                 foreign keys of the whole, partitions ahead of time
 
-The catalog is the only state: each step looks for what it makes, so a run that was killed anywhere is repeated and
-goes on. The cut is a midnight some days ahead; rows with an id at or beyond it (version 4, wrong clocks) are the only
-ones that are copied, in the transaction of the switch: until it commits, everybody sees them in the old table. From
-the cut on, loaders wait with such rows (sqlstate.lacks_partition); it comes after the slowest step.
+The catalog is the only state: each step first checks whether its result exists, so a run that was killed at any point
+is continued by running it again. The cut is a midnight some days ahead. Only rows with an id at or beyond it (version
+4, wrong clocks) are copied, in the transaction of the switch: until it commits, all sessions see them in the old
+table. After the step "cut", loaders keep such rows waiting in the spool (sqlstate.lacks_partition); therefore it comes
+after the slowest step.
 
-Whoever needs a table queues behind a lock that somebody waits for. So a lock that loads, readers or the application
-need is requested for at most 100 ms, and again after a pause. SHARE UPDATE EXCLUSIVE only blocks VACUUM and other
-changes of the table, and is requested without a limit, which cancels an autovacuum.
+Other sessions queue behind a lock request that is waiting. So a lock that conflicts with loads, readers or the
+application is requested for at most 100 ms, and again after a pause. SHARE UPDATE EXCLUSIVE conflicts only with VACUUM
+and other schema changes; it is requested without a limit, which cancels an autovacuum.
 """
 
 from __future__ import annotations
@@ -45,49 +46,49 @@ Report = Callable[[str], None]
 
 TABLES: Final = (EVENTS, METRICS)
 PATIENCE: Final = 600.0
-"""Seconds after which a lock is given up that other sessions do not release."""
+"""Seconds after which the command stops waiting for a lock that other sessions hold."""
 _CUT_DAYS: Final = 3
 _LEAST_DAYS: Final = 1
-"""A cut that is closer than that, of a run that was killed long ago, is moved: ids of now must lie below it."""
+"""Minimum distance of a cut. A closer one, left by an earlier run, is moved: current ids must lie below the cut."""
 _LOCK_MILLISECONDS: Final = 100
 _PAUSE_SECONDS: Final = 0.3
-"""Between two attempts to get a lock, on average."""
+"""Average pause between two attempts to get a lock."""
 _MANY_BEYOND: Final = 0.05
-"""Share of rows that no day's partition holds, from which on partitions gain little."""
+"""Share of rows beyond the cut, in no partition of a day, above which partitioning gains little."""
 _OTHER: Final = "02000000-0000-0000-0000-000000000000"
-"""Ids from 2039 on, most of version 4 among them, have a partition of their own (schema.sql)."""
+"""Ids from 2039 on, such as most of version 4, have a partition of their own (schema.sql)."""
 
 
 def id_at(moment: datetime) -> str:
-    """Return the smallest UUIDv7 of a moment: the twin of `analytics_id_at` in schema.sql."""
+    """Return the smallest UUIDv7 of a time, like `analytics_id_at` in schema.sql."""
     digits = f"{int(moment.timestamp() * 1000):012x}"
     return f"{digits[:8]}-{digits[8:]}-0000-0000-000000000000"
 
 
 def time_of(key: str) -> datetime:
-    """Return the moment in a UUIDv7."""
+    """Return the time in a UUIDv7."""
     return datetime.fromtimestamp(int(key[:8] + key[9:13], 16) / 1000, UTC)
 
 
 def migrate(
     connection: Connection, report: Report, width: schema.Width | None = None, patience: float = PATIENCE
 ) -> None:
-    """Convert the tables to the partitioned layout; does what is left to do if they have it.
+    """Convert the tables to the partitioned layout, or finish the conversion if they already have it.
 
-    `width` is that of partitions from now on, None for what was chosen before. The connection must be in no
-    transaction, and of the owner of the tables. `report` gets a line before each step and after it. Raises
-    CannotMigrateError with what is in the way, LoaderError, and psycopg.Error.
+    `width` is the width of future partitions, None for the stored choice. The connection must not be in a
+    transaction, and its role must own the tables. `report` is called with a line before each step, and after some.
+    Raises CannotMigrateError with the obstacles, LoaderError, and psycopg.Error.
     """
     _Migration(connection, report, width, patience).run()
 
 
 def plan(connection: Connection, report: Report) -> None:
-    """Report what `migrate` would do, and change nothing. Raises as `migrate` does."""
+    """Report what `migrate` would do, without changing anything. Raises the same errors as `migrate`."""
     _Migration(connection, report, None, 0.0).plan()
 
 
 class _Migration:
-    """One run. `_schema` is that of the tables."""
+    """One run. `_schema` is the schema of the tables."""
 
     def __init__(
         self, connection: Connection, report: Report, width: schema.Width | None, patience: float
@@ -126,20 +127,20 @@ class _Migration:
             self._report("to do: upgrade the tables, as `loader init` does")
         self._connection.rollback()
         if not keyed:
-            self._report(f"to do: build the unique index {key_name(EVENTS)} beside loads")
+            self._report(f"to do: build the unique index {key_name(EVENTS)}, beside loads")
         if None in cuts:
             self._report("to do: keep rows with ids some days ahead waiting in the spool")
         self._report(
-            "to do: check all rows beside loads, copy those with ids that are not of a time until the cut"
+            "to do: check all rows beside loads, and copy those whose id is not a time before the cut"
         )
-        self._report("to do: switch, with an exclusive lock for less than half a second")
+        self._report("to do: switch the tables, under an exclusive lock for less than half a second")
         if obstacles:
             raise CannotMigrateError(obstacles)
 
-    # ---- what exists ------------------------------------------------------------------------------------
+    # ---- the catalog ------------------------------------------------------------------------------------
 
     def _is_partitioned(self) -> bool:
-        """Find the tables. Raises LoaderError if there are none, or if somebody else has partitioned them."""
+        """Find the tables. Raises LoaderError if they do not exist, or were not partitioned by this package."""
         with self._connection.transaction():  # with the session's own search path, as `loader init`
             found = self._rows(_FIND_TABLES)
         if not found:
@@ -161,7 +162,7 @@ class _Migration:
         return [int(oid) for (oid,) in self._rows(_IDS, [[table.name for table in TABLES], self._schema])]
 
     def _has_key(self, table: Table) -> bool:
-        """Whether a valid index can be, or is, the primary key of a partition."""
+        """Whether the table has a valid index that is or can become the primary key of a partition."""
         shape = self._shape(table)
         return any(
             index.valid and index.columns == (table.key,) and (index.name == key_name(table) or index.primary)
@@ -172,7 +173,7 @@ class _Migration:
         return plain_table.shape(self._connection, self._quoted(table.name))
 
     def _cut_of(self, table: Table) -> str | None:
-        """Return the first id that the table may not have, None if nothing limits it."""
+        """Return the lowest id that the table refuses, None if it has no limit."""
         found = self._rows(_CONSTRAINT, [self._quoted(table.name), until(table)])
         bound = re.search(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", found[0][0]) if found else None
         return bound[0] if bound else None
@@ -191,15 +192,15 @@ class _Migration:
                 raise CannotMigrateError(obstacles)
 
     def _upgrade(self) -> None:
-        self._report("the tables and indexes of this version")
+        self._report("upgrading the tables and indexes to this version")
         schema.apply_schema(self._connection, width=self._width)
         for name in indexes.build(self._connection):
             self._report(f"built the index {name}")
 
     def _build_key(self, table: Table) -> None:
-        """Build the unique index that becomes the partition's primary key. Metrics have theirs."""
+        """Build the unique index that becomes the partition's primary key. Metrics already have theirs."""
         with transaction(self._connection):
-            self._keep_changes_away([table])  # a killed run's server process may still build it
+            self._keep_changes_away([table])  # the server process of a killed run may still be building it
             exists = self._has_key(table)
             half_built = key_name(table) in {index.name for index in self._shape(table).indexes}
         if exists:
@@ -216,7 +217,7 @@ class _Migration:
         self._report(f"built it in {time.monotonic() - begun:.1f} s")
 
     def _cut(self) -> str:
-        """Return the cut, of which the tables refuse rows from now on, also one that an earlier run made."""
+        """Return the cut, also one of an earlier run. From now on the tables refuse rows at or beyond it."""
         with transaction(self._connection):
             cuts = {self._cut_of(table) for table in TABLES}
             ((now,),) = self._rows("SELECT pg_catalog.now()")
@@ -226,7 +227,7 @@ class _Migration:
         midnight = now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=_CUT_DAYS)
         cut = id_at(midnight)
         self._report(
-            f"the cut is {midnight:%Y-%m-%d}: until the switch, loaders wait with rows whose id lies beyond it"
+            f"the cut is {midnight:%Y-%m-%d}: rows with a later id wait in the spool until the switch"
         )
         for table in TABLES:
             self._until_locked(partial(self._limit, table, cut))
@@ -240,7 +241,7 @@ class _Migration:
         )  # fmt: skip
 
     def _check(self, table: Table, cut: str) -> None:
-        """Check all rows, unless the switch has to move some of them first."""
+        """Validate the limit of the table, unless the switch has to move some rows first."""
         self._report(f"checking all rows of {table.name}, beside loads and readers")
         with transaction(self._connection):
             statement = sql.SQL("SELECT pg_catalog.count(*) FROM {} WHERE {} >= {}").format(
@@ -251,11 +252,11 @@ class _Migration:
                 self._validate(table)
                 return
             ((rows, _),) = self._rows(_SIZE, [self._quoted(table.name)])
-        self._report(f"{beyond:,} rows of {table.name} lie beyond the cut and will be moved in the switch")
+        self._report(f"{beyond:,} rows of {table.name} lie beyond the cut and will be moved by the switch")
         if beyond > _MANY_BEYOND * max(rows, 1):
             self._report(
-                f"Warning: that is more than {_MANY_BEYOND:.0%} of the rows, which no partition of a day holds: "
-                "partitions make little faster then"
+                f"Warning: that is more than {_MANY_BEYOND:.0%} of the rows, which will be in no partition of a day: "
+                "partitioning gains little"
             )
 
     def _validate(self, table: Table) -> None:
@@ -265,8 +266,8 @@ class _Migration:
         )
 
     def _make_frame(self, table: Table) -> Shape:
-        """Make the partitioned table beside the old one, again if a killed run left it, and return its shape."""
-        self._report(f"making {frame(table)}")
+        """Create the partitioned table beside the old one, replacing that of a killed run, and return its shape."""
+        self._report(f"creating {frame(table)}")
         shapes: list[Shape] = []
 
         def make() -> None:
@@ -290,7 +291,7 @@ class _Migration:
         self._do("ALTER TABLE {} ADD PRIMARY KEY ({})", parent, sql.Identifier(table.key))
 
     def _create_indexes(self, table: Table, shape: Shape) -> None:
-        """Give the frame each index of the old table: one of them that is missing would be built under the lock."""
+        """Create each index of the old table on the frame: the switch would build missing ones under its lock."""
         for number, index in enumerate(shape.kept(table)):
             self._do(
                 "CREATE {} {} ON {} USING {}", sql.SQL("UNIQUE INDEX" if index.unique else "INDEX"),
@@ -336,7 +337,7 @@ class _Migration:
                         self._exchange(table, shape)
                     self._attach(cut)
                     schema.bind_again(self._connection, self._schema, [*views, *functions])
-                    if left := dependents.users(self._connection, old):  # made since the steps before
+                    if left := dependents.users(self._connection, old):  # created after the earlier steps
                         raise CannotMigrateError(left)
                 self._report(f"switched: the tables were locked for at most {time.monotonic() - begun:.2f} s")
                 return
@@ -344,13 +345,15 @@ class _Migration:
                 self._pause(error, deadline)
 
     def _prepare_switch(self, cut: str, shapes: dict[Table, Shape]) -> None:
-        """Do what takes time, and make sure that nothing has changed since the steps before."""
-        # As schema.sql does.
+        """Do the slow part before the lock, and check that nothing has changed since the earlier steps."""
+        # schema.sql takes the same lock.
         self._do("SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('analytics_schema'))")
         self._keep_changes_away(TABLES)
         for table, shape in shapes.items():
             if self._shape(table) != shape or self._cut_of(table) != cut or not self._has_key(table):
-                raise LoaderError(f"{table.name} was changed in the meantime: run it again to go on")
+                raise LoaderError(
+                    f"{table.name} was changed in the meantime: run the command again to continue"
+                )
             if not self._is_checked(table):
                 self._move_beyond(table, shape, cut)
                 self._validate(table)
@@ -361,7 +364,7 @@ class _Migration:
         return self._rows(_CONSTRAINT, [self._quoted(table.name), until(table)])[0][1] is True
 
     def _move_beyond(self, table: Table, shape: Shape, cut: str) -> None:
-        """Move rows to the partitions other and default; who reads sees them in the old table until COMMIT."""
+        """Move rows to the partitions other and default. Readers see them in the old table until COMMIT."""
         columns = sql.SQL(", ").join(map(sql.Identifier, shape.written()))
         self._do(
             "WITH moved AS (DELETE FROM {0} WHERE {1} >= {2} RETURNING *) INSERT INTO {3} ({4}) SELECT {4} FROM moved",
@@ -369,9 +372,10 @@ class _Migration:
         )  # fmt: skip
 
     def _lock_out_everybody(self, views: Sequence[str], deadline: float) -> float:
-        """Lock all that is replaced, and return since when it is locked.
+        """Lock all replaced tables and views, and return the time at which they were locked.
 
-        All in one statement, so that no lock is held while waiting for another; views before the tables, as readers do.
+        One statement locks them all, so its timeout limits how long a lock is held while waiting for the next one.
+        Views are locked before tables, in the order in which a reader locks them.
         """
         names = (*views, *(name for table in TABLES for name in (table.name, frame(table))))
         lock = sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(
@@ -380,10 +384,10 @@ class _Migration:
         while True:
             begun = time.monotonic()
             try:
-                with self._connection.transaction():  # a savepoint: what was done before is kept
+                with self._connection.transaction():  # a savepoint: a timeout does not undo the earlier work
                     self._do(
                         "SET LOCAL statement_timeout = {}", sql.Literal(_LOCK_MILLISECONDS)
-                    )  # for all of them
+                    )  # for all locks together
                     self._connection.execute(lock)
                     self._do("SET LOCAL statement_timeout = 0")
                 return begun
@@ -391,7 +395,7 @@ class _Migration:
                 self._pause(error, deadline)
 
     def _exchange(self, table: Table, shape: Shape) -> None:
-        """Give the frame the names of the old table and of its indexes, its privileges and its sequences."""
+        """Move the names of the old table and its indexes, its privileges and its sequences to the frame."""
         old, new = self._name(plain(table)), self._name(table.name)
         ((privileges, comment, sequences),) = self._rows(_BELONGINGS, {"table": self._quoted(table.name)})
         primary = [index.name for index in shape.indexes if index.columns == (table.key,) and index.primary]
@@ -424,7 +428,7 @@ class _Migration:
         self, old: sql.Identifier, new: sql.Identifier, privileges: Iterable[Any], sequences: Iterable[Any]
     ) -> None:
         for grantee in {grantee for _, grantee, _, _ in privileges}:
-            for table in (new, old):  # default privileges may have been granted with the new one
+            for table in (new, old):  # the new table may have got default privileges
                 self._do("REVOKE ALL ON {} FROM {}", table, _trusted(grantee))
         for privilege, grantee, grantable, column in privileges:
             self._do(
@@ -445,12 +449,12 @@ class _Migration:
             self._do("ALTER TABLE {} DROP CONSTRAINT {}", old, sql.Identifier(until(table)))
 
     def _finish(self) -> None:
-        """Do what `loader init` does: foreign keys of the partitions become those of the whole."""
+        """Do what `loader init` does: foreign keys of the partitions become those of the partitioned table."""
         applied = schema.apply_schema(self._connection, width=self._width)
         made = partitions.make(self._connection)
         for warning in applied.warnings:
             self._report(f"Warning: {warning}")
-        self._report(f"the tables are partitioned; made {made} partitions of the coming days")
+        self._report(f"the tables are partitioned; created {made} partitions for the next days")
 
     # ---- locks and statements ---------------------------------------------------------------------------
 
@@ -462,7 +466,7 @@ class _Migration:
         self._do("SET LOCAL lock_timeout = {}", sql.Literal(before))
 
     def _until_locked(self, step: Callable[[], None]) -> None:
-        """Do a step in a transaction of its own until it gets its locks."""
+        """Repeat a step, each time in its own transaction, until it gets its locks."""
         deadline = time.monotonic() + self._patience
         while True:
             try:
@@ -475,11 +479,9 @@ class _Migration:
 
     def _pause(self, error: psycopg.Error, deadline: float) -> None:
         if time.monotonic() > deadline:
-            message = (
-                f"{error.diag.message_primary} for {self._patience:g} s: run it again when less is going on"
-            )
+            message = f"{error.diag.message_primary} for {self._patience:g} s: run the command again at a quieter time"
             raise OutOfReachError(message) from error
-        time.sleep(random.uniform(0.5, 1.5) * _PAUSE_SECONDS)  # nothing reports that a lock is free
+        time.sleep(random.uniform(0.5, 1.5) * _PAUSE_SECONDS)  # the release of a lock is not reported
 
     def _name(self, name: str) -> sql.Identifier:
         return sql.Identifier(self._schema, name)
@@ -498,11 +500,11 @@ class _Migration:
 
 
 def _trusted(text: str) -> sql.SQL:
-    """Return SQL that is a constant, or that the catalog's own functions have written."""
+    """Return SQL from a constant or from a function of the catalog. Never call it with other input."""
     return sql.SQL(text)
 
 
-# Names are those of pg_catalog: see database.py.
+# All names are qualified with pg_catalog: see database.py.
 _FIND_TABLES: Final = """
     SELECT n.nspname, pg_catalog.string_agg(c.relkind::pg_catalog.text, '' ORDER BY c.relname)
     FROM pg_catalog.pg_class AS c
@@ -545,4 +547,4 @@ _BELONGINGS: Final = """
                 AND d.refobjid = c.oid AND d.deptype = 'a')
     FROM pg_class AS c WHERE c.oid = %(table)s::regclass::oid
 """
-"""Privileges, comment, and the sequences that belong to columns."""
+"""Privileges, the comment, and the sequences owned by columns."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Places:
-    """The directories with files: the spool, an archive, and directories of exported files."""
+    """The directories to search: the spool, the archive if there is one, and directories of exported files."""
 
     spool: Path
     archive: Path | None = None

@@ -18,7 +18,7 @@ class Index:
     primary: bool
     unique: bool
     columns: tuple[str, ...]
-    """Of a plain index, those that it compares; empty for one of expressions or of some rows."""
+    """The key columns; empty for an index on expressions and for a partial index."""
     constraint: str | None
     definition: str
     comment: str | None
@@ -26,22 +26,22 @@ class Index:
 
 @dataclass(frozen=True)
 class Shape:
-    """The properties that the partitioned table receives from the plain one."""
+    """The properties that the partitioned table takes from the plain one."""
 
     columns: tuple[tuple[Any, ...], ...]
     constraints: tuple[tuple[Any, ...], ...]
     indexes: tuple[Index, ...]
 
     def valid_keys(self) -> list[tuple[str, str]]:
-        """Return name and definition of the foreign keys that all rows satisfy."""
+        """Return name and definition of the validated foreign keys."""
         return [(name, words) for name, kind, valid, words in self.constraints if kind == "f" and valid]
 
     def written(self) -> list[str]:
-        """Return the columns that can be inserted."""
+        """Return the columns that an INSERT can set."""
         return [name for name, _, _, generated, _ in self.columns if not generated]
 
     def kept(self, table: Table) -> list[Index]:
-        """Return the indexes that both tables have, besides the primary key."""
+        """Return the indexes to create on the partitioned table, besides the primary key."""
         return [
             index
             for index in self.indexes
@@ -79,7 +79,7 @@ def frame_index(table: Table, number: int) -> str:
 
 
 _LONGEST_NAME: Final = 63
-"""Bytes of an identifier (NAMEDATALEN - 1)."""
+"""Maximum length of an identifier in bytes (NAMEDATALEN - 1)."""
 
 
 def plain_index(table: Table, name: str, number: int) -> str:
@@ -88,12 +88,12 @@ def plain_index(table: Table, name: str, number: int) -> str:
 
 
 def _after_using(definition: str, quoted_name: str) -> str:
-    """Return the method and the columns from what pg_get_indexdef writes; its own words are in capitals."""
+    """Return the method and columns from the output of pg_get_indexdef, whose keywords are in upper case."""
     return definition.split(quoted_name, 1)[1].split(" USING ", 1)[1]
 
 
 def shape(connection: Connection, table: str) -> Shape:
-    """Return what a table has, whose name is written as SQL writes it. Raises psycopg.Error."""
+    """Return the properties of a table. Its name must be quoted as in SQL. Raises psycopg.Error."""
     columns, constraints, found = (
         connection.execute(statement.encode(), [table]).fetchall()
         for statement in (_COLUMNS, _CONSTRAINTS, _INDEXES)

@@ -40,7 +40,7 @@ from loader.load.tables import EVENTS, METRICS, Table
 from spool.segment import SEALED
 
 BATCH_ROWS: Final = 5000
-"""Some tenths of a second of server time."""
+"""Rows per batch: a few tenths of a second of server time."""
 _DAY: Final = re.compile(r"[0-9]{8}")
 
 _KINDS: Final = (
@@ -69,7 +69,7 @@ _CUTOFF: Final = (
     "SELECT least(%s::timestamptz, pg_catalog.min(since)) FROM analytics_time_partitions(%s::text) "
     "WHERE until > %s::timestamptz"
 )
-"""Up to where rows are deleted: what is left in partitions by time begins there."""
+"""The time before which rows are deleted. It does not exceed the lower bound of the remaining partitions by time."""
 _DROP: Final = (
     "SELECT rows, newer FROM analytics_drop_partition(%s::text, %s::regclass, %s::timestamptz, %s::bigint)"
 )
@@ -91,12 +91,12 @@ _DELETE_STATEMENTS: Final = (
     "(SELECT FROM analytics_writers AS later WHERE later.writer = each.writer "
     "AND later.reported_at > each.reported_at)) RETURNING 1"
 )
-"""The last account of a running writer is kept, like its ledger rows."""
+"""Keeps the last account of a running writer, like its ledger rows."""
 
 
 SourceName = Literal["events", "metrics"]
 Export = Callable[[Connection, SourceName, str], int]
-"""Write a partition, by its name, to a file, and return its rows; raises OSError, LoaderError, psycopg.Error."""
+"""Writes the named partition to a file and returns the number of rows. Raises OSError, LoaderError, psycopg.Error."""
 
 _SOURCES: Final[Mapping[Table, SourceName]] = {EVENTS: "events", METRICS: "metrics"}
 _LOCK_SECONDS: Final = 5
@@ -123,7 +123,7 @@ class Ages:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition of the ids in `since <= time < until`; the one that was a plain table begins at no time."""
+    """A partition of the ids in `since <= time < until`. The former plain table has no `since`."""
 
     name: str
     since: datetime | None
@@ -132,7 +132,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Dropped:
-    """The rows of a partition that was dropped, and how many of them had a newer timestamp than is kept."""
+    """The number of rows of a dropped partition, and how many of them had a timestamp that is not old."""
 
     rows: int
     newer: int
@@ -186,7 +186,7 @@ class Rows:
 
     @property
     def limits(self) -> dict[str, datetime | None]:
-        """Return what each kind has to be older than."""
+        """Return the time before which each kind of data is old."""
         return {name: age and self._now - age for name, age in vars(self._ages).items()}
 
     @property
@@ -204,9 +204,9 @@ class Rows:
         return pruned
 
     def delete(self, deleted: Callable[[int], None]) -> Pruned:
-        """Delete them, or stop when asked to; `deleted` is called with the rows of each committed batch.
+        """Delete the rows until done or stopped; `deleted` is called with the number of rows of each committed batch.
 
-        Raises LoaderError if the tables are of a version without marks, and what an export raises.
+        Raises LoaderError if the tables are of a version without marks, and the errors of an export.
         """
         rollups.refresh_patiently(self._connection, self._stop.is_set, _PATIENCE)
         if not self._has_marks():
@@ -217,7 +217,7 @@ class Rows:
                 dropped = self._drop_partitions(table, source, deleted, pruned.dropped)
                 setattr(pruned, source, dropped + self._delete_rows(table, source, deleted))
         if (limit := self.limits["loads"]) is not None:
-            # Before the ledger's rows: without those, lines would seem to be missing.
+            # Before the ledger's rows: a statement without its ledger rows would report lines as missing.
             self._delete_statements(self._writers(limit), limit)
             pruned.loads = self._delete_loads(deleted, limit)
         ledger.merge(self._connection, self._stop.is_set)
@@ -233,7 +233,7 @@ class Rows:
         return cast(datetime, hour)
 
     def _partitions(self, table: Table, source: SourceName) -> list[Partition]:
-        """Return those that are old, the oldest first."""
+        """Return the old partitions, oldest first."""
         return [Partition(*found) for found in self._run(_PARTITIONS, table, source, self._hours[table])]
 
     def _cutoff(self, table: Table, source: SourceName) -> datetime:
@@ -243,7 +243,7 @@ class Rows:
 
     def _count_rows(self, table: Table, source: SourceName, dropped: dict[str, Dropped]) -> int:
         before = self._hours[table]
-        if not self._has_marks():  # of an earlier version, which has no partitions either
+        if not self._has_marks():  # an earlier version, which cannot have partitions to drop
             return sum(self._number(_COUNT, table, kind, before) for kind in self._kinds(table))
         old, total = self._partitions(table, source), 0
         for partition in old:
@@ -276,7 +276,7 @@ class Rows:
         return total
 
     def _drop(self, table: Table, source: SourceName, partition: Partition) -> Dropped:
-        """Export a partition, and drop it if no row came in between."""
+        """Export a partition, then drop it, unless a row was added in between: then repeat both."""
 
         def drop() -> list[tuple[Any, ...]]:
             expected = self._export and self._export(self._connection, source, partition.name)
@@ -288,7 +288,7 @@ class Rows:
         return Dropped(rows, newer)
 
     def _delete_statements(self, writers: list[str], limit: datetime) -> None:
-        """Remove the old statements of writers, all of those whose ledger rows are old."""
+        """Delete old statements, including the last one of a writer whose ledger rows are all old."""
         if self._run("SELECT pg_catalog.to_regclass('analytics_writers') IS NOT NULL", EVENTS) == [(True,)]:
             self._run(_DELETE_STATEMENTS, EVENTS, limit, writers)
 
@@ -316,7 +316,7 @@ class Rows:
         return [kind for (kind,) in self._run(statement, table, name=name)]
 
     def _writers(self, limit: datetime) -> list[str]:
-        """Return the writers with a segment loaded since then."""
+        """Return the writers with a segment loaded since `limit`."""
         return [writer for (writer,) in self._run(_WRITERS, EVENTS, limit)]
 
     def _number(
@@ -328,7 +328,7 @@ class Rows:
     def _run(
         self, statement: LiteralString, table: Table, *values: object, name: str | None = None
     ) -> list[tuple[Any, ...]]:
-        """Run a statement in a transaction of its own; `name` is a partition's, as the catalog writes it."""
+        """Run a statement in its own transaction; `name` is the name of a partition, quoted as in the catalog."""
         text = sql.SQL(statement).format(
             table=sql.Identifier(table.name) if name is None else sql.SQL(name),
             kind=sql.Identifier(table.kind), key=sql.Identifier(table.key),
@@ -342,7 +342,7 @@ class Rows:
         return self._patiently(run)
 
     def _patiently(self, run: Callable[[], list[tuple[Any, ...]]]) -> list[tuple[Any, ...]]:
-        """Run a transaction, again if other sessions were in its way."""
+        """Run a transaction, and repeat it if other sessions blocked it."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:

@@ -1,8 +1,8 @@
-"""Takes people that were erased out of the files of a spool and its archive, as soon as the loader sees it.
+"""Removes erased people from the files of a spool and its archive, as soon as the loader sees the erasure.
 
-Before each pass the daemon looks at the tombstones. Files that are kept from then on are without those people
-(loader.files.retire); those that were kept before are searched by a thread beside the load. Which erasures were applied
-is noted in each directory, so that a kill leads to another search, and a restart to none.
+Before each pass the daemon reads the tombstones. Files that are kept after that no longer contain those people
+(loader.files.retire); a thread searches the older files beside the load. The applied erasures are recorded in each
+directory, so that an interrupted search is repeated, and a restart after a finished one searches nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _STOP_SECONDS: Final = 2.0
 
 
 class Sweeper:
-    """Knows who was erased, and what was done about it in the files. `look` is for one thread, without SQL."""
+    """The erased people, and which of the erasures were applied to the files. `look` must be called by one thread."""
 
     def __init__(self, dsn: Callable[[], str], spool: Path, archive: Path | None) -> None:
         self.latest = Latest()
@@ -49,7 +49,7 @@ class Sweeper:
         self._reported: dict[str, str] = {}
 
     def look(self, seen: Erasures | None) -> bool:
-        """Note who was erased; return whether files have to be searched now. Raises OSError."""
+        """Record who was erased; return whether files have to be searched now. Raises OSError."""
         if seen is None:
             return False
         self.latest.mentions = seen
@@ -58,22 +58,22 @@ class Sweeper:
         return seen.last != self._attempted or time.monotonic() >= self._retry_at
 
     def tick(self, seen: Erasures | None) -> None:
-        """Look, and search beside the load if that is due."""
+        """Record who was erased, and start a search beside the load if one is due."""
         try:
             if (self._thread is None or not self._thread.is_alive()) and self.look(seen):
-                assert seen is not None  # there is something to search for
+                assert seen is not None  # a search is only due after an erasure
                 self._thread = threading.Thread(target=self.sweep, args=[seen], name="erasures", daemon=True)
                 self._thread.start()
         except OSError as error:
-            self._report({str(self._spool): f"could not be searched for what was erased: {error}"})
+            self._report({str(self._spool): f"could not be searched for erased people: {error}"})
 
     def close(self) -> None:
-        """Wait for a search, not for long: one that is cut off is repeated."""
+        """Wait briefly for a search to end; an interrupted one is repeated by the next daemon."""
         if self._thread is not None and self._thread.is_alive():
             self._thread.join(_STOP_SECONDS)
 
     def sweep(self, seen: Erasures) -> None:
-        """Search the files and note what was done; what failed is logged and tried again."""
+        """Search the files and record the applied erasures; failures are logged and tried again."""
         self._attempted, self._retry_at = seen.last, time.monotonic() + _RETRY_SECONDS
         try:
             with closing(connect(self._dsn())) as connection:
@@ -89,7 +89,7 @@ class Sweeper:
         except (psycopg.Error, OSError, LoaderError) as error:
             reason = explain(error) if isinstance(error, psycopg.Error) else error
             self._attempted = 0
-            self._report({str(self._spool): f"could not be searched for what was erased: {reason}"})
+            self._report({str(self._spool): f"could not be searched for erased people: {reason}"})
 
     def _roots(self) -> list[Path]:
         return [self._spool, *([self._archive] if self._archive else [])]
@@ -110,7 +110,7 @@ class Sweeper:
 
 
 def note_applied(root: Path, seen: Erasures) -> State:
-    """Note the erasures that were applied to a directory, beside those it has; a missing one has no files.
+    """Add to the recorded erasures of a directory, and return them all. Writes nothing if the directory is missing.
 
     Raises OSError.
     """
@@ -122,7 +122,7 @@ def note_applied(root: Path, seen: Erasures) -> State:
 
 
 def sweep(connection: Connection, spool: Path, archive: Path | None, mentions: Mentions) -> Swept:
-    """Take people out of the reject files of a spool and out of its archive. Raises psycopg.Error, OSError."""
+    """Remove people from the reject files of a spool and from its archive. Raises psycopg.Error, OSError."""
     swept = erasures.sweep_rejects(connection, spool, mentions)
     if archive is not None:
         swept += erase.sweep(archive, mentions)

@@ -79,7 +79,7 @@ class Upkeep:
             with connect(self._dsn()) as self._connection:
                 self._run(self._connection, self._stopped.is_set)
         except (psycopg.errors.SerializationFailure, *_OLDER_TABLES):
-            pass  # the next run finds the same work; tables of an earlier version have none
+            pass  # the next run finds the same work; older tables need no maintenance
         except psycopg.OperationalError as error:
             problem = (
                 None if is_lost(error) else one_line(str(error))

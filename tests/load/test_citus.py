@@ -84,7 +84,7 @@ def test_both_tables_are_distributed_by_their_key_and_colocated(owner: Connectio
 
 
 def test_no_function_depends_on_a_distributed_table(owner: Connection) -> None:
-    """Citus would take the table to depend on the function, and attach no partition."""
+    """Citus would treat the table as dependent on the function, and refuse to attach partitions."""
     depending = (
         "SELECT objid::regproc FROM pg_depend WHERE classid = 'pg_proc'::regclass "
         "AND refobjid IN ('analytics_events'::regclass, 'analytics_metrics'::regclass)"
@@ -145,7 +145,7 @@ def test_the_workers_get_the_settings_of_a_transaction(
 def test_rows_that_a_worker_refuses_are_rejected_and_the_others_are_loaded(
     wire: Wire, loader: Connection, owner: Connection, tmp_path: Path
 ) -> None:
-    """Citus passes on no name of a constraint, which is how a missing partition is recognized otherwise."""
+    """Citus does not report the name of a constraint, by which a missing partition is recognized otherwise."""
     owner_does(owner, CHECK)
     lines = [event(n, metadata={"n": n % 2}) for n in range(20)]
     too_large = metric(2).replace(b'"value":1', b'"value":1e200000')

@@ -161,7 +161,7 @@ class PartitionModel(RuleBasedStateMachine):
         )
         self.connection.commit()
 
-    # ---- what there is ------------------------------------------------------------------------------
+    # ---- invariants ------------------------------------------------------------------------------
 
     def covered(self) -> dict[str, list[tuple[str, UUID | None, UUID | None]]]:
         bounds = "SELECT partition::text, low, high FROM analytics_partitions('{}') WHERE NOT is_default"

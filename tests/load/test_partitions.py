@@ -182,7 +182,7 @@ def test_rows_that_wait_in_the_default_partition_move_to_their_own(
     partitioned.commit()
     with psycopg.connect(loader_of(partitioned)) as loader:
         assert partitions.make(loader) == 3
-    assert number(partitioned, IN_DEFAULT) == 1  # the one of a wrong clock waits for its time
+    assert number(partitioned, IN_DEFAULT) == 1  # the row of a wrong clock stays until its time
     assert number(partitioned, "SELECT count(*) FROM analytics_events") == 33
     for day in days:
         assert number(partitioned, f"SELECT count(*) FROM analytics_events_{day:%Y%m%d}") == 10
@@ -191,7 +191,7 @@ def test_rows_that_wait_in_the_default_partition_move_to_their_own(
 def test_no_reader_misses_rows_that_move_out_of_the_default_partition(
     one_partitioned: Connection, tmp_path: Path
 ) -> None:
-    """A reader that waits for the default partition has planned for the partitions there were before."""
+    """A reader that waits for the default partition was planned for the partitions that existed before."""
     days = [NOW - timedelta(days=100 + n) for n in range(20)]
     lines = [event(0, event_id=id_of(day, n)) for day in days for n in range(50)]
     load(one_partitioned, [chunk(*lines)], tmp_path)
@@ -265,7 +265,7 @@ def test_the_role_may_make_partitions_and_not_remove_or_read_one(one_partitioned
     ],
 )
 def test_a_wrong_clock_makes_no_partition(one_partitioned: Connection, since: str, until: str | None) -> None:
-    with pytest.raises(psycopg.errors.RaiseException, match="cannot make partitions"):
+    with pytest.raises(psycopg.errors.RaiseException, match="cannot create partitions"):
         one_partitioned.execute("SELECT analytics_make_partitions(%s, %s)", [since, until])
 
 
@@ -292,7 +292,7 @@ def test_a_table_that_has_the_name_of_a_partition_is_reported(one_partitioned: C
 def test_nobody_on_the_tables_of_the_application_waits_longer_than_an_attempt(
     one_partitioned: Connection,
 ) -> None:
-    """A transaction holds a lock on auth.users for a second; an update of another row is not held up by ours."""
+    """While a transaction holds a lock on auth.users for a second, we do not block the update of another row."""
     one_partitioned.execute(
         f"{USERS}; INSERT INTO auth.users SELECT gen_random_uuid(), n FROM generate_series(1, 2) n"
     )

@@ -1,4 +1,4 @@
-"""Findings of doctor about the layout, each under a real condition, as the role of the loader."""
+"""Findings of doctor about the layout, each caused by a real condition, with the role of the loader."""
 
 from __future__ import annotations
 
@@ -108,11 +108,11 @@ def touched_hours(connection: Connection) -> None:
 @pytest.mark.parametrize(
     ("harm", "check", "verdict", "words"),
     [
-        (short_runway, "runway", "warning", "`loader init` makes them now"),
+        (short_runway, "runway", "warning", "`loader init` creates them now"),
         (gap_in_the_runway, "runway", "warning", "has partitions until"),
-        (no_runway, "runway", "failed", "no partition for the rows of now"),
+        (no_runway, "runway", "failed", "no partition for the current time"),
         (runway_without_the_right, "runway", "warning", f"`loader init --role {ROLE}`"),
-        (rows_in_default, "default", "warning", "1 rows of analytics_events wait"),
+        (rows_in_default, "default", "warning", "1 rows of analytics_events are in the default partition"),
         (many_in_default, "default", "failed", "more than 10000 rows of analytics_events"),
         (random_ids, "ids", "warning", "of analytics_events has ids that are not UUIDv7"),
         (unvacuumed_partition, "autovacuum", "warning", "ALTER TABLE analytics_events_other RESET"),

@@ -1,4 +1,4 @@
-"""Partitions of old ids are dropped: no answer changes, nobody waits, and nothing is half done."""
+"""Partitions of old ids are dropped: no answer changes, no session waits, and each drop is complete or undone."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_a_long_transaction_on_the_applications_tables_is_not_waited_for(
 
 
 class Watch:
-    """Repeats a transaction in a thread, and keeps the longest time that one took."""
+    """Repeats a transaction in a thread, and records the longest duration."""
 
     def __init__(self, dsn: str, statement: str, stop: threading.Event) -> None:
         self.slowest = 0.0

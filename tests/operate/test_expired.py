@@ -31,7 +31,7 @@ WAITS = (
 
 
 def id_at(moment: datetime, number: int) -> str:
-    """A UUIDv7 of a moment."""
+    """Return a UUIDv7 of a time."""
     digits = f"{int(moment.timestamp() * 1000):012x}7000a{number:015x}"
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
@@ -66,7 +66,7 @@ def loader(owner: Connection, spool: Path) -> Cli:
 
 
 def replayed(loader: Cli, owner: Connection) -> Path:
-    """Load five events and three metrics of 40 and 10 days ago, prune what is 30 days old, and forget the files."""
+    """Load five events and three metrics of 40 and 10 days ago, prune rows older than 30 days, and remove the files."""
     lines = [*(event_of(40, n) for n in range(5)), *(metric_of(40, 100 + n) for n in range(3))]
     path = segment(loader.spool, 1, *lines, event_of(10, 50), metric_of(10, 150))
     archived = Path(shutil.copy(path, loader.spool.parent / path.name))
@@ -142,12 +142,12 @@ def test_what_has_no_age_is_kept(loader: Cli, owner: Connection) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "give the age of what to remove: --older-than AGE"),
+        ([], "no age is given: use --older-than AGE"),
         (["--events", "0d"], "an age of 0 would remove all events"),
         (["--ledger", "0d"], "an age of 0 would remove all ledger"),
         (["--events", "2 years"], "is not an age: write a number and y, w, d, h or m"),
         (["--metrics", "9999y"], "is before the year 1"),
-        (["--dry-run"], "give the age of what to remove"),
+        (["--dry-run"], "no age is given"),
     ],
 )
 def test_ages_that_cannot_be_meant_are_refused(cli: Cli, arguments: list[str], words: str) -> None:

@@ -41,7 +41,7 @@ SIZE = "SELECT pg_total_relation_size('analytics_loads')"
 
 
 def merged(connection: Connection) -> int:
-    """Let hours pass, and merge; return how many rows were."""
+    """Make the rows some hours older, and merge; return the number of merged rows."""
     connection.execute(AGE.encode())
     connection.commit()
     return ledger.merge(connection)

@@ -65,7 +65,7 @@ class Migration:
         self.lines = iter(self.process.stdout.readline, "")
 
     def until(self, begins: str) -> bool:
-        """Read to the line that begins so; False if it has ended without."""
+        """Read up to the line with this beginning; return False if the process ended without it."""
         return any(line.startswith(begins) for line in self.lines)
 
     def kill(self) -> None:
@@ -150,8 +150,8 @@ def running(*work: Callable[[], object]) -> Iterator[None]:
 
 
 STEPS = (
-    "the tables and indexes", "building the unique index", "the cut is", "checking", "making analytics_events",
-    "making analytics_metrics", "switching", "switched",
+    "upgrading the tables", "building the unique index", "the cut is", "checking", "creating analytics_events",
+    "creating analytics_metrics", "switching", "switched",
 )  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def check_under_load(connection: Connection, cli: Cli, count: int, connections_t
     traffic, reads = Traffic(cli.spool), Reads(connection.info.dsn)
 
     def emit() -> None:
-        while not reads.done.wait(0.05):  # so often a segment is sealed
+        while not reads.done.wait(0.05):  # the interval between sealed segments
             traffic.emit()
 
     with cli.daemon(), running(emit, reads.run):
@@ -186,7 +186,7 @@ def check_under_load(connection: Connection, cli: Cli, count: int, connections_t
         finally:
             reads.done.set()
     assert "the tables are partitioned" in printed
-    cli("run", "--once")  # what waited for the switch and is not due yet
+    cli("run", "--once")  # loads segments that waited for the switch and whose retry is not due yet
     assert reads.lost == []
     assert reads.slowest < SLOWEST * slowness() + 0.5 * connections_too, reads.slowest
     for table, key, expected in (("events", "event_id", traffic.events), ("metrics", "id", traffic.metrics)):
@@ -308,13 +308,13 @@ def test_what_belongs_to_the_tables_is_there_afterwards(owner: Cli, plain: Conne
                       "SELECT gen_random_uuid(), 'x', now(), gen_random_uuid(), id FROM family_units LIMIT 1")  # fmt: skip
     plain.rollback()
     printed = owner("migrate", "--to", "partitioned")
-    assert "made 0 partitions" in printed and rows(plain, BELONGS) == before
+    assert "created 0 partitions" in printed and rows(plain, BELONGS) == before
     plain.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
     plain.commit()
 
 
 def test_a_cut_that_is_too_close_is_moved(plain: Connection) -> None:
-    """A run that was killed days ago: the ids of now would lie beyond its cut."""
+    """A run was killed days ago, so that current ids are beyond its cut."""
     for table, key in (("events", "event_id"), ("metrics", "id")):
         plain.execute(f"ALTER TABLE analytics_{table} ADD CONSTRAINT analytics_{table}_until "
                       f"CHECK ({key} < analytics_id_at(now())) NOT VALID".encode())  # fmt: skip
@@ -341,7 +341,7 @@ def test_the_application_waits_for_nothing_while_a_long_transaction_holds_its_ta
     with psycopg.connect(plain.info.dsn) as long, psycopg.connect(plain.info.dsn, autocommit=True) as user:
         long.execute("LOCK TABLE auth.users IN ROW EXCLUSIVE MODE")
         migration, slowest = Migration(owner), 0.0
-        migration.until("making analytics_events")
+        migration.until("creating analytics_events")
         for _ in range(200):
             begun = time.monotonic()
             user.execute("UPDATE auth.users SET id = id")

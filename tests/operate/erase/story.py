@@ -1,4 +1,4 @@
-"""Three people with lines in every place, and the searches that find them again, written a second time."""
+"""Three people with lines in every place, and an independent implementation of the searches for them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def files(*roots: Path) -> Iterator[Path]:
 
 
 def found_in_files(person: uuid.UUID, *roots: Path) -> list[str]:
-    """The files in which a person is, in their names too."""
+    """The files that contain an id of a person, also in their names."""
     return [
         path.name
         for path in files(*roots)
@@ -87,7 +87,7 @@ def found_in_files(person: uuid.UUID, *roots: Path) -> list[str]:
 
 
 def found_in_tables(connection: Connection, person: uuid.UUID) -> list[str]:
-    """The tables in which a person is: every row of each, as text."""
+    """The tables that contain an id of a person: every row of each is searched as text."""
     tables = rows(
         connection, "SELECT relname FROM pg_class WHERE relkind = 'r' AND relname LIKE 'analytics%'"
     )

@@ -1,4 +1,4 @@
-"""Somebody is erased while three people emit and the loader runs, is killed and starts again."""
+"""A person is erased while three people emit and the loader runs, is killed and starts again."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ BROKEN = b',"more":1}'
 
 @pytest.fixture
 def archive(cli: Cli, tmp_path: Path) -> Path:
-    """An archive, beside rows, rejects and a spool with lines of three people."""
+    """Return an archive with lines of three people, who also have rows, rejects and lines in the spool."""
     archive = tmp_path / "archive"
     first = [of(who, 10 * n + m) for n, who in enumerate([ANNA, BERT, CARL]) for m in range(4)]
     broken = [of(ANNA, 90)[:-1] + BROKEN, of(BERT, 91)[:-1] + BROKEN, b"{\xff" + ANNA.hex.encode()]
@@ -87,13 +87,13 @@ def test_a_disclosure_that_is_not_complete_fails(cli: Cli, archive: Path, tmp_pa
     (path, *_) = archive.rglob("*.zst")
     path.write_bytes(path.read_bytes()[:-20])
     printed = cli.owner()("export", tmp_path / "a.ndjson", "--user", str(ANNA), "--archive", archive, code=1)
-    assert path.name in printed and "not complete" in printed
+    assert path.name in printed and "the disclosure is incomplete" in printed
     assert path.name in cli.owner()("erase", "--user", str(ANNA), "--archive", archive, code=1)
 
 
 @pytest.mark.parametrize("option", [["--by", "day"], ["--since", "7d"], ["--format", "csv"]])
 def test_a_disclosure_has_everything(cli: Cli, tmp_path: Path, option: list[str]) -> None:
-    assert "it always writes all data" in cli(
+    assert "always writes all data" in cli(
         "export", tmp_path / "a.ndjson", "--user", str(ANNA), *option, code=2
     )
 

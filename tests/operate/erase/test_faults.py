@@ -1,4 +1,4 @@
-"""Kills, restores, other people's files and a thousand people."""
+"""An erasure survives kills, restores, files of other users and a thousand people."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fill(cli: Cli, archive: Path) -> None:
 
 
 def killed_at(cli: Cli, archive: Path, call: int) -> bool:
-    """Kill an erasure at its n-th system call that changes something outside; return whether it had so many."""
+    """Kill an erasure at its n-th system call with an outside effect; return whether it made that many."""
     inject = ["-e", f"trace={CALLS}", "-e", f"inject={CALLS}:signal=KILL:when={call}"]
     command = ["strace", "-f", "-qq", "-o", "/dev/null", *inject, *LOADER]
     erase = [*command, "erase", "--user", str(ANNA), "--archive", str(archive), "--verify"]
@@ -93,7 +93,7 @@ def test_a_restored_database_forgets_them_again(cli: Cli, one_connection: Connec
     assert (erased["people"], erased["events"]) == (1, 1)
     assert story.found_in_tables(one_connection, ANNA) == []
     segment(cli.spool, 3, of(ANNA, 7))
-    assert "erased 2" in cli("run", "--once")  # one of them waited
+    assert "erased 2" in cli("run", "--once")  # one of them was in the spool
     assert facts(cli, "--again")["events"] == 0
 
 
@@ -111,7 +111,7 @@ def test_rows_that_were_restored_are_erased_again(cli: Cli, one_connection: Conn
     assert number(one_connection, "SELECT count(*) FROM analytics_erasures WHERE proof IS NOT NULL") == 2
 
 
-# ---- what others may have put there -------------------------------------------------------------------
+# ---- files of other users -------------------------------------------------------------------
 
 
 def test_nothing_outside_is_touched(cli: Cli, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""An erased person is nowhere, and stays so, whatever is loaded again; the others lose nothing."""
+"""An erased person's data is nowhere and does not come back when files are loaded again; other people lose nothing."""
 
 from __future__ import annotations
 

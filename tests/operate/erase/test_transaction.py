@@ -1,4 +1,4 @@
-"""An erasure in the application's own transaction, beside loads, in every order."""
+"""An erasure in the application's own transaction, concurrently with loads, in every order."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def run(dsn: str, statement: str) -> None:
 
 
 def waits_for_erasure(connection: Connection) -> bool:
-    """Whether somebody waits for the lock of the tombstones."""
+    """Whether a session waits for the lock of the tombstones."""
     waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
     return number(connection, waiting) == 1
 

@@ -42,10 +42,13 @@ _CATALOG: Final = """
     RESET allow_system_table_mods;
 """
 REFUSED: Final = re.compile(
-    rb"LATERAL|OFFSET|WITH RECURSIVE|\(SELECT FROM \"analytics_(?:events|metrics)\"", re.IGNORECASE
+    rb"LATERAL|OFFSET|WITH RECURSIVE|\(SELECT FROM (?:\"\w+\"\.)?\"analytics_(?:events|metrics)\"|row_to_json\((\w+)\) "
+    rb"FROM \(.*\) AS \1",
+    re.IGNORECASE,
 )
 """In a statement about a distributed table: "cannot push down this subquery" and "recursive CTEs are only supported
-when they contain a filter on the distribution column", and a subquery without columns (Citus 15.0devel)."""
+when they contain a filter on the distribution column", and a subquery without columns; the keys of a subquery's row
+would be f1, f2 and so on (Citus 15.0devel)."""
 _ABOUT_DISTRIBUTED: Final = re.compile(rb'"analytics_(?:events|metrics)"')
 _COPY: Final = re.compile(rb'COPY "analytics_(?:events|metrics)"')
 _KEPT_FIELDS: Final = b"SVCMDHW"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import UTC
 from pathlib import Path
 
 import psycopg
@@ -16,7 +17,7 @@ from loader.load.counts import Counts
 from loader.load.database import Connection
 from loader.load.schema import apply_schema
 from loader.operate import doctor, finding
-from loader.see import questions
+from loader.see import export, questions
 from loader.see.period import period
 from tests import citus
 from tests.citus import Wire
@@ -228,3 +229,19 @@ def test_the_questions_use_nothing_that_citus_refuses(wire: Wire, owner: Connect
         (sentence,) = questions.unknown_types(connection, ["memory_postd"])
         questions.ask(connection, "trend", period("7d", "now", "UTC"), types=None, bucket="day", top=None)
     assert "memory_postd" in sentence
+
+
+def test_an_export_uses_nothing_that_citus_refuses_or_renames(
+    wire: Wire, owner: Connection, loader: Connection, tmp_path: Path
+) -> None:
+    load(loader, [chunk(event(1), metric(1))], tmp_path)
+    everything = export.Range(None, None)
+    with questions.reading(make_conninfo(wire.dsn, user=ROLE)) as connection:
+        for name, source in export.SOURCES.items():
+            exporting = export.Export(source, "ndjson")
+            exporting.to_file(connection, everything, tmp_path / f"{name}.ndjson")
+            exporting.by_day(connection, everything, tmp_path / name, UTC)
+            assert exporting.exported.rows == 2
+    lines = [(tmp_path / f"{name}.ndjson").read_bytes() for name in export.SOURCES]
+    assert load(loader, [chunk(*lines)], tmp_path).known == 0
+    assert rows(owner, "SELECT sum(duplicates)::int FROM analytics_loads") == [(2,)]

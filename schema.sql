@@ -1969,7 +1969,7 @@ DECLARE
     now TEXT[];
 BEGIN
     EXECUTE prepared INTO before;
-    FOR attempt IN 1..50 LOOP
+    FOR attempt IN 1..20 LOOP
         EXECUTE prepared INTO now;
         IF (before && now) IS NOT TRUE THEN
             RETURN;

@@ -1870,22 +1870,25 @@ LANGUAGE sql STABLE
 BEGIN ATOMIC
 SELECT p.partition, @.analytics_id_time(p.low), @.analytics_id_time(p.high) FROM @.analytics_partitions(wanted) p
 WHERE p.high > @.analytics_id_at('2020-01-01 00:00+00')  -- which the early ids lie below
+    AND NOT EXISTS (SELECT FROM @.analytics_settings s WHERE s.name = 'layout' AND s.value = 'citus')
 ORDER BY p.high;
 END;
 COMMENT ON FUNCTION @.analytics_time_partitions IS
-'Internal. The partitions with bounds in time (since is NULL for a migrated plain table); none if the tables are not partitioned.';
+'Internal. The partitions with bounds in time (since is NULL for a migrated plain table); none if the tables are not partitioned, or distributed by Citus.';
 
 CREATE OR REPLACE FUNCTION @.analytics_untimed(wanted TEXT) RETURNS SETOF REGCLASS
 LANGUAGE sql STABLE
 BEGIN ATOMIC
 SELECT ('@.analytics_' || wanted)::regclass
 WHERE NOT EXISTS (SELECT FROM pg_class WHERE oid = ('@.analytics_' || wanted)::regclass AND relkind = 'p')
+    OR EXISTS (SELECT FROM @.analytics_settings s WHERE s.name = 'layout' AND s.value = 'citus')
 UNION ALL
 SELECT p.partition FROM @.analytics_partitions(wanted) p
-WHERE p.partition NOT IN (SELECT t.child FROM @.analytics_time_partitions(wanted) t WHERE t.since IS NOT NULL);
+WHERE p.partition NOT IN (SELECT t.child FROM @.analytics_time_partitions(wanted) t WHERE t.since IS NOT NULL)
+    AND NOT EXISTS (SELECT FROM @.analytics_settings s WHERE s.name = 'layout' AND s.value = 'citus');
 END;
 COMMENT ON FUNCTION @.analytics_untimed IS
-'Internal. The tables from which rows are deleted: the plain table, or the partitions without bounds in time.';
+'Internal. The tables from which rows are deleted: the plain table, the table on Citus, or the partitions without bounds in time.';
 
 CREATE OR REPLACE FUNCTION @.analytics_row_hours(wanted TEXT, before TIMESTAMPTZ) RETURNS SETOF TIMESTAMPTZ
 LANGUAGE plpgsql STABLE SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp AS $function$
@@ -1957,12 +1960,37 @@ $function$;
 COMMENT ON FUNCTION @.analytics_check_pruner IS
 'Internal. Fails for a role without the privilege to prune, and takes the lock for changes of rollups.';
 
+CREATE OR REPLACE FUNCTION @.analytics_await_workers() RETURNS VOID
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $function$
+DECLARE
+    prepared CONSTANT TEXT := 'SELECT array_agg(gid) FROM run_command_on_workers($q$SELECT string_agg(gid, '','') '
+        'FROM pg_prepared_xacts WHERE database = current_database()$q$) w, string_to_table(w.result, '','') gid WHERE w.success';
+    before TEXT[];
+    now TEXT[];
+BEGIN
+    EXECUTE prepared INTO before;
+    FOR attempt IN 1..20 LOOP
+        EXECUTE prepared INTO now;
+        IF (before && now) IS NOT TRUE THEN
+            RETURN;
+        END IF;
+        PERFORM pg_sleep(0.1);
+    END LOOP;
+    RAISE EXCEPTION 'transactions of Citus are in doubt: try again' USING ERRCODE = 'serialization_failure';
+END
+$function$;
+COMMENT ON FUNCTION @.analytics_await_workers IS
+'Internal. Waits until the workers of Citus have committed what the coordinator had committed.';
+
 CREATE OR REPLACE FUNCTION @.analytics_prune_hour(wanted TEXT, pruned TIMESTAMPTZ, at_most INT DEFAULT 5000) RETURNS BIGINT
 LANGUAGE plpgsql SECURITY DEFINER SET plan_cache_mode = force_custom_plan SET jit = off SET search_path = pg_catalog, pg_temp
 AS $function$
 -- A batch moves rows into the rollup of their hour, which is sealed: readers add the remaining rows to it, because the mark
--- of the hour is deleted with its last row. One statement, so that it deletes no mark of rows that it does not see.
+-- of the hour is deleted with its last row. One statement, so that it deletes no mark of rows that it does not see. On Citus
+-- the workers may commit the rows of a mark after it, so only marks whose rows are visible are deleted.
 DECLARE
+    distributed CONSTANT BOOLEAN := EXISTS (SELECT FROM @.analytics_settings s WHERE s.name = 'layout' AND s.value = 'citus');
+    marks TID[];
     the_day CONSTANT TIMESTAMPTZ := date_trunc('day', pruned, 'UTC');
     key CONSTANT NAME := CASE wanted WHEN 'events' THEN 'event_id' ELSE 'id' END;
     kind CONSTANT NAME := CASE wanted WHEN 'events' THEN 'event_type' ELSE 'metric_name' END;
@@ -1980,7 +2008,7 @@ BEGIN
     END IF;
     PERFORM @.analytics_raise_mark(wanted, pruned + interval '1 hour');
     children := ARRAY(SELECT @.analytics_untimed(wanted));
-    partitioned := children <> ARRAY[('@.analytics_' || wanted)::regclass];
+    partitioned := distributed OR children <> ARRAY[('@.analytics_' || wanted)::regclass];
     IF wanted = 'events' AND NOT EXISTS (  -- Before the first hour of a day is deleted: from then on its user days are only added to.
         SELECT FROM @.analytics_sealed s
         WHERE s.source = 'events' AND s.hour >= the_day AND s.hour < the_day + interval '24 hours'
@@ -1990,8 +2018,16 @@ BEGIN
     IF NOT EXISTS (SELECT FROM @.analytics_sealed WHERE source = wanted AND hour = pruned) THEN
         EXECUTE format('DELETE FROM @.analytics_hourly_%s WHERE hour = $1', wanted) USING pruned;
     END IF;
+    IF distributed THEN
+        marks := ARRAY(SELECT t.ctid FROM @.analytics_touched t WHERE t.source = wanted AND t.hour = pruned);
+        PERFORM @.analytics_await_workers();
+        DELETE FROM @.analytics_touched WHERE ctid = ANY (marks);  -- inserted again if rows remain
+    END IF;
     EXECUTE (
-        SELECT 'WITH RECURSIVE ' || string_agg(format($q$
+        SELECT CASE WHEN distributed THEN 'WITH ' ELSE 'WITH RECURSIVE ' END || string_agg(format(CASE WHEN distributed THEN $q$
+            old%1$s AS MATERIALIZED (  -- Citus has no recursion over its tables
+                SELECT %4$I AS key FROM %2$s WHERE timestamp >= $2 AND timestamp < $2 + interval '1 hour' %5$s LIMIT $3
+            ), $q$ ELSE $q$
             kinds%1$s AS (  -- by leaps: BRIN finds an hour only if rows lie in the order of their time
                 (SELECT %3$I AS kind FROM %2$s ORDER BY 1 LIMIT 1)
                 UNION ALL
@@ -2001,16 +2037,18 @@ BEGIN
                     SELECT %4$I AS key FROM %2$s
                     WHERE %3$I = k.kind AND timestamp >= $2 AND timestamp < $2 + interval '1 hour' %5$s LIMIT $3
                 ) found LIMIT $3
-            ), rows%1$s AS (
+            ), $q$ END || $q$
+            rows%1$s AS (
                 DELETE FROM %2$s e USING old%1$s old WHERE e.%4$I = old.key RETURNING e.*
             ), $q$, c.place, c.child, kind, key, CASE WHEN partitioned THEN format(
-                'AND (NOT @.analytics_has_time(%1$I) OR %1$I < @.analytics_id_at(@.analytics_kept_since($1)))', key) END), '')
+                'AND (NOT @.analytics_has_time(%1$I) OR %1$I < %2$L)', key, @.analytics_id_at(@.analytics_kept_since(wanted))) END), '')
         || format('old AS MATERIALIZED (%s), rows AS (%s), ',
             string_agg(format('SELECT key FROM old%s', c.place), ' UNION ALL '),
             string_agg(format('SELECT %s FROM rows%s', kept, c.place), ' UNION ALL '))
         || format($q$
             remain AS MATERIALIZED (SELECT (SELECT count(*) FROM old) >= $3 %s AS yes), unmarked AS (
                 DELETE FROM @.analytics_touched WHERE source = $1 AND hour = $2 AND NOT (SELECT yes FROM remain)
+                    AND NOT $4
             ), marked AS (
                 INSERT INTO @.analytics_touched (hour, source) SELECT $2, $1 FROM remain WHERE yes
                     AND NOT EXISTS (SELECT FROM @.analytics_touched WHERE source = $1 AND hour = $2)
@@ -2041,7 +2079,7 @@ BEGIN
             ) $q$ END
         || 'SELECT count(*) FROM rows'
         FROM unnest(children) WITH ORDINALITY AS c (child, place)
-    ) INTO gone USING wanted, pruned, at_most;
+    ) INTO gone USING wanted, pruned, at_most, distributed;
     INSERT INTO @.analytics_sealed (source, hour) VALUES (wanted, pruned) ON CONFLICT DO NOTHING;
     RETURN gone;
 END
@@ -2066,6 +2104,9 @@ DECLARE
     moved_metrics @.analytics_metrics[];
     dropped BOOLEAN := false;
 BEGIN
+    IF EXISTS (SELECT FROM @.analytics_settings s WHERE s.name = 'layout' AND s.value = 'citus') THEN  -- there, a lock of the partition keeps no rows away
+        RAISE EXCEPTION 'cannot drop a partition and keep its rollup on Citus: delete its rows with analytics_prune_hour first';
+    END IF;
     PERFORM @.analytics_check_pruner(wanted);
     SELECT p.since, p.until INTO since_at, until_at FROM @.analytics_time_partitions(wanted) p WHERE p.child = partition;
     IF until_at IS NULL THEN
@@ -2314,9 +2355,6 @@ $sql$;
     IF is_distributed THEN
         statements := regexp_replace(statements, '(\nLANGUAGE sql(?: STABLE| IMMUTABLE)??)\nBEGIN ATOMIC\n(.*?)\nEND;\n',
             E'\\1 SET search_path = pg_catalog, pg_temp AS $atomic$\n\\2\n$atomic$;\n', 'g');
-        statements := regexp_replace(statements, 'WITH RECURSIVE kinds AS \([^;]*?\), old AS MATERIALIZED \(\s*'
-            'SELECT found[.]\w+ FROM kinds k CROSS JOIN LATERAL \((\s*SELECT \w+ FROM [@.\w]+\s*WHERE )\w+ = k[.]kind AND '
-            '([^;]*?)\) found LIMIT at_most', 'WITH old AS MATERIALIZED (\1\2', 'g');
         statements := replace(replace(statements, ' OFFSET 0', ''), 'EXISTS (SELECT FROM', 'EXISTS (SELECT 1 FROM');
     END IF;
     EXECUTE replace(statements, '@.', replace(quote_ident(home), $quote$'$quote$, $quote$''$quote$) || '.');

@@ -39,13 +39,18 @@ _CATALOG: Final = """
         FROM (VALUES ('w1', 5432, false, 'refused'), ('w2', 5432, true, '3'), ('w3', 5432, true, '0')) AS counted
         WHERE command !~ 'gid';
     END;
+    CREATE FUNCTION pg_catalog.citus_relation_size(named regclass) RETURNS bigint
+    RETURN CASE WHEN named::text ~ '_other$' THEN 700 ELSE 100 END;
     RESET allow_system_table_mods;
 """
 REFUSED: Final = re.compile(
-    rb"LATERAL|OFFSET|WITH RECURSIVE|\(SELECT FROM \"analytics_(?:events|metrics)\"", re.IGNORECASE
+    rb"LATERAL|OFFSET|WITH RECURSIVE|\(SELECT FROM (?:\"\w+\"\.)?\"analytics_(?:events|metrics)\"|row_to_json\((\w+)\) "
+    rb"FROM \(.*\) AS \1|FOR UPDATE",
+    re.IGNORECASE,
 )
 """In a statement about a distributed table: "cannot push down this subquery" and "recursive CTEs are only supported
-when they contain a filter on the distribution column", and a subquery without columns (Citus 15.0devel)."""
+when they contain a filter on the distribution column", a subquery without columns, and FOR UPDATE of several shards; the keys of a subquery's row
+would be f1, f2 and so on (Citus 15.0devel)."""
 _ABOUT_DISTRIBUTED: Final = re.compile(rb'"analytics_(?:events|metrics)"')
 _COPY: Final = re.compile(rb'COPY "analytics_(?:events|metrics)"')
 _KEPT_FIELDS: Final = b"SVCMDHW"

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from psycopg import sql
 
-from loader.load.database import Connection
+from loader.load.database import Connection, is_distributed
 from loader.load.sqlstate import MIGRATION_CHECKS
 from loader.load.tables import EVENTS, METRICS, Table
 from loader.operate.finding import Finding, failed, ok, warning
@@ -227,7 +227,8 @@ def _rollups(connection: Connection) -> Iterator[Finding]:
 
 
 def _partitions(connection: Connection, table: Table) -> list[_Partition]:
-    return [_Partition(*row) for row in _rows(connection, _PARTITIONS, [table.name])]
+    statement = _PARTITIONS_DISTRIBUTED if is_distributed(connection) else _PARTITIONS
+    return [_Partition(*row) for row in _rows(connection, statement, [table.name])]
 
 
 def _may_read(connection: Connection, table: str) -> bool:
@@ -264,6 +265,8 @@ _PARTITIONS: Final = r"""
         b.expression, '\(''?([0-9a-f-]{36}|MINVALUE)''?\) TO \(''?([0-9a-f-]{36}|MAXVALUE)''?\)') AS bound ON true
     WHERE i.inhparent = pg_catalog.to_regclass(%s)::oid ORDER BY 1
 """
+_PARTITIONS_DISTRIBUTED: Final = _PARTITIONS.replace("pg_relation_size", "citus_relation_size")
+"""The coordinator of Citus has no rows of its own."""
 _CAPACITY: Final = """
     SELECT locks * (pg_catalog.current_setting('max_connections')::int
         + pg_catalog.current_setting('max_prepared_transactions')::int), locks

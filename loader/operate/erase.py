@@ -35,7 +35,7 @@ from loader.files.mentions import Mentions
 from loader.files.scan import scan
 from loader.files.writing import is_complete
 from loader.load import erasures
-from loader.load.database import Connection, transaction
+from loader.load.database import Connection, is_distributed, transaction
 from loader.load.erasures import Erasures
 from loader.operate import exports
 from loader.operate.places import Places
@@ -80,6 +80,8 @@ _COUNT_MENTIONS: Final = """
     CROSS JOIN analytics_erasure_keys
     WHERE subject = pg_catalog.sha256(key || pg_catalog.uuid_send(found.id))
 """
+_ALONE: Final = "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('analytics_erasures')::bigint)"
+"""Citus locks no rows of several shards, so that another erasure could write back what this one replaces."""
 _DONE: Final = """
     UPDATE analytics_erasures SET done_at = pg_catalog.now(), proof = coalesce(%s::jsonb, proof)
     WHERE subject = ANY (%s::bytea[])
@@ -294,8 +296,8 @@ def _redact_rows(
     }  # fmt: skip
     read = sql.SQL(
         "SELECT {key}::text, {document}::text, {other}::text FROM {table} "
-        "WHERE {key} = ANY (%s::uuid[]) ORDER BY {key} FOR UPDATE"
-    ).format(**names)
+        "WHERE {key} = ANY (%s::uuid[]) ORDER BY {key} {lock}"
+    ).format(**names, lock=sql.SQL("" if is_distributed(connection) else "FOR UPDATE"))
     setting = sql.SQL("{document} = new.content::jsonb").format(**names)
     if documents is _EVENTS:
         setting += sql.SQL(", session_id = new.other")
@@ -310,6 +312,8 @@ def _redact_rows(
     ).format(**names, setting=setting, source=sql.Literal(documents.source))
     counted: Counter[bytes] = Counter()
     with transaction(connection):
+        if is_distributed(connection):
+            connection.execute(_ALONE)
         rows = []
         for key, content, other in connection.execute(read, [list(keys)]).fetchall():
             before = f"{content}\t{other}".encode()
@@ -453,9 +457,7 @@ def _restore(connection: Connection, places: Places) -> None:
         known = files.state(root)
         if not known.kinds:
             continue
-        connection.execute(
-            "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('analytics_erasures')::bigint)"
-        )
+        connection.execute(_ALONE)
         connection.execute(
             "INSERT INTO analytics_erasure_keys (key) SELECT pg_catalog.unnest(%s::bytea[]) ON CONFLICT DO NOTHING",
             [list(known.keys)],

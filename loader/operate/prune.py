@@ -211,6 +211,11 @@ class Rows:
         rollups.refresh_patiently(self._connection, self._stop.is_set, _PATIENCE)
         if not self._has_marks():
             raise LoaderError("the tables have no low-water marks: run `loader init` as their owner")
+        if self._export and is_distributed(self._connection):
+            raise LoaderError(
+                "cannot export what is pruned on Citus, where no partition is dropped: run `loader export` before, "
+                "and prune without --export"
+            )
         pruned = Pruned()
         for table, source in _SOURCES.items():
             if table in self._hours:
@@ -255,8 +260,9 @@ class Rows:
         for (child,) in self._run(_UNTIMED, table, source):
             if child in dropped:
                 continue
-            values = (cutoff,) if [(child,)] == parent else (cutoff, cutoff)
-            statement = _COUNT if [(child,)] == parent else _COUNT_UNTIMED
+            is_plain = [(child,)] == parent and not is_distributed(self._connection)
+            values = (cutoff,) if is_plain else (cutoff, cutoff)
+            statement = _COUNT if is_plain else _COUNT_UNTIMED
             total += sum(
                 self._number(statement, table, kind, *values, name=child)
                 for kind in self._kinds(table, child)
@@ -294,7 +300,10 @@ class Rows:
 
     def _delete_rows(self, table: Table, source: SourceName, deleted: Callable[[int], None]) -> int:
         total = 0
-        for (hour,) in self._run(_HOURS, EVENTS, source, self._cutoff(table, source)):
+        hours = self._run(_HOURS, EVENTS, source, self._cutoff(table, source))
+        if is_distributed(self._connection):
+            hours.reverse()  # the mark is raised to the last hour at once: what has a newer id would stay
+        for (hour,) in hours:
             count = BATCH_ROWS
             while count >= BATCH_ROWS and not self._stop.is_set():
                 count = self._number(_PRUNE_HOUR, EVENTS, source, hour, BATCH_ROWS)

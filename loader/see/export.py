@@ -40,7 +40,8 @@ class Source:
     columns: tuple[tuple[str, sql.SQL], ...]
     document: str
     """The JSON column that `--column` reads."""
-    line: sql.SQL
+    line: tuple[tuple[str, sql.SQL], ...]
+    """The values of a line as it is loaded, by name."""
 
 
 EVENTS: Final = Source(
@@ -52,7 +53,11 @@ EVENTS: Final = Source(
         ("metadata", sql.SQL("metadata::text")), ("created_at", sql.SQL("created_at")),
     ),
     "metadata",
-    sql.SQL("event_id, event_type, timestamp, user_id, family_unit_id, session_id, metadata"),
+    (
+        ("event_id", sql.SQL("event_id")), ("event_type", sql.SQL("event_type")), ("timestamp", sql.SQL("timestamp")),
+        ("user_id", sql.SQL("user_id")), ("family_unit_id", sql.SQL("family_unit_id")),
+        ("session_id", sql.SQL("session_id")), ("metadata", sql.SQL("metadata")),
+    ),
 )  # fmt: skip
 METRICS: Final = Source(
     "analytics_metrics",
@@ -63,8 +68,9 @@ METRICS: Final = Source(
         ("created_at", sql.SQL("created_at")),
     ),
     "labels",
-    sql.SQL(
-        "id AS event_id, metric_name, metric_type, value, coalesce(labels, '{}') AS labels, timestamp"
+    (
+        ("event_id", sql.SQL("id")), ("metric_name", sql.SQL("metric_name")), ("metric_type", sql.SQL("metric_type")),
+        ("value", sql.SQL("value")), ("labels", sql.SQL("coalesce(labels, '{}')")), ("timestamp", sql.SQL("timestamp")),
     ),
 )  # fmt: skip
 SOURCES: Final = {"events": EVENTS, "metrics": METRICS}
@@ -208,7 +214,7 @@ class Export:
             day += timedelta(days=1)
 
     def _has_rows(self, connection: Connection, rows: Range) -> bool:
-        statement = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE {})")
+        statement = sql.SQL("SELECT EXISTS (SELECT 1 FROM {} WHERE {})")
         ((exists,),) = connection.execute(
             statement.format(self._table(connection), rows.condition())
         ).fetchall()
@@ -231,8 +237,13 @@ class Export:
 
     def _ndjson(self, connection: Connection, rows: Range, file: IO[bytes]) -> None:
         # JSON has no control characters, so CSV with these two as quote and delimiter is the plain text.
-        select = sql.SQL("SELECT row_to_json(line) FROM (SELECT {} FROM {} WHERE {}) AS line")
-        query = select.format(self._source.line, self._table(connection), rows.condition())
+        # Not row_to_json of a subquery: Citus passes it to the workers as a ROW without names of columns.
+        line = sql.SQL(", ").join(
+            part for name, value in self._source.line for part in (sql.Literal(name), value)
+        )
+        query = sql.SQL("SELECT json_build_object({}) FROM {} WHERE {}").format(
+            line, self._table(connection), rows.condition()
+        )
         self._copy(connection, query, "FORMAT csv, QUOTE E'\\x01', ESCAPE E'\\x01', DELIMITER E'\\x02'", file)
 
     def _csv(self, connection: Connection, rows: Range, file: IO[bytes]) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Event
+from uuid import UUID
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from loader.errors import LoaderError
 from loader.load import database, partitions, rollups
 from loader.load.batch import load
 from loader.load.counts import Counts
 from loader.load.database import Connection
 from loader.load.schema import apply_schema
-from loader.operate import doctor, finding
-from loader.see import questions
+from loader.operate import doctor, erase, finding, prune
+from loader.operate.places import Places
+from loader.see import export, questions
 from loader.see.period import period
 from tests import citus
 from tests.citus import Wire
@@ -46,8 +51,10 @@ def owner(module_owner: Connection) -> Iterator[Connection]:
     """The owner's connection to empty tables, which the server reports as distributed."""
     with module_owner.transaction():
         module_owner.execute(
-            "TRUNCATE analytics_events, analytics_metrics, analytics_loads, analytics_touched"
+            "TRUNCATE analytics_events, analytics_metrics, analytics_loads, analytics_touched, analytics_sealed, "
+            "analytics_hourly_events, analytics_hourly_metrics, analytics_user_days, analytics_erasures"
         )
+        module_owner.execute("DELETE FROM analytics_settings WHERE name LIKE '%_kept_since'")
     yield module_owner
     module_owner.rollback()
     with module_owner.transaction():
@@ -223,8 +230,77 @@ def test_the_doctor_reports_workers_that_do_not_answer_or_keep_rows_invisible(
     }
 
 
+def test_the_doctor_asks_the_workers_for_sizes(wire: Wire, owner: Connection) -> None:
+    found = [each for each in doctor.examine(None, wire.dsn, None) if each.check == "ids"]
+    assert [each.verdict for each in found] == [finding.Verdict.WARNING] * 2
+
+
 def test_the_questions_use_nothing_that_citus_refuses(wire: Wire, owner: Connection) -> None:
     with questions.reading(wire.dsn) as connection:
         (sentence,) = questions.unknown_types(connection, ["memory_postd"])
         questions.ask(connection, "trend", period("7d", "now", "UTC"), types=None, bucket="day", top=None)
     assert "memory_postd" in sentence
+
+
+def test_an_export_uses_nothing_that_citus_refuses_or_renames(
+    wire: Wire, owner: Connection, loader: Connection, tmp_path: Path
+) -> None:
+    load(loader, [chunk(event(1), metric(1))], tmp_path)
+    everything = export.Range(None, None)
+    with questions.reading(make_conninfo(wire.dsn, user=ROLE)) as connection:
+        for name, source in export.SOURCES.items():
+            exporting = export.Export(source, "ndjson")
+            exporting.to_file(connection, everything, tmp_path / f"{name}.ndjson")
+            exporting.by_day(connection, everything, tmp_path / name, UTC)
+            assert exporting.exported.rows == 2
+    lines = [(tmp_path / f"{name}.ndjson").read_bytes() for name in export.SOURCES]
+    assert load(loader, [chunk(*lines)], tmp_path).known == 0
+    assert rows(owner, "SELECT sum(duplicates)::int FROM analytics_loads") == [(2,)]
+
+
+def test_rows_are_pruned_in_batches_and_no_partition_is_dropped(
+    wire: Wire, owner: Connection, loader: Connection, tmp_path: Path
+) -> None:
+    now = datetime.now(UTC)
+    old = (now - timedelta(days=40)).isoformat()
+    lines = [event(n, timestamp=old) for n in range(20)] + [metric(n, timestamp=old) for n in range(10)]
+    kept = (event(90, timestamp=now.isoformat()), metric(90, timestamp=now.isoformat()))
+    load(loader, [chunk(*lines, *kept)], tmp_path)
+    partitions_before = rows(owner, "SELECT count(*) FROM analytics_partitions('events')")
+    with database.connect(wire.dsn) as connection:
+        pruning = prune.Rows(connection, timedelta(days=30), Event())
+        counted = pruning.count()
+        pruned = pruning.delete(lambda _: None)
+        with pytest.raises(LoaderError, match="cannot export what is pruned on Citus"):
+            prune.Rows(connection, timedelta(days=30), Event(), lambda *_: 0).delete(lambda _: None)
+    assert (counted.events, counted.metrics) == (pruned.events, pruned.metrics) == (20, 10)
+    assert rows(owner, "SELECT sum(events)::int FROM analytics_hourly_events") == [(20,)]
+    assert rows(owner, "SELECT sum(records)::int FROM analytics_hourly_metrics") == [(10,)]
+    assert rows(owner, "SELECT count(*) FROM analytics_events") == [(1,)]
+    assert rows(owner, "SELECT count(*) FROM analytics_partitions('events')") == partitions_before
+    assert load(loader, [chunk(*reversed(lines))], tmp_path).counts == Counts(expired=30)
+    (body,) = rows(owner, "SELECT prosrc FROM pg_proc WHERE proname = 'analytics_drop_partition'")
+    assert "on Citus" in body[0]
+
+
+def test_pruning_waits_for_rows_that_the_workers_have_not_committed(owner: Connection) -> None:
+    prune_hour = "SELECT analytics_prune_hour('events', '2026-01-01 00:00+00')"
+    owner.execute("SET citus.stub_prepared = 'citus_0_1_2_3'")
+    with pytest.raises(psycopg.errors.SerializationFailure, match="in doubt"):
+        owner.execute(prune_hour)
+    owner.rollback()
+    assert rows(owner, prune_hour) == [(0,)]
+
+
+def test_an_erasure_locks_no_rows_of_several_shards(
+    wire: Wire, owner: Connection, loader: Connection, tmp_path: Path
+) -> None:
+    user = UUID("0190163d-0000-739b-aea5-000000000042")
+    own, mention = event(1, user_id=str(user)), event(2, metadata={"friend": str(user)})
+    load(loader, [chunk(own, mention, event(3), metric(1, labels={"of": str(user)}))], tmp_path)
+    with database.connect(wire.dsn) as connection:
+        erasure = erase.Erasure(connection, Places(tmp_path, None, []), [("user", user)])
+        erased = erasure.run()
+    assert (erased.events, erased.mentions) == (1, 2)
+    (found,) = rows(owner, "SELECT metadata->>'friend' FROM analytics_events WHERE metadata ? 'friend'")
+    assert found == (str(UUID(int=0)),)

@@ -18,7 +18,7 @@ drops is announced first. Its event_id depends only on the writer and on the dro
 loader builds the same line from an announcement without a report; if the writer did write that line, the
 loader's copy is a duplicate.
 
-The loader creates the directory `.writers`; without it (no loader has run yet) a writer keeps no account. A
+The loader creates the directory `.writers`. Until a loader has run, it does not exist and writers keep no account. A
 running writer holds a lock (flock) on its file. If a file cannot be mapped safely, the housekeeping thread
 writes it, and drops since its last write are lost when the process is killed.
 """

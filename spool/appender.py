@@ -151,7 +151,7 @@ class Appender:
         self._wake()
 
     def _write_or_move_on(self, line: bytes) -> bool:
-        """Write to the current segment or to the spare. False if neither has room. Raises Busy, OSError."""
+        """Write to the current segment or the spare one. Return False if both are full. Raises Busy, OSError."""
         while True:
             state = self._state
             try:
@@ -291,7 +291,7 @@ class Appender:
         return True
 
     def _withdraw_current(self, current: Segment) -> bool:
-        """Under _lock: block writes to the current segment if it has no lines. False if it has lines."""
+        """With _lock held: stop writes to the current segment if it has no lines; else return False."""
         if self._state.current is not current:
             return False
         self.write = _no_segment

@@ -1,4 +1,4 @@
-"""Converts values that orjson cannot serialize to JSON.
+"""Converts values to JSON that orjson cannot serialize.
 
     value                                   JSON
     Decimal                                 a number if a double holds all its digits, else text

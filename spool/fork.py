@@ -73,7 +73,7 @@ def add(member: Forked) -> None:
 
 
 def in_child(work: Callable[[], None]) -> None:
-    """Call `work` in each forked process, before the methods of the added objects."""
+    """Call `work` in each forked process, before the methods of the objects registered by `add`."""
     _in_child.append(work)
 
 
@@ -156,7 +156,7 @@ def warn_about_server() -> None:
 def uwsgi_problems(options: set[str], worker: int) -> list[str]:
     """Return the problems of uWSGI's options for an emitter created in that worker (0: the master).
 
-    An emitter that is created in a worker is not forked; one worker reports for all.
+    An emitter created in a worker needs no fork hook. Only one worker reports, for all of them.
 
     See https://uwsgi-docs.readthedocs.io/en/latest/Options.html.
     """

@@ -1,4 +1,4 @@
-"""System calls for segments that a platform may lack or that Python does not wrap.
+"""System calls that segments need and that a platform may lack or Python does not wrap.
 
 Linux has them all. macOS cannot reserve space, so lines are written, not mapped. Windows has neither `flock`
 nor `pread`: every function raises OSError (ENOTSUP) there, and the emitter drops and counts lines. Calls

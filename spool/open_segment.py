@@ -3,7 +3,7 @@
 Why appending to a map needs no lock: `mmap.write` copies the bytes and moves the position inside one C call
 that keeps the GIL, so no thread, signal handler or finalizer can interrupt it (CPython,
 Modules/mmapmodule.c). Moving the position to the end makes every later write raise ValueError, so a thread
-that still holds the `write` of a retired segment notices and uses the next one.
+that kept a reference to the `write` of an earlier segment notices and uses the next one.
 
 The application shares the process's descriptors: if it daemonizes, it closes them all, and a number may then
 refer to one of its own files. So a descriptor is used, and closed, only after a check that it still refers to
@@ -106,7 +106,7 @@ class Segment:
         self._lines: _Mapped | _Written | None = None
 
     def create(self, capacity: int, *, mapped: bool = True) -> None:
-        """Create, lock and reserve the file, under a name that loaders ignore until it is locked.
+        """Create, lock and reserve the file. Loaders ignore its name until it is renamed, once it is locked.
 
         Raises OSError; call `discard` then.
         """

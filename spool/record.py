@@ -14,8 +14,8 @@ Methods defined by an application never influence what is written. `__str__`, `_
 `__iter__` of a subclass may return anything, so the contents of a subclass are read through its base class,
 and only objects of exact built-in types are looked up in a memo.
 
-All functions are pure, except for memos of validated parts. A memo is bounded in entries and, because it only
-takes short keys, in bytes. Any thread may read and write it: a lost write only costs a repeated check. The
+All functions are pure, apart from caches of validated parts ("memos"). A memo is bounded in entries and,
+because it only takes short keys, in bytes. Any thread may read and write it: a lost write only costs a repeated check. The
 emitter joins the parts.
 """
 

@@ -253,7 +253,7 @@ _HARMLESS_RUNS: Final = frozenset(map(words, HARMLESS_RUNS))
 
 
 def _is_sensitive(value: Any, sensitivity: Sensitivity) -> bool:
-    """Whether decoded JSON is or contains text, or a number if numbers are sensitive."""
+    """Whether a decoded JSON value contains text (or numbers, if numbers are sensitive)."""
     kind = type(value)
     if kind is str:
         return True

@@ -153,8 +153,8 @@ def recover(path: Path, *, sync: bool = False) -> Sealed | None:
 
     If the lock is free, the writer is dead: the kernel frees the lock with the last descriptor and map
     (flock(2)). A segment that this process may read but not write, such as another user's in its group, is
-    copied. Raises OSError, also for a file with a second hard link, because cutting it would also cut the
-    other name's file, wherever that is.
+    copied. Raises OSError. A file with another hard link is refused, because truncating it would also truncate
+    the file under its other name.
     """
     try:
         fd, writable = os.open(path, os.O_RDWR | kernel.EXISTING_FILE), True
@@ -182,8 +182,8 @@ def recover(path: Path, *, sync: bool = False) -> Sealed | None:
 def seal(path: Path, fd: int, lines: int, end: int, torn: int, *, sync: bool = False) -> Sealed:
     """Cut the file to its `lines`, which end at `end`, and rename it; remove it if it has none.
 
-    The caller holds the lock. Each step is safe to repeat after an OSError. Raises FileNotFoundError if
-    `path` is no longer this file.
+    The caller must hold the lock of the segment. Each step is safe to repeat after an OSError. Raises
+    FileNotFoundError if `path` is no longer this file.
     """
     sealed = path.with_suffix(SEALED)
     renamed = not is_file(path, fd) and is_file(sealed, fd)  # by an earlier attempt that failed to sync

@@ -1,8 +1,8 @@
 """Moves the middleware outside all others of the Starlette or FastAPI application that it was added to.
 
-`add_middleware` puts it inside `ServerErrorMiddleware`, which responds to unhandled exceptions: that response
-would have no request id, its handler no user, and its status would be a guess. So the first call, which under
-a server is the lifespan, replaces the application's stack by one with the middleware outside.
+`add_middleware` puts a middleware inside `ServerErrorMiddleware`, which responds to unhandled exceptions. There, the
+middleware could not see that response: it would have no request id, and its status would be unknown. So the first
+call (under a server, the lifespan) replaces the application's stack by one with the middleware outside.
 """
 
 from __future__ import annotations

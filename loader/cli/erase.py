@@ -51,8 +51,8 @@ def command(
 ) -> None:  # fmt: skip
     """Permanently erase all data about a person or a family.
 
-    Erases rows, mentions by others, user days, rejects, archived and exported files, and segments in the spool. A
-    tombstone is kept, by which later loads discard their lines. Run it as the owner of the tables, on each host
+    Erases their rows, their id in the rows of others, daily activity, rejects, archived and exported files, and
+    segments in the spool. A tombstone remains, so that later loads discard their lines. Run it as the owner of the tables, on each host
     that has a spool.
 
     \b

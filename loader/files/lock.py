@@ -114,7 +114,7 @@ def holder(spool: Path) -> str | None:
 
 
 def is_foreign(who: str) -> bool:
-    """Whether the lock is held by a process other than the loader that wrote its name into it."""
+    """Whether a process holds the lock that is not the loader named in the lock file."""
     return _FOREIGN in who
 
 

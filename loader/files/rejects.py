@@ -171,7 +171,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def pieces(path: Path) -> Iterator[list[Rejected]]:
-    """Yield lists of a file's rejects, each at most the size of a chunk or a single reject. Raises as `read`."""
+    """Yield lists of a file's rejects, each of at most the size of a chunk; a larger reject is alone.
+
+    Raises the same errors as `read`.
+    """
     piece: list[Rejected] = []
     size = 0
     for rejected in read(path):

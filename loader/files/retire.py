@@ -96,7 +96,7 @@ class SpoolFile:
         return stream
 
     def chunks(self, progressed: Callable[[], None] = lambda: None) -> Iterator[Chunk]:
-        """Yield its chunks. Raises UNREADABLE, after the complete lines before the error."""
+        """Yield its chunks. After the complete lines before an error, raises one of UNREADABLE."""
         self.loaded, end, begun = False, 0, time.monotonic()
         with self.open() as stream:
             growing = not self._is_complete(stream.fileno(), ends_in_line=_ends_in_newline(stream))
@@ -183,7 +183,7 @@ class SpoolFiles:
         return found, sorted([*again, *new], key=lambda file: file.name)
 
     def unsettled(self) -> list[str]:
-        """Return the names of files that are loaded but may still be written."""
+        """Return the names of loaded files to which a process may still append."""
         return [name for name, file in self._kept.items() if not file.retired and file.loaded]
 
     def _settle(self, file: SpoolFile, failures: dict[str, str]) -> bool:

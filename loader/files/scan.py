@@ -151,7 +151,7 @@ class Adopter:
 
 
 def _has_all_lines(fd: int) -> bool:
-    """Whether zeros follow the last line, as in a reserved segment, and no process is known to write it."""
+    """Whether zeros follow the last line, as in a reserved segment, and no process is known to have the file open."""
     size = os.fstat(fd).st_size
     with leased(fd) as writing:
         return writing is not Writing.SOMEBODY and size > 0 and os.pread(fd, 1, size - 1) == b"\0"

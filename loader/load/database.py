@@ -138,7 +138,7 @@ def connect(dsn: str, progressed: Callable[[], None] = lambda: None) -> Connecti
 
 @contextmanager
 def transaction(connection: Connection, isolation: Isolation = "READ COMMITTED") -> Iterator[None]:
-    """Open a transaction with the settings above.
+    """Open a transaction with the settings in `_SETTINGS`.
 
     A refresh of the rollups needs a single snapshot: REPEATABLE READ.
 
@@ -173,7 +173,7 @@ def prepare(connection: Connection, isolation: Isolation = "READ COMMITTED") -> 
 
 
 def has_column(connection: Connection, table: str, column: str) -> bool:
-    """Whether a table or view has a column, which those of an earlier version may lack. Raises psycopg.Error."""
+    """Whether a table or view has a column; earlier versions may lack it. Raises psycopg.Error."""
     return connection.execute(_HAS_COLUMN, [table, column]).fetchone() == (True,)
 
 

@@ -33,8 +33,8 @@ MEMO_SIZE: Final = 65536
 _UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _SEPARATORS: Final = "--T::."
 """The separators of a timestamp written by the emitter. `datetime.fromisoformat` checks the digits, but also
-accepts weeks, commas and times without colons. Both checks take a third of the time of a regular expression
-(0.34 us less per line)."""
+accepts weeks, commas and times without colons. Together, the two checks take a third of the time of a regular
+expression (0.34 us less per line)."""
 _BACKSLASH: Final = ord("\\")
 _BRACE: Final = ord("{")
 _NULL: Final = "\\N"

@@ -2,8 +2,8 @@
 
 Two rows with the same key are duplicates if their payloads are equal. The payload consists of the
 application's values: name, user, family unit, session and `metadata` of an event; name, type, value and
-`labels` of a metric. It excludes values that the emitter adds, because they differ when a call is repeated:
-the timestamp and, at the top level of `metadata` or `labels`, the keys of `FILLED_IN`.
+`labels` of a metric. It excludes the timestamp and, at the top level of `metadata` or `labels`, the keys of
+`FILLED_IN`: the emitter adds them, and they differ when a call is repeated.
 """
 
 from __future__ import annotations

@@ -167,7 +167,9 @@ def _clock(connection: Connection) -> Iterator[Finding]:
     away = server - (begun + time.time()) / 2
     like = f"{abs(away):.1f} s {'before' if away < 0 else 'after'} this machine's"
     if abs(away) > _CLOCK_SECONDS:
-        yield warning("clock", f"the server's is {like}", "timedatectl set-ntp true, on both")
+        yield warning(
+            "clock", f"the server's is {like}", "timedatectl set-ntp true, on this host and on the server"
+        )
     else:
         yield ok("clock", "in sync with the server")
 

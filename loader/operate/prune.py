@@ -164,7 +164,7 @@ class Pruned:
 
 
 class Rows:
-    """The rows older than their age by the server's clock. Methods raise psycopg.Error.
+    """The rows older than their retention time, by the server's clock. Methods raise psycopg.Error.
 
     Only whole hours of the tables are deleted: rows of the hour in which an age ends are kept until it has passed.
     """

@@ -78,7 +78,7 @@ def spool(directory: Path) -> Spool:
 def reject_counts(directory: Path) -> Iterator[tuple[Path, Counter[str]]]:
     """Yield the reject files of a spool with their counts by code.
 
-    A file that a loader removes between listing and reading is omitted. Raises as `spool` does.
+    A file that a loader removes between listing and reading is omitted. Raises the same errors as `spool()`.
     """
     for path in rejects.files(directory):
         with contextlib.suppress(FileNotFoundError):

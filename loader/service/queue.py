@@ -35,7 +35,7 @@ class BatchQueue:
         self._ended = False
 
     def wait(self, seconds: float) -> bool:
-        """Wait until a batch is available, at most for the given seconds. Returns whether one is."""
+        """Wait for at most `seconds` until a batch is available. Return whether one is."""
         with self._changed:
             if not self._is_waiting() and not self._is_done():
                 self._changed.wait(seconds)

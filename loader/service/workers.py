@@ -7,7 +7,7 @@ connection, the workers wait according to retry.py.
 
 On a stop, workers finish their current batch. If a worker cannot, because the server hangs or is unreachable,
 its connection is cut after FINISH_SECONDS, which rolls the batch back. A worker that still hangs in an
-attempt to connect is abandoned: unfinished work is never lost.
+attempt to connect is abandoned, which loses nothing: its files stay in the spool.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Workers:
         return run.report
 
     def erasures(self) -> Erasures | None:
-        """Return who was erased, as far as a connection that is open can find out; not while files are loaded."""
+        """Return the erased people if a connection is open, else None. Not to be called during a load."""
         for connection in self._connections:
             with contextlib.suppress(psycopg.Error):  # which the next load waits out
                 if connection.is_open:

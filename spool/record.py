@@ -15,8 +15,8 @@ Methods defined by an application never influence what is written. `__str__`, `_
 and only objects of exact built-in types are looked up in a memo.
 
 All functions are pure, apart from caches of validated parts ("memos"). A memo is bounded in entries and,
-because it only takes short keys, in bytes. Any thread may read and write it: a lost write only costs a repeated check. The
-emitter joins the parts.
+because it only takes short keys, in bytes. Any thread may read and write it: a lost write only costs a
+repeated check. The emitter joins the parts.
 """
 
 from __future__ import annotations

@@ -48,7 +48,14 @@ def wheel(of_all_workers: Path) -> Path:
     return release.wheel_under_test(of_all_workers / "wheel")
 
 
-@pytest.fixture(scope="session", params=VERSIONS)
+BETWEEN = VERSIONS[1:-1]
+"""Versions that are neither the oldest nor the newest: tested with the long marker."""
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(each, marks=pytest.mark.long) if each in BETWEEN else each for each in VERSIONS],
+)
 def server(request: pytest.FixtureRequest, servers: Servers) -> str:
     """Return the DSN of a server, for each version."""
     return servers.dsn(request.param)

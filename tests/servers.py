@@ -33,7 +33,7 @@ ROLE: Final = "analytics_loader"
 VERSIONS: Final = [version for version in (15, 16, 18) if embedded.binaries(version)]
 ONE_LAYOUT: Final = cast("schema.Layout | Literal['']", os.environ.get("TEST_LAYOUT", ""))
 """The layout of the tables in every database of the tests; without it, partitioned on one version, else plain."""
-_MIXED: Final[dict[int, schema.Layout]] = {16: "partitioned"}
+_MIXED: Final[dict[int, schema.Layout]] = {15: "partitioned"}
 _LAYOUTS: Final[tuple[schema.Layout, ...]] = ("plain", "partitioned")
 _OTHERS_SECONDS: Final = 900.0
 """Seconds for which the worker that started a server waits for the others before it stops the server."""

@@ -15,6 +15,7 @@ from tests.load.lines import event, metric, number, segment
 from tests.operate.test_doctor import examined
 from tests.processes import Cli
 from tests.servers import DROP_QUESTIONS, ROLE
+from tests.thinned import one_in
 
 EVENTS = """
     CREATE TABLE analytics_events (
@@ -98,7 +99,7 @@ def statements(text: str) -> Iterator[str]:
         yield found
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", one_in(2, REFUSED))
 def test_tables_that_would_hold_wrong_rows_are_refused_with_the_statement_that_corrects_them(
     cli: Cli, owner: Connection, case: str
 ) -> None:
@@ -118,7 +119,7 @@ def test_tables_that_would_hold_wrong_rows_are_refused_with_the_statement_that_c
     assert number(owner, "SELECT count(*) FROM analytics_metrics WHERE value = 1.23456789") == 1
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", one_in(4, REFUSED))
 def test_the_doctor_names_what_init_refuses(cli: Cli, owner: Connection, case: str) -> None:
     changes, words = REFUSED[case]
     schema.apply_schema(owner, role=ROLE)
@@ -158,7 +159,7 @@ WARNED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WARNED)
+@pytest.mark.parametrize("case", one_in(2, WARNED))
 def test_what_may_stop_rows_is_warned_of_by_init_and_doctor_with_the_statement_that_helps(
     cli: Cli, one_connection: Connection, case: str
 ) -> None:

@@ -6,7 +6,7 @@ line that was written. It also reports the drops that the writer had not reporte
     bytes   content
     0-15    MAGIC, written last
     16      when the writer started counting, in milliseconds since 1970
-    24, 32  segments sealed without a gap from 1, and their lines
+    24, 32  sealed segments before the first unsealed one, and their lines
     40, 48  the same; the pair with more segments is valid, the other is overwritten next
     56      the number of the last segment that received a line
     64      drops of kinds without an entry

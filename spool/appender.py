@@ -50,7 +50,7 @@ _NOT_PERMITTED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 class SealedSoFar(NamedTuple):
-    """The segments that are sealed without a gap from 1, their lines, and the last segment that received a line."""
+    """The sealed segments before the first unsealed one, their lines, and the last segment that received a line."""
 
     segments: int
     lines: int
@@ -129,7 +129,7 @@ class Appender:
         self._sealed_beyond: dict[int, int] = {}
         """Lines of sealed segments, by number, that follow a segment that is not sealed yet."""
         self._sealed_first = (0, 0)
-        """The number of segments that are sealed without a gap from 1, and their lines."""
+        """The number of sealed segments before the first unsealed one, and their lines."""
         if before is not None and before._diverted is not None:  # in a child forked by a test that records
             self._divert(before._diverted)
 

@@ -151,7 +151,7 @@ def map_file(fd: int, size: int) -> mmap.mmap:
 
 
 def populate(memory: mmap.mmap) -> None:
-    """Fault the pages in ahead of need, if the kernel can (madvise(2)).
+    """Prefault the pages of the map, so that later writes cause no page faults, if the kernel can (madvise(2)).
 
     `mmap.madvise` would hold the GIL for the milliseconds it takes. No other thread may know the map yet.
     """

@@ -270,7 +270,7 @@ def _remove_unfinished(entry: os.DirEntry[str]) -> None:
         return
     if time.time() - entry.stat(follow_symlinks=False).st_mtime < _UNFINISHED_SECONDS:
         return
-    with contextlib.suppress(OSError):  # another user's file; its writer is alive after all
+    with contextlib.suppress(OSError):  # the file belongs to another user, or its writer is still alive
         fd = os.open(path, os.O_RDWR | kernel.EXISTING_FILE)
         try:
             kernel.lock(fd)

@@ -93,7 +93,7 @@ class Commands(click.Group):
 
 
 def _discard_output() -> None:
-    """Keep Python from reporting at exit that the rest of the output has no reader."""
+    """Discard the remaining output, so that Python does not report a broken pipe at exit."""
     devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor

@@ -129,7 +129,9 @@ class _Source:
         self.at_newline = False
         """Whether the last long line ended with a newline."""
         self.error: Exception | None = None
-        self._stream = cast(Stream, stream)  # like every binary stream of the standard library
+        self._stream = cast(
+            Stream, stream
+        )  # binary streams of the standard library have it, although BinaryIO does not declare it
 
     def fill(self, view: memoryview) -> int:
         """Fill the view and return the number of bytes, fewer than its size at the end."""

@@ -26,7 +26,7 @@ from spool import ids
 from spool.record import METRIC_TYPES, NAME, canonical_uuid, parse_timestamp, utc_text
 
 ERASED: Final = "erased"
-"""Code of what remains of a line whose person was erased: not a reject, except in tables of an earlier version."""
+"""The code of a line that an erasure has overwritten: counted as erased, or rejected if the tables are older."""
 MEMO_SIZE: Final = 65536
 """Number of validated ids and names at which their memo is cleared; about 10 MiB."""
 

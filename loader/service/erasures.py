@@ -110,9 +110,9 @@ class Sweeper:
 
 
 def note_applied(root: Path, seen: Erasures) -> State:
-    """Add to the recorded erasures of a directory, and return them all. Writes nothing if the directory is missing.
+    """Add `seen` to the erasures recorded for a directory, and return all recorded ones.
 
-    Raises OSError.
+    Writes nothing if the directory is missing. Raises OSError.
     """
     before = erase.state(root)
     applied = State(before.keys | seen.keys, {**before.kinds, **seen.kinds})

@@ -15,6 +15,8 @@ from typing import Final
 
 import pytest
 
+from tests.documents import located
+
 ROOT: Final = Path(__file__).parents[2]
 HABITS: Final = {
     r"tells?|told|untold": "report, log, notify; reported, unreported",
@@ -76,11 +78,11 @@ def habits(source: str, suffix: str) -> Iterator[str]:
 
 def test_no_text_has_a_word_that_makes_a_reader_stop() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
-    paths = [ROOT / name for name in listed.stdout.split("\0")]
+    paths = {name: located(name) for name in listed.stdout.split("\0") if name}  # of the installed packages
     found = [
-        f"{path.relative_to(ROOT)}: {each}"
-        for path in paths
-        if path.suffix in _SUFFIXES and path != Path(__file__) and not path.is_symlink()
+        f"{name}: {each}"
+        for name, path in paths.items()
+        if path.suffix in _SUFFIXES and path != Path(__file__) and path.is_file() and not path.is_symlink()
         for each in habits(path.read_text(), path.suffix)
     ]
     assert not found, "\n".join(found)

@@ -21,6 +21,10 @@ import psycopg
 
 from loader.load.database import Connection, connect, transaction
 
+FIRST_DIVIDED: Final = "016f5e66-e800-0000-0000-000000000000"
+FIRST_OTHER: Final = "02000000-0000-0000-0000-000000000000"
+"""Ids from the first, of 2020, up to the second, of 2039, have a partition for each day (schema.sql). Most ids of
+version 4 are beyond."""
 RUNWAY_DAYS: Final = 14
 """Number of days ahead for which the daemon creates partitions."""
 _PAUSE_SECONDS: Final = 0.5
@@ -31,6 +35,17 @@ _NOT_NOW: Final = (
     psycopg.errors.DeadlockDetected,
     psycopg.errors.CheckViolation,  # a row was inserted into the default partition in the meantime
 )
+
+
+def id_at(moment: datetime) -> str:
+    """Return the smallest UUIDv7 of a time, like `analytics_id_at` in schema.sql."""
+    digits = f"{int(moment.timestamp() * 1000):012x}"
+    return f"{digits[:8]}-{digits[8:]}-0000-0000-000000000000"
+
+
+def time_of(key: str) -> datetime:
+    """Return the time in a UUIDv7."""
+    return datetime.fromtimestamp(int(key[:8] + key[9:13], 16) / 1000, UTC)
 
 
 def make(
@@ -112,15 +127,12 @@ def days_of(ids: Iterable[str]) -> set[datetime]:
     moments = (
         datetime.fromtimestamp((int(prefix, 16) << 16) / 1000, UTC)
         for prefix in prefixes
-        if _BOUNDS[0] <= prefix < _BOUNDS[1]
+        if FIRST_DIVIDED[:8] <= prefix < FIRST_OTHER[:8]
     )
     days = {moment.replace(hour=0, minute=0, second=0, microsecond=0) for moment in moments}
     latest = datetime.now(UTC) + timedelta(days=_LATEST_DAYS)
     return {day for day in days if _FIRST <= day <= latest}
 
-
-_BOUNDS: Final = ("016f5e66", "02000000")
-"""The first eight digits of ids of 2020 and of 2039: earlier and later ids are not partitioned by day."""
 
 MOST_RANGES: Final = 8
 """Maximum number of key ranges in one statement. The planner checks each partition for each range."""
@@ -137,7 +149,7 @@ def key_ranges(keys: Iterable[str]) -> list[tuple[str, str]]:
     lows: dict[str, str] = {}
     highs: dict[str, str] = {}
     for key in keys:
-        prefix = min(key[:8], _BOUNDS[1])
+        prefix = min(key[:8], FIRST_OTHER[:8])
         if prefix not in lows:
             lows[prefix] = highs[prefix] = key
         elif key < lows[prefix]:

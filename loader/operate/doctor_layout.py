@@ -15,14 +15,12 @@ from typing import Any, Final
 from psycopg import sql
 
 from loader.load.database import Connection, is_distributed
+from loader.load.partitions import FIRST_DIVIDED, FIRST_OTHER, id_at, time_of
 from loader.load.sqlstate import MIGRATION_CHECKS
 from loader.load.tables import EVENTS, METRICS, Table
 from loader.operate.finding import Finding, failed, ok, warning
 
 _SHORT_RUNWAY: Final = timedelta(days=3)
-_FIRST_DIVIDED: Final = "016f5e66-e800-0000-0000-000000000000"
-_FIRST_OTHER: Final = "02000000-0000-0000-0000-000000000000"
-"""Ids between these, of 2020 and of 2039, are partitioned by day (schema.sql)."""
 _MANY_IN_DEFAULT: Final = 10_000
 """Number of rows above which creating a partition blocks the load, because it scans the default partition locked."""
 _MANY_OTHER: Final = 0.05
@@ -109,15 +107,13 @@ def _runway(connection: Connection, table: Table, partitions: Sequence[_Partitio
 
 def _covered_from(moment: datetime, partitions: Sequence[_Partition]) -> datetime:
     """Return the end of the partitions without a gap from `moment` on, `moment` itself if it has none."""
-    milliseconds = int(moment.timestamp() * 1000)
-    key = f"{milliseconds >> 16:08x}-{milliseconds & 0xFFFF:04x}-0000-0000-000000000000"
-    until = key
+    until = key = id_at(moment)
     for each in sorted(_divided(partitions), key=lambda each: each.low or ""):
         if (each.low or "") <= until < (each.high or "g"):
-            until = each.high or _FIRST_OTHER
+            until = each.high or FIRST_OTHER
     if until == key:
         return moment
-    return datetime.fromtimestamp(int(until[:8] + until[9:13], 16) / 1000, UTC)
+    return time_of(until)
 
 
 def _divided(partitions: Sequence[_Partition]) -> list[_Partition]:
@@ -158,9 +154,9 @@ def _waiting(connection: Connection, table: Table, partitions: Sequence[_Partiti
 
 def _gaps(partitions: Sequence[_Partition]) -> list[tuple[str, str]]:
     """Return the ranges of ids within the divided time that only the default partition covers."""
-    bounds = sorted((each.low or "", each.high or _FIRST_OTHER) for each in _divided(partitions))
-    edges = [("", _FIRST_DIVIDED), *bounds, (_FIRST_OTHER, "")]
-    pairs = ((max(before, _FIRST_DIVIDED), after) for (_, before), (after, _) in itertools.pairwise(edges))
+    bounds = sorted((each.low or "", each.high or FIRST_OTHER) for each in _divided(partitions))
+    edges = [("", FIRST_DIVIDED), *bounds, (FIRST_OTHER, "")]
+    pairs = ((max(before, FIRST_DIVIDED), after) for (_, before), (after, _) in itertools.pairwise(edges))
     return [(before, after) for before, after in pairs if before < after]
 
 
@@ -170,7 +166,7 @@ def _other_ids(_: Connection, found: dict[Table, list[_Partition]]) -> Iterator[
         total = sum(each.size for each in partitions)
         other = sum(
             each.size for each in partitions
-            if (each.low or "") >= _FIRST_OTHER or (each.high or "g") <= _FIRST_DIVIDED
+            if (each.low or "") >= FIRST_OTHER or (each.high or "g") <= FIRST_DIVIDED
         )  # fmt: skip
         share = other / total if total else 0.0
         like = f"about {share:.0%} of {table.name} has ids that are not UUIDv7, or not of 2020 to 2038"

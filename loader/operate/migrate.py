@@ -27,7 +27,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from typing import Any, Final
 
@@ -55,19 +55,6 @@ _PAUSE_SECONDS: Final = 0.3
 """Average pause between two attempts to get a lock."""
 _MANY_BEYOND: Final = 0.05
 """Share of rows beyond the cut, in no partition of a day, above which partitioning gains little."""
-_OTHER: Final = "02000000-0000-0000-0000-000000000000"
-"""Ids from 2039 on, such as most of version 4, have a partition of their own (schema.sql)."""
-
-
-def id_at(moment: datetime) -> str:
-    """Return the smallest UUIDv7 of a time, like `analytics_id_at` in schema.sql."""
-    digits = f"{int(moment.timestamp() * 1000):012x}"
-    return f"{digits[:8]}-{digits[8:]}-0000-0000-000000000000"
-
-
-def time_of(key: str) -> datetime:
-    """Return the time in a UUIDv7."""
-    return datetime.fromtimestamp(int(key[:8] + key[9:13], 16) / 1000, UTC)
 
 
 def migrate(
@@ -222,10 +209,10 @@ class _Migration:
             cuts = {self._cut_of(table) for table in TABLES}
             ((now,),) = self._rows("SELECT pg_catalog.now()")
         (cut, *others) = cuts
-        if cut is not None and not others and time_of(cut) > now + timedelta(days=_LEAST_DAYS):
+        if cut is not None and not others and partitions.time_of(cut) > now + timedelta(days=_LEAST_DAYS):
             return cut
         midnight = now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=_CUT_DAYS)
-        cut = id_at(midnight)
+        cut = partitions.id_at(midnight)
         self._report(
             f"the cut is {midnight:%Y-%m-%d}: rows with a later id wait in the spool until the switch"
         )
@@ -307,7 +294,9 @@ class _Migration:
     def _create_leaves(self, table: Table, shape: Shape) -> None:
         ((owner,),) = self._rows(_OWNER, [self._quoted(table.name)])
         bounds = {
-            "other": sql.SQL("FOR VALUES FROM ({}) TO (MAXVALUE)").format(sql.Literal(_OTHER)),
+            "other": sql.SQL("FOR VALUES FROM ({}) TO (MAXVALUE)").format(
+                sql.Literal(partitions.FIRST_OTHER)
+            ),
             "default": sql.SQL("DEFAULT"),
         }
         for suffix, bound in bounds.items():

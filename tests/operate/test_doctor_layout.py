@@ -151,7 +151,7 @@ def test_what_a_refresh_will_compute_soon_is_not_found(partitioned: Connection, 
 def test_a_migration_that_has_not_finished_is_found(one_server: str, spool: Path) -> None:
     with database(one_server, template="plain") as dsn, psycopg.connect(dsn) as connection:
         connection.execute(
-            f"ALTER TABLE analytics_events ADD CONSTRAINT analytics_events_until CHECK (event_id < '{migrate.id_at(later(3))}')".encode()
+            f"ALTER TABLE analytics_events ADD CONSTRAINT analytics_events_until CHECK (event_id < '{partitions.id_at(later(3))}')".encode()
         )
         (found,) = [each for each in examined(connection, spool) if each["check"] == "layout"]
         assert found["verdict"] == "warning" and "`loader migrate --to partitioned`" in found["remedy"]

@@ -15,15 +15,13 @@ import contextlib
 import re
 import socket
 import struct
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
-
 from loader.load.database import Connection
+from tests.proxy import Relay
 
 _CATALOG: Final = """
     SET allow_system_table_mods = on;
@@ -56,7 +54,6 @@ _COPY: Final = re.compile(rb'COPY "analytics_(?:events|metrics)"')
 _KEPT_FIELDS: Final = b"SVCMDHW"
 """Of an error: severity, code, message, detail, hint, context
 (https://www.postgresql.org/docs/current/protocol-error-fields.html)."""
-_SOCKET: Final = ".s.PGSQL.5432"
 _HEADER: Final = 5
 """Bytes of a message's type and length."""
 
@@ -67,47 +64,26 @@ def install(connection: Connection) -> None:
     connection.commit()
 
 
-class Wire:
+class Wire(Relay):
     """Forwards connections to a server, records statements, and changes errors as Citus does."""
 
     def __init__(self, server: str, directory: Path) -> None:
-        self.dsn = make_conninfo(server, host=str(directory))
         self.statements: list[bytes] = []
         self.internal_errors = 0
         """Errors in a COPY that were passed on as XX000."""
-        self._server = f"{conninfo_to_dict(server)['host']}/{_SOCKET}"
-        self._listening = socket.socket(socket.AF_UNIX)
-        self._listening.bind(str(directory / _SOCKET))
-        self._listening.listen()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    @classmethod
-    @contextlib.contextmanager
-    def to(cls, dsn: str) -> Iterator[Wire]:
-        """Listen in a temporary directory; its path is short enough for a socket."""
-        with tempfile.TemporaryDirectory(prefix="citus-") as directory:
-            wire = cls(dsn, Path(directory))
-            try:
-                yield wire
-            finally:
-                wire._listening.close()
+        super().__init__(server, directory)
 
     def refused(self) -> list[bytes]:
         """Return the statements about distributed tables that Citus would refuse."""
         return [text for text in self.statements if _ABOUT_DISTRIBUTED.search(text) and REFUSED.search(text)]
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listening.accept()
-                server = socket.socket(socket.AF_UNIX)
-                server.connect(self._server)
-                session = _Session(self)
-                for source, target, passed, starts in (
-                    (client, server, session.from_client, True), (server, client, session.from_server, False)
-                ):  # fmt: skip
-                    forward = (source, target, passed, starts)
-                    threading.Thread(target=_forward, args=forward, daemon=True).start()
+    def _connected(self, client: socket.socket, server: socket.socket) -> None:
+        session = _Session(self)
+        for source, target, passed, starts in (
+            (client, server, session.from_client, True), (server, client, session.from_server, False)
+        ):  # fmt: skip
+            forward = (source, target, passed, starts)
+            threading.Thread(target=_forward, args=forward, daemon=True).start()
 
 
 class _Session:

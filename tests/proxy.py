@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -33,16 +34,12 @@ class _Cut:
         self.begun = False
 
 
-class Proxy:
-    """Forwards each connection to a server, and cuts the one that reaches the requested position."""
+class Relay:
+    """Accepts connections on a socket of its own, and opens one to a server for each."""
 
     def __init__(self, server: str, directory: Path) -> None:
         self.dsn = make_conninfo(server, host=str(directory))
-        self.cuts = 0
-        """Connections that were cut."""
         self._server = f"{conninfo_to_dict(server)['host']}/{_SOCKET}"
-        self._cut: _Cut | None = None
-        self._lock = threading.Lock()
         self._listening = socket.socket(socket.AF_UNIX)
         self._listening.bind(str(directory / _SOCKET))
         self._listening.listen()
@@ -50,14 +47,37 @@ class Proxy:
 
     @classmethod
     @contextlib.contextmanager
-    def to(cls, dsn: str) -> Iterator[Proxy]:
+    def to(cls, dsn: str) -> Iterator[Self]:
         """Listen in a temporary directory; its path is short enough for a socket."""
-        with tempfile.TemporaryDirectory(prefix="proxy-") as directory:
-            proxy = cls(dsn, Path(directory))
+        with tempfile.TemporaryDirectory(prefix="relay-") as directory:
+            relay = cls(dsn, Path(directory))
             try:
-                yield proxy
+                yield relay
             finally:
-                proxy._listening.close()
+                relay._listening.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listening.accept()
+                server = socket.socket(socket.AF_UNIX)
+                server.connect(self._server)
+                self._connected(client, server)
+
+    def _connected(self, client: socket.socket, server: socket.socket) -> None:
+        """Start to forward a connection in both directions."""
+        raise NotImplementedError
+
+
+class Proxy(Relay):
+    """Forwards each connection to a server, and cuts the one that reaches the requested position."""
+
+    def __init__(self, server: str, directory: Path) -> None:
+        self.cuts = 0
+        """Connections that were cut."""
+        self._cut: _Cut | None = None
+        self._lock = threading.Lock()
+        super().__init__(server, directory)
 
     def cut_at_commit(self, position: int) -> None:
         """Cut the next COMMIT after the given number of bytes of it and its response."""
@@ -68,15 +88,10 @@ class Proxy:
         with self._lock:
             self._cut = _Cut(mark, position)
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listening.accept()
-                server = socket.socket(socket.AF_UNIX)
-                server.connect(self._server)
-                for source, target, from_client in ((client, server, True), (server, client, False)):
-                    forward = (source, target, from_client)
-                    threading.Thread(target=self._forward, args=forward, daemon=True).start()
+    def _connected(self, client: socket.socket, server: socket.socket) -> None:
+        for source, target, from_client in ((client, server, True), (server, client, False)):
+            forward = (source, target, from_client)
+            threading.Thread(target=self._forward, args=forward, daemon=True).start()
 
     def _forward(self, source: socket.socket, target: socket.socket, from_client: bool) -> None:
         with contextlib.suppress(OSError):
